@@ -1,0 +1,16 @@
+//! How Understudy touches a virtual machine: one set of traits, several back ends.
+//!
+//! This crate knows pages, device state, pauses and gates. It knows no peer, no generation and no
+//! replication; an epoch is to it a number that tags held output. All unsafe code lives in [`sys`].
+//!
+//! | module | promise |
+//! | --- | --- |
+//! | [`layout`] | names every byte of guest memory by one dense page number |
+//! | [`guest`] | the traits a back end offers: [`guest::Guest`], [`guest::Gate`], [`guest::Twin`] |
+//! | [`track`] | finds dirty pages from outside and never loses one |
+//! | [`qemu`] | back end: a running, unmodified QEMU |
+//! | [`sim`] | back end: a deterministic guest for tests |
+//! | [`sys`] | system calls; every line of unsafe code |
+
+pub mod guest;
+pub mod layout;
