@@ -14,3 +14,4 @@
 
 pub mod guest;
 pub mod layout;
+pub mod qemu;
