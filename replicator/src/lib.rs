@@ -1,1 +1,3 @@
-
+pub mod control;
+pub mod metrics;
+pub mod status;

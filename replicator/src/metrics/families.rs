@@ -1,0 +1,231 @@
+//! The metric families: names, labels, help texts and buckets, all in one place.
+
+use prometheus::core::Collector;
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+
+/// Bucket bounds of pauses and their parts: 10 us to 2.6 s, doubling.
+const PAUSE_SECONDS: (f64, f64, usize) = (10e-6, 2.0, 19);
+/// Bucket bounds of commits, epochs, failover phases and witness requests: 100 us to 13 s, doubling.
+const LATENCY_SECONDS: (f64, f64, usize) = (100e-6, 2.0, 18);
+/// Bucket bounds of dirty pages: 1 to 4 million (16 GiB), by four.
+const PAGES: (f64, f64, usize) = (1.0, 4.0, 12);
+
+/// The parts of a pause, as label values.
+pub(super) const PAUSE_PARTS: [&str; 6] = ["stop", "harvest", "device", "copy", "resume", "total"];
+/// The phases of a failover, as label values.
+pub(super) const FAILOVER_PHASES: [&str; 5] = ["detection", "grant", "load", "resume", "activation"];
+
+/// Every family, registered once.
+#[derive(Debug)]
+pub(super) struct Families {
+    pub(super) registry: Registry,
+    pub(super) build_info: IntGaugeVec,
+    pub(super) vm_state: IntGaugeVec,
+    pub(super) vm_role: IntGaugeVec,
+    pub(super) vm_generation: IntGaugeVec,
+    pub(super) epochs: IntCounterVec,
+    pub(super) epoch_committed: IntGaugeVec,
+    pub(super) epoch_seconds: HistogramVec,
+    pub(super) pause_seconds: HistogramVec,
+    pub(super) commit_seconds: HistogramVec,
+    pub(super) dirty_pages: HistogramVec,
+    pub(super) encoded_bytes: IntCounterVec,
+    pub(super) wire_bytes: IntCounterVec,
+    pub(super) held_frames: IntGaugeVec,
+    pub(super) held_bytes: IntGaugeVec,
+    pub(super) held_age_seconds: GaugeVec,
+    pub(super) released_frames: IntCounterVec,
+    pub(super) dropped_frames: IntCounterVec,
+    pub(super) sync_done_pages: IntGaugeVec,
+    pub(super) sync_total_pages: IntGaugeVec,
+    pub(super) sync_round: IntGaugeVec,
+    pub(super) failovers: IntCounterVec,
+    pub(super) failover_phase_seconds: HistogramVec,
+    pub(super) peer_phi: GaugeVec,
+    pub(super) peer_silence_seconds: GaugeVec,
+    pub(super) peer_rtt_seconds: GaugeVec,
+    pub(super) heartbeats_sent: IntCounterVec,
+    pub(super) heartbeats_received: IntCounterVec,
+    pub(super) witness_request_seconds: HistogramVec,
+}
+
+impl Families {
+    /// Makes and registers all of them.
+    #[allow(clippy::too_many_lines)] // A table: one entry per family.
+    pub(super) fn new() -> Self {
+        let registry = Registry::new();
+        let make = Maker { registry: &registry };
+        Self {
+            build_info: make.gauges("build_info", "1; the label is the program's version.", &["version"]),
+            vm_state: make.gauges(
+                "vm_state",
+                "1 for the protection state that the VM is in, 0 for the others.",
+                &["vm", "state"],
+            ),
+            vm_role: make.gauges(
+                "vm_role",
+                "1 for the copy that this agent has of the VM, 0 for the others.",
+                &["vm", "role"],
+            ),
+            vm_generation: make.gauges(
+                "vm_generation",
+                "Generation of the VM's ownership that this agent knows; grows with each change of who may run.",
+                &["vm"],
+            ),
+            epochs: make.counters(
+                "epochs_total",
+                "Epochs committed on the primary: the standby's acknowledgement was read.",
+                &["vm"],
+            ),
+            epoch_committed: make.gauges(
+                "epoch_committed",
+                "Number of the last committed epoch; on the standby, of the last epoch that it holds whole.",
+                &["vm"],
+            ),
+            epoch_seconds: make.histograms(
+                "epoch_seconds",
+                "Length of an epoch: from the end of one pause to the end of the next, that pause included. Committed epochs.",
+                &["vm"],
+                LATENCY_SECONDS,
+            ),
+            pause_seconds: make.histograms(
+                "epoch_pause_seconds",
+                "Time the guest stood for an epoch, by part: stop (until the vCPUs stood and I/O was drained), harvest \
+                 (finding dirty pages, arming the tracker), device (saving device state), copy (copying dirty pages \
+                 aside), resume (until the guest ran), total (call of pause to return of resume). Parts may overlap. \
+                 Encoding and sending are not in it.",
+                &["vm", "part"],
+                PAUSE_SECONDS,
+            ),
+            commit_seconds: make.histograms(
+                "epoch_commit_seconds",
+                "From the end of an epoch's pause until the standby's acknowledgement was read: encoding, sending, \
+                 staging, the way back. The pause is not in it.",
+                &["vm"],
+                LATENCY_SECONDS,
+            ),
+            dirty_pages: make.histograms(
+                "epoch_dirty_pages",
+                "Pages found dirty in an epoch, those that turned out unchanged included.",
+                &["vm"],
+                PAGES,
+            ),
+            encoded_bytes: make.counters(
+                "epoch_encoded_bytes_total",
+                "Bytes of committed epochs by encoding (zero, same, delta, lz4, raw; device is device state), frame \
+                 headers included. The initial synchronisation is not in it.",
+                &["vm", "encoding"],
+            ),
+            wire_bytes: make.counters(
+                "epoch_wire_bytes_total",
+                "Bytes of committed epochs given to the transport, message headers included, QUIC's own excluded.",
+                &["vm"],
+            ),
+            held_frames: make.gauges("held_output_frames", "Frames held until their epoch is acknowledged.", &["vm"]),
+            held_bytes: make.gauges("held_output_bytes", "Bytes of the held frames.", &["vm"]),
+            held_age_seconds: make.float_gauges(
+                "held_output_age_seconds",
+                "Age of the oldest held frame, from its emission by the guest; 0 if none is held.",
+                &["vm"],
+            ),
+            released_frames: make.counters("output_released_frames_total", "Held frames that were released.", &["vm"]),
+            dropped_frames: make.counters(
+                "output_dropped_frames_total",
+                "Held frames that were dropped: at the bound, too old, or of a copy that lost ownership.",
+                &["vm"],
+            ),
+            sync_done_pages: make.gauges(
+                "sync_done_pages",
+                "Pages sent in the present round of the initial synchronisation; 0 outside of it.",
+                &["vm"],
+            ),
+            sync_total_pages: make.gauges(
+                "sync_total_pages",
+                "Pages that the present round of the initial synchronisation sends; 0 outside of it.",
+                &["vm"],
+            ),
+            sync_round: make.gauges(
+                "sync_round",
+                "Round of the initial synchronisation, from 1; 0 outside of it.",
+                &["vm"],
+            ),
+            failovers: make.counters(
+                "failovers_total",
+                "Failovers whose survivor ran on this host, by cause.",
+                &["vm", "cause"],
+            ),
+            failover_phase_seconds: make.histograms(
+                "failover_phase_seconds",
+                "A failover by phase: detection (last heartbeat heard until the failure was detected), grant (until the \
+                 ownership grant was read), load (loading device state), resume (from there until the guest ran), \
+                 activation (grant read until the guest ran). Clients' retransmission timers are not in it.",
+                &["vm", "phase"],
+                LATENCY_SECONDS,
+            ),
+            peer_phi: make.float_gauges(
+                "peer_phi",
+                "The failure detector's suspicion of the peer (phi); at most 1000.",
+                &["peer"],
+            ),
+            peer_silence_seconds: make.float_gauges(
+                "peer_silence_seconds",
+                "Time since a heartbeat of the peer was last heard.",
+                &["peer"],
+            ),
+            peer_rtt_seconds: make.float_gauges(
+                "peer_rtt_seconds",
+                "Smoothed round trip of the heartbeat connection.",
+                &["peer"],
+            ),
+            heartbeats_sent: make.counters("heartbeats_sent_total", "Heartbeats sent to the peer.", &["peer"]),
+            heartbeats_received: make.counters(
+                "heartbeats_received_total",
+                "Heartbeats heard from the peer, duplicates and late ones excluded.",
+                &["peer"],
+            ),
+            witness_request_seconds: make.histograms(
+                "witness_request_seconds",
+                "A request to the witness: from sending until its answer was read (granted, refused, read) or given up \
+                 (lost).",
+                &["witness", "outcome"],
+                LATENCY_SECONDS,
+            ),
+            registry,
+        }
+    }
+}
+
+/// Makes families and registers them. Names are constants, so a failure is our own bug.
+struct Maker<'a> {
+    registry: &'a Registry,
+}
+
+impl Maker<'_> {
+    fn register<C: Collector + Clone + 'static>(&self, family: Result<C, prometheus::Error>) -> C {
+        let family = family.expect("a metric's name and labels are valid");
+        self.registry.register(Box::new(family.clone())).expect("a metric is registered once");
+        family
+    }
+
+    fn opts(name: &str, help: &str) -> Opts {
+        Opts::new(name, help).namespace("understudy")
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+        self.register(IntGaugeVec::new(Self::opts(name, help), labels))
+    }
+
+    fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
+        self.register(GaugeVec::new(Self::opts(name, help), labels))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+        self.register(IntCounterVec::new(Self::opts(name, help), labels))
+    }
+
+    fn histograms(&self, name: &str, help: &str, labels: &[&str], bounds: (f64, f64, usize)) -> HistogramVec {
+        let (start, factor, count) = bounds;
+        let buckets = prometheus::exponential_buckets(start, factor, count).expect("bucket bounds are valid");
+        self.register(HistogramVec::new(HistogramOpts::from(Self::opts(name, help)).buckets(buckets), labels))
+    }
+}

@@ -1,0 +1,81 @@
+//! Prometheus metrics of one agent.
+//!
+//! [`Metrics`] owns its registry: nothing is global, two agents in one process do not mix. [`Metrics::vm`] and
+//! [`Metrics::peer`] give handles whose series are looked up once, so that observing costs nanoseconds. Every metric is
+//! called `understudy_*`, has base units and a help text that says where a duration starts and ends and what it leaves out.
+
+mod families;
+mod http;
+mod peer;
+mod vm;
+
+use std::sync::Arc;
+
+use prometheus::{Encoder as _, TextEncoder};
+
+pub use http::{MetricsServer, MetricsServerError};
+pub use peer::{PeerMetrics, WitnessMetrics, WitnessOutcome};
+pub use vm::VmMetrics;
+
+use families::Families;
+
+/// The metrics of one agent. Clones are the same metrics.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    families: Arc<Families>,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics, none with a series yet but the build's.
+    #[must_use]
+    pub fn new() -> Self {
+        let families = Families::new();
+        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self { families: Arc::new(families) }
+    }
+
+    /// The handle of one VM. Take one per protection and clone it: counters that a gate reports as totals are kept apart by
+    /// handle.
+    #[must_use]
+    pub fn vm(&self, name: &str) -> VmMetrics {
+        VmMetrics::new(Arc::clone(&self.families), name)
+    }
+
+    /// Forgets a VM: its series are exported no more. Handles that are left write nowhere.
+    pub fn remove_vm(&self, name: &str) {
+        vm::remove(&self.families, name);
+    }
+
+    /// The handle of one peer.
+    #[must_use]
+    pub fn peer(&self, name: &str) -> PeerMetrics {
+        PeerMetrics::new(&self.families, name)
+    }
+
+    /// Forgets a peer.
+    pub fn remove_peer(&self, name: &str) {
+        peer::remove(&self.families, name);
+    }
+
+    /// The handle of one witness.
+    #[must_use]
+    pub fn witness(&self, name: &str) -> WitnessMetrics {
+        WitnessMetrics::new(&self.families, name)
+    }
+
+    /// All series in Prometheus' text format.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = Vec::new();
+        TextEncoder::new()
+            .encode(&self.families.registry.gather(), &mut text)
+            .expect("names and labels were checked when the metrics were made");
+        String::from_utf8(text).expect("the text encoder writes UTF-8")
+    }
+}

@@ -1,0 +1,100 @@
+//! The metrics of one peer, and of one witness.
+
+use std::time::Duration;
+
+use prometheus::{Gauge, HistogramVec, IntCounter};
+
+use super::families::Families;
+use crate::control::api::Suspicion;
+
+/// The handle of one peer's metrics. Clones are the same handle.
+#[derive(Debug, Clone)]
+pub struct PeerMetrics {
+    phi: Gauge,
+    silence: Gauge,
+    rtt: Gauge,
+    sent: IntCounter,
+    received: IntCounter,
+}
+
+impl PeerMetrics {
+    pub(super) fn new(families: &Families, name: &str) -> Self {
+        let peer = &[name];
+        Self {
+            phi: families.peer_phi.with_label_values(peer),
+            silence: families.peer_silence_seconds.with_label_values(peer),
+            rtt: families.peer_rtt_seconds.with_label_values(peer),
+            sent: families.heartbeats_sent.with_label_values(peer),
+            received: families.heartbeats_received.with_label_values(peer),
+        }
+    }
+
+    /// What the failure detector thinks now.
+    pub fn set_suspicion(&self, suspicion: &Suspicion) {
+        self.phi.set(suspicion.phi);
+        self.silence.set(suspicion.silence_ms / 1e3);
+    }
+
+    /// The heartbeat connection's round trip.
+    pub fn set_rtt(&self, rtt: Duration) {
+        self.rtt.set(rtt.as_secs_f64());
+    }
+
+    /// Heartbeats were sent.
+    pub fn sent(&self, heartbeats: u64) {
+        self.sent.inc_by(heartbeats);
+    }
+
+    /// Heartbeats were heard.
+    pub fn received(&self, heartbeats: u64) {
+        self.received.inc_by(heartbeats);
+    }
+}
+
+/// Removes every series of the peer.
+pub(super) fn remove(families: &Families, name: &str) {
+    let peer = &[name];
+    for family in [&families.peer_phi, &families.peer_silence_seconds, &families.peer_rtt_seconds] {
+        let _ = family.remove_label_values(peer);
+    }
+    for family in [&families.heartbeats_sent, &families.heartbeats_received] {
+        let _ = family.remove_label_values(peer);
+    }
+}
+
+/// How a request to the witness ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WitnessOutcome {
+    /// The compare-and-set won.
+    Granted,
+    /// It did not.
+    Refused,
+    /// A read was answered.
+    Read,
+    /// No answer came, or the connection broke.
+    Lost,
+}
+
+/// The handle of one witness's metrics. Clones are the same handle.
+#[derive(Debug, Clone)]
+pub struct WitnessMetrics {
+    seconds: HistogramVec,
+    name: String,
+}
+
+impl WitnessMetrics {
+    pub(super) fn new(families: &Families, name: &str) -> Self {
+        Self { seconds: families.witness_request_seconds.clone(), name: name.to_owned() }
+    }
+
+    /// A request ended after `took`.
+    pub fn observe(&self, outcome: WitnessOutcome, took: Duration) {
+        let word = match outcome {
+            WitnessOutcome::Granted => "granted",
+            WitnessOutcome::Refused => "refused",
+            WitnessOutcome::Read => "read",
+            WitnessOutcome::Lost => "lost",
+        };
+        self.seconds.with_label_values(&[self.name.as_str(), word]).observe(took.as_secs_f64());
+    }
+}
