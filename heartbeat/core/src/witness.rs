@@ -1,0 +1,227 @@
+//! The witness's machine: one record per VM, changed by compare-and-set, durable before any answer.
+//!
+//! Promise (`docs/protocol.md` P4, P8): an answer, of a read too, shows durable state only. A request that arrives while a
+//! persist of its VM is in flight waits for it. A failed persist latches: that VM answers nothing more until restart, since nobody
+//! knows which of two records a restart will find.
+
+use alloc::collections::{BTreeMap, VecDeque};
+
+use crate::ids::{NodeId, StoreId, VmId};
+use crate::record::{Record, Refusal, permitted};
+use crate::store::{StoreAnswer, StoreOp, StoreRequest};
+
+/// Bound on the VMs of one witness. A request that would make one more gets the answer "absent, not applied".
+pub const MAX_VMS: usize = 4096;
+
+/// Bound on requests that wait for one VM's persist. One more is dropped, as a network would drop it.
+pub const MAX_WAITING: usize = 64;
+
+/// What the driver must do, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WitnessOutput {
+    /// Make the record durable (write, fsync, fsync of the directory where it is new), then call
+    /// [`Witness::handle_persisted`] or [`Witness::handle_persist_failed`] with the token.
+    Persist {
+        /// Which VM's.
+        vm: VmId,
+        /// What to write.
+        record: Record,
+        /// Names this persist.
+        token: u64,
+    },
+    /// Send the answer on the connection that `tag` names.
+    Answer {
+        /// Who asked.
+        to: NodeId,
+        /// As given with the request.
+        tag: u64,
+        /// What to send.
+        answer: StoreAnswer,
+    },
+}
+
+/// What a witness counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WitnessStats {
+    /// Reads answered.
+    pub reads: u64,
+    /// Changes applied.
+    pub applied: u64,
+    /// Changes refused because the record was another one.
+    pub refused_expectation: u64,
+    /// Changes refused because they were not the asker's to make.
+    pub refused_cause: u64,
+    /// Requests dropped: at a bound, of a latched VM, or under a false name.
+    pub dropped: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    from: NodeId,
+    tag: u64,
+    request: StoreRequest,
+}
+
+#[derive(Debug)]
+enum Disk {
+    Idle,
+    Writing { token: u64, next: Record, asker: Waiting },
+    Failed,
+}
+
+#[derive(Debug)]
+struct Slot {
+    durable: Option<Record>,
+    disk: Disk,
+    waiting: VecDeque<Waiting>,
+}
+
+/// The machine. Call `handle_*` as things happen, then [`Witness::poll_output`] until it is `None`.
+#[derive(Debug)]
+pub struct Witness {
+    store: StoreId,
+    slots: BTreeMap<VmId, Slot>,
+    outputs: VecDeque<WitnessOutput>,
+    next_token: u64,
+    stats: WitnessStats,
+}
+
+impl Witness {
+    /// A witness that found `records` durable when it started. `store` is durable too.
+    pub fn new(store: StoreId, records: impl IntoIterator<Item = (VmId, Record)>) -> Self {
+        let slot = |record| Slot { durable: Some(record), disk: Disk::Idle, waiting: VecDeque::new() };
+        Self {
+            store,
+            slots: records.into_iter().map(|(vm, record)| (vm, slot(record))).collect(),
+            outputs: VecDeque::new(),
+            next_token: 1,
+            stats: WitnessStats::default(),
+        }
+    }
+
+    /// The store's id.
+    #[must_use]
+    pub fn store(&self) -> StoreId {
+        self.store
+    }
+
+    /// The durable record of a VM.
+    #[must_use]
+    pub fn record(&self, vm: VmId) -> Option<&Record> {
+        self.slots.get(&vm)?.durable.as_ref()
+    }
+
+    /// Every VM that has a durable record.
+    pub fn records(&self) -> impl Iterator<Item = (VmId, &Record)> {
+        self.slots.iter().filter_map(|(&vm, slot)| Some((vm, slot.durable.as_ref()?)))
+    }
+
+    /// Counters since the start.
+    #[must_use]
+    pub fn stats(&self) -> WitnessStats {
+        self.stats
+    }
+
+    /// A request from `from`, as the connection proved it. `tag` names where the answer goes.
+    pub fn handle_request(&mut self, from: NodeId, tag: u64, request: StoreRequest) {
+        if request.asker.node != from {
+            self.stats.dropped += 1;
+            return;
+        }
+        if !self.slots.contains_key(&request.vm) {
+            if self.slots.len() >= MAX_VMS || request.op == StoreOp::Read {
+                // Nothing can be in flight for a VM that nobody ever wrote.
+                self.answer(from, tag, &request, None, false);
+                return;
+            }
+            let slot = Slot { durable: None, disk: Disk::Idle, waiting: VecDeque::new() };
+            self.slots.insert(request.vm, slot);
+        }
+        let slot = self.slots.get_mut(&request.vm).expect("made above");
+        match slot.disk {
+            Disk::Idle => self.serve(Waiting { from, tag, request }),
+            Disk::Writing { .. } if slot.waiting.len() < MAX_WAITING => {
+                slot.waiting.push_back(Waiting { from, tag, request });
+            }
+            Disk::Writing { .. } | Disk::Failed => self.stats.dropped += 1,
+        }
+    }
+
+    /// The record of `token` is durable. Unknown tokens are ignored.
+    pub fn handle_persisted(&mut self, token: u64) {
+        let Some((&vm, slot)) = self.slots.iter_mut().find(|(_, slot)| slot.writes(token)) else {
+            return;
+        };
+        let Disk::Writing { next, asker, .. } = core::mem::replace(&mut slot.disk, Disk::Idle) else {
+            unreachable!("found by its token");
+        };
+        slot.durable = Some(next);
+        self.stats.applied += 1;
+        self.answer(asker.from, asker.tag, &asker.request, Some(next), true);
+        // Serve who waited, until one of them starts a persist of its own.
+        while let Some(slot) = self.slots.get_mut(&vm) {
+            if !matches!(slot.disk, Disk::Idle) {
+                break;
+            }
+            let Some(waiting) = slot.waiting.pop_front() else { break };
+            self.serve(waiting);
+        }
+    }
+
+    /// The record of `token` may or may not be durable: its VM answers nothing more.
+    pub fn handle_persist_failed(&mut self, token: u64) {
+        if let Some(slot) = self.slots.values_mut().find(|slot| slot.writes(token)) {
+            slot.disk = Disk::Failed;
+            self.stats.dropped += 1 + slot.waiting.len() as u64;
+            slot.waiting.clear();
+        }
+    }
+
+    /// What to do next.
+    pub fn poll_output(&mut self) -> Option<WitnessOutput> {
+        self.outputs.pop_front()
+    }
+
+    fn serve(&mut self, asked: Waiting) {
+        let slot = self.slots.get_mut(&asked.request.vm).expect("served only when there");
+        let StoreOp::Change { expect, owner } = asked.request.op else {
+            let record = slot.durable;
+            self.stats.reads += 1;
+            self.answer(asked.from, asked.tag, &asked.request, record, false);
+            return;
+        };
+        let old = slot.durable;
+        let verdict = if expect == old.map(|record| (record.store, record.revision)) {
+            permitted(asked.request.asker, old.as_ref().map(|record| &record.owner), &owner)
+        } else {
+            Err(Refusal::Expectation)
+        };
+        match verdict {
+            Ok(()) => {
+                let next = Record::changed(self.store, old.as_ref(), owner);
+                let token = self.next_token;
+                self.next_token += 1;
+                slot.disk = Disk::Writing { token, next, asker: asked };
+                self.outputs.push_back(WitnessOutput::Persist { vm: asked.request.vm, record: next, token });
+            }
+            Err(refusal) => {
+                match refusal {
+                    Refusal::Expectation => self.stats.refused_expectation += 1,
+                    _ => self.stats.refused_cause += 1,
+                }
+                self.answer(asked.from, asked.tag, &asked.request, old, false);
+            }
+        }
+    }
+
+    fn answer(&mut self, to: NodeId, tag: u64, request: &StoreRequest, record: Option<Record>, applied: bool) {
+        let answer = StoreAnswer { id: request.id, vm: request.vm, store: self.store, record, applied };
+        self.outputs.push_back(WitnessOutput::Answer { to, tag, answer });
+    }
+}
+
+impl Slot {
+    fn writes(&self, token: u64) -> bool {
+        matches!(self.disk, Disk::Writing { token: mine, .. } if mine == token)
+    }
+}

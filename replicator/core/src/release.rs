@@ -1,0 +1,1 @@
+//! The release rule: which held output may leave.
