@@ -15,3 +15,5 @@
 pub mod guest;
 pub mod layout;
 pub mod qemu;
+pub mod sys;
+pub mod track;

@@ -1,0 +1,19 @@
+//! System calls that no safe crate offers as they are needed here, wrapped so that callers stay safe code.
+//!
+//! Every line of unsafe code of the workspace is in this module; each block argues why it is sound.
+//!
+//! | module | promise |
+//! | --- | --- |
+//! | [`process`] | a handle on another process that a reused pid cannot fool; reading and writing its memory |
+//! | [`memory`] | shared memory in a memfd, without a reference into it |
+//! | [`pagemap`] | which pages of another process were written (`PAGEMAP_SCAN`) |
+//! | [`fdpass`] | descriptors sent over a Unix socket |
+//! | [`sched`] | a thread that is scheduled before ordinary ones |
+#![allow(unsafe_code)]
+
+pub mod fdpass;
+pub mod inject;
+pub mod memory;
+pub mod pagemap;
+pub mod process;
+pub mod sched;

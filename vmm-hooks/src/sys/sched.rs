@@ -1,0 +1,30 @@
+//! Scheduling: a thread that runs before ordinary ones, memory that stays resident.
+//!
+//! Both are best effort: a heartbeat on a busy host is late without them, never wrong.
+
+use std::io;
+
+/// The priority asked for: the lowest real-time one, above every ordinary thread and below every other real-time one.
+const PRIORITY: libc::c_int = 1;
+
+/// Gives the calling thread the lowest real-time priority (round robin). Threads that it starts do not inherit it.
+///
+/// # Errors
+/// If this process may not; the thread goes on as it was.
+pub fn realtime() -> io::Result<()> {
+    let wanted = libc::sched_param { sched_priority: PRIORITY };
+    // SAFETY: `sched_setscheduler` reads one `sched_param` through the pointer, which points to `wanted`, alive and
+    // initialised for the whole call; pid 0 is the calling thread.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const wanted) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Keeps the memory of this process resident, what it maps later included.
+///
+/// # Errors
+/// If this process may not lock so much.
+pub fn lock_memory() -> io::Result<()> {
+    use rustix::mm::MlockAllFlags as Flags;
+    // On fault: untouched reserves (stacks, arenas) are not filled in.
+    Ok(rustix::mm::mlockall(Flags::CURRENT | Flags::FUTURE | Flags::ONFAULT)?)
+}

@@ -1,0 +1,80 @@
+//! Dirty tracking: which guest pages were written since the last harvest.
+//!
+//! Losing a dirty page is the worst bug this program can have. Two rules keep it away:
+//!
+//! 1. **Put back.** What was harvested and not committed is given back, and comes with the next harvest. [`DirtyLedger`]
+//!    keeps this rule; everybody who harvests does so through it.
+//! 2. **Re-arm only while stopped and drained.** [`Tracker::arm`] and [`Tracker::harvest`] may be called only while the vCPUs
+//!    stand and no I/O is in flight. A device that reads from disk straight into guest memory (`cache=none`) holds those pages
+//!    pinned and writes them without a page fault: a page that is write-protected in that time is changed and never found. While
+//!    the guest runs, only [`Tracker::peek`] may look; what it finds stays dirty.
+//!
+//! What discards memory without writing it (`MADV_DONTNEED` by a balloon or by free page reporting) is not found by
+//! [`PagemapTracker`]; a guest with such a device is tracked by [`CompareTracker`] or refused.
+
+mod compare;
+mod ledger;
+mod pagemap;
+mod ranges;
+
+use std::fmt;
+
+pub use compare::CompareTracker;
+pub use ledger::DirtyLedger;
+pub use pagemap::PagemapTracker;
+pub use ranges::{RangeError, RangeMap, Segment};
+
+use crate::layout::PageSet;
+use crate::sys::pagemap::ScanError;
+use crate::sys::process::ProcessError;
+
+/// Why tracking failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// It was not armed, or was disarmed.
+    #[error("dirty tracking is not armed")]
+    NotArmed,
+    /// The process could not be given a userfaultfd, or it could not be closed.
+    #[error(transparent)]
+    Inject(#[from] crate::sys::inject::InjectError),
+    /// The page map could not be scanned.
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    /// The process or its memory could not be reached.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+}
+
+/// Finds the pages that were written. One of several ways, behind one contract.
+pub trait Tracker: Send + fmt::Debug {
+    /// A short name for operators and metrics.
+    fn name(&self) -> &'static str;
+
+    /// While stopped and drained: from now on every written page is found. Pages written earlier need not be found: the
+    /// caller sends all memory after this. Arming what is armed starts anew.
+    ///
+    /// # Errors
+    /// If it fails, nothing is tracked.
+    fn arm(&mut self) -> Result<(), TrackError>;
+
+    /// While stopped and drained: adds every page written since the last arming or harvest, and arms again. May add pages that
+    /// were not written.
+    ///
+    /// # Errors
+    /// If it fails, each page whose mark this call has taken away was added to `dirty` before.
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
+
+    /// At any time: adds every page written since the last arming or harvest, without arming again: the next harvest finds
+    /// these pages too.
+    ///
+    /// # Errors
+    /// If it fails, nothing was lost.
+    fn peek(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
+
+    /// Stops tracking and takes everything of ours out of the process. Disarming what is not armed, or what has ended, is
+    /// no error.
+    ///
+    /// # Errors
+    /// If something of ours had to stay in the process.
+    fn disarm(&mut self) -> Result<(), TrackError>;
+}
