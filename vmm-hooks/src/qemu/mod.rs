@@ -9,6 +9,9 @@
 //! | `target` | finds the QEMU that the operator means |
 
 mod guest;
+mod network;
+mod qmp;
+mod ram;
 mod target;
 mod twin;
 
