@@ -1,1 +1,77 @@
-fn main() {}
+//! `cargo xtask ...`: everything a newcomer or a build machine is told to call.
+//!
+//! Promise: each task says what it does, needs nothing but Rust to start, and where a machine lacks the means for
+//! something it says `skipped` with the reason instead of passing silently.
+
+mod lanes;
+mod setup;
+mod shell;
+mod tidy;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Tasks of the Understudy workspace")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Install what is missing (Debian, as root) and build the guest image under target/guest.
+    Setup {
+        /// Build the guest image anew, from the packages of today.
+        #[arg(long)]
+        refresh: bool,
+    },
+    /// Set up, build and run `understudy demo` with the same arguments.
+    Demo {
+        /// Given to `understudy demo` as they are.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Set up, then check everything: format, lints, house rules, tests, a short real demo.
+    Test {
+        /// Also what takes long: 20 rounds of the demo, 20000 seeds of the simulator.
+        #[arg(long)]
+        all: bool,
+    },
+    /// Run the simulator: `--seeds N`, `--seed S`.
+    Sim {
+        /// Given to the simulator as they are.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Check the house rules alone: who imports whom, pure cores, unsafe code, file lengths, cited clauses.
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().task) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Setup { refresh } => {
+            setup::run(refresh)?.print();
+            Ok(ExitCode::SUCCESS)
+        }
+        Task::Demo { args } => lanes::demo(&args),
+        Task::Test { all } => lanes::test(all),
+        Task::Sim { args } => lanes::sim(&args),
+        Task::Tidy => {
+            tidy::run()?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

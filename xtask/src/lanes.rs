@@ -1,0 +1,124 @@
+//! `cargo xtask demo | test | sim`: what they call, in which order.
+
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+
+use crate::{setup, shell, tidy};
+
+/// Builds the product and runs the demo with `args`.
+///
+/// # Errors
+/// If this machine cannot run it, or it does not build.
+pub(crate) fn demo(args: &[String]) -> Result<ExitCode> {
+    let means = setup::run(false)?;
+    let guest = match means.demo() {
+        Ok(guest) => guest,
+        Err(reasons) => bail!("the demo cannot run here: {reasons}"),
+    };
+    shell::run(shell::cargo().args(["build", "--release", "--package", "replicator"]))?;
+    let mut command = Command::new(shell::target().join("release/understudy"));
+    command.arg("demo").arg("--guest").arg(guest).args(args);
+    // The demo takes our place, so that signals reach it and its exit code is ours.
+    let error = std::os::unix::process::CommandExt::exec(&mut command);
+    bail!("cannot run {}: {error}", shell::target().join("release/understudy").display())
+}
+
+/// Runs the simulator with `args`; its exit code is ours.
+///
+/// # Errors
+/// If cargo cannot be started.
+pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
+    let mut command = shell::cargo();
+    command.args(["run", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]).args(args);
+    let status = command.status()?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// How a lane ended.
+enum Outcome {
+    Passed,
+    Skipped(String),
+    Failed(String),
+}
+
+/// Runs every lane, also after one failed, and sums up.
+///
+/// # Errors
+/// If the set-up cannot write.
+pub(crate) fn test(all: bool) -> Result<ExitCode> {
+    let means = setup::run(false)?;
+    means.print();
+    let mut summary = Vec::new();
+    let mut lane = |name: &str, run: &dyn Fn() -> Outcome| {
+        println!("\n== {name}");
+        let started = Instant::now();
+        let outcome = run();
+        let seconds = started.elapsed().as_secs();
+        let (failed, line) = match outcome {
+            Outcome::Passed => (false, format!("passed   {name} ({seconds} s)")),
+            Outcome::Skipped(why) => (false, format!("skipped  {name}: {why}")),
+            Outcome::Failed(why) => (true, format!("FAILED   {name}: {why}")),
+        };
+        println!("{line}");
+        summary.push((failed, line));
+    };
+    lane("house rules", &|| outcome(tidy::run()));
+    lane("format", &|| match component("fmt") {
+        Ok(()) => outcome(shell::run(shell::cargo().args(["fmt", "--all", "--check"]))),
+        Err(why) => Outcome::Skipped(why),
+    });
+    lane("lints", &|| match component("clippy") {
+        Ok(()) => outcome(shell::run(
+            shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
+        )),
+        Err(why) => Outcome::Skipped(why),
+    });
+    lane("pure cores build alone", &|| {
+        outcome(shell::run(
+            shell::cargo().args(["check", "--lib", "--package", "heartbeat-core", "--package", "replicator-core"]),
+        ))
+    });
+    lane("tests", &|| outcome(shell::run(shell::cargo().args(["test", "--workspace", "--no-fail-fast"]))));
+    lane("demo on a real VM", &|| match means.demo() {
+        Ok(_) => outcome(demo_lane(if all { "20" } else { "1" })),
+        Err(why) => Outcome::Skipped(why),
+    });
+    if all {
+        lane("simulator, 20000 seeds", &|| {
+            let mut command = shell::cargo();
+            command.args(["run", "--release", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]);
+            outcome(shell::run(command.args(["--seeds", "20000"])))
+        });
+    }
+    println!("\n== summary");
+    for (_, line) in &summary {
+        println!("{line}");
+    }
+    let failed = summary.iter().any(|&(failed, _)| failed);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn outcome(result: Result<()>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
+}
+
+/// Whether `cargo NAME` is installed.
+fn component(name: &str) -> Result<(), String> {
+    let mut command = shell::cargo();
+    command.args([name, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(format!("`cargo {name}` is not installed: rustup component add {name}")),
+    }
+}
+
+/// The demo in a process of its own, since it takes the place of the one that calls it.
+fn demo_lane(rounds: &str) -> Result<()> {
+    let mut command = Command::new(std::env::current_exe()?);
+    shell::run(command.args(["demo", "--rounds", rounds]).stdin(Stdio::null()))
+}

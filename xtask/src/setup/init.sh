@@ -1,0 +1,23 @@
+#!/bin/sh
+# The first process of the demo's guest: network from the kernel command line (us.ip=ADDRESS/LENGTH), then Redis.
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev 2>/dev/null
+for module in $(cat /lib/modules/order); do
+    insmod "/lib/modules/$module.ko" || echo "FAILED to load $module"
+done
+for word in $(cat /proc/cmdline); do
+    case $word in us.ip=*) address=${word#us.ip=} ;; esac
+done
+ip link set lo up
+ip link set eth0 up
+ip addr add "$address" dev eth0
+echo 1 >/proc/sys/vm/overcommit_memory
+redis-server --save "" --appendonly no --bind 0.0.0.0 --protected-mode no --loglevel warning --tcp-keepalive 0 &
+until printf 'PING\r\nQUIT\r\n' | nc 127.0.0.1 6379 2>/dev/null | grep -q PONG; do
+    usleep 20000
+done
+echo READY
+wait
+echo "FAILED: redis-server has ended"
+poweroff -f

@@ -1,0 +1,77 @@
+//! `cargo xtask setup`: what the real lanes need beyond Rust.
+//!
+//! Promise: idempotent, silent about nothing, and never an error for means that this machine lacks: those are
+//! listed in [`Means`], and whoever needs them decides. Nothing of the guest is installed into the host.
+
+mod apt;
+mod cpio;
+mod guest;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::shell;
+
+/// Programs the real lanes call, and the Debian packages they come from.
+const PROGRAMS: [(&str, &str); 2] = [("qemu-system-x86_64", "qemu-system-x86"), ("ip", "iproute2")];
+
+/// What this machine can do, after the set-up.
+#[derive(Debug)]
+pub(crate) struct Means {
+    /// Programs that are not there, with why they could not be installed.
+    missing: Vec<String>,
+    /// The directory of the guest image, or why there is none.
+    guest: Result<PathBuf, String>,
+}
+
+impl Means {
+    /// The guest image's directory if a real demo can run here, or all reasons why not.
+    pub(crate) fn demo(&self) -> Result<PathBuf, String> {
+        let mut reasons = self.missing.clone();
+        if !shell::is_root() {
+            reasons.push("network namespaces need the superuser".to_owned());
+        }
+        match &self.guest {
+            Ok(dir) if reasons.is_empty() => return Ok(dir.clone()),
+            Ok(_) => {}
+            Err(reason) => reasons.push(reason.clone()),
+        }
+        Err(reasons.join("; "))
+    }
+
+    /// Says what will run here.
+    pub(crate) fn print(&self) {
+        match self.demo() {
+            Ok(dir) => println!("setup: complete, the guest image is in {}", dir.display()),
+            Err(reasons) => println!("setup: the demo and the lanes on a real VM will be skipped here: {reasons}"),
+        }
+    }
+}
+
+/// Installs and builds what is missing.
+///
+/// # Errors
+/// If the build directory cannot be written.
+pub(crate) fn run(refresh: bool) -> Result<Means> {
+    let mut apt = apt::Apt::new();
+    let missing = programs(&mut apt);
+    let guest = guest::build(&mut apt, refresh)?;
+    Ok(Means { missing, guest })
+}
+
+fn programs(apt: &mut apt::Apt) -> Vec<String> {
+    let absent = || PROGRAMS.iter().filter(|(program, _)| shell::find(program).is_none());
+    let packages: Vec<_> = absent().map(|&(_, package)| package).collect();
+    if packages.is_empty() {
+        println!("setup: programs are there: {}", PROGRAMS.map(|(program, _)| program).join(", "));
+        return Vec::new();
+    }
+    let outcome = apt.install(&packages);
+    absent()
+        .map(|(program, package)| {
+            let why = outcome.as_ref().err().map_or_else(String::new, |error| format!(": {error:#}"));
+            format!("{program} (Debian package {package}) is missing{why}")
+        })
+        .collect()
+}
