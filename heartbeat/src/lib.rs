@@ -1,1 +1,9 @@
+//! Who may run: trust between nodes, QUIC connections, heartbeats, the witness and its client.
+//!
+//! The decisions are made by the pure machines of `heartbeat-core`; this crate gives them clocks, disks and
+//! a network. `docs/protocol.md` has the clauses that both keep.
 
+mod files;
+pub mod quic;
+pub mod store;
+pub mod trust;

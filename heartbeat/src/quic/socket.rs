@@ -1,0 +1,90 @@
+//! UDP sockets under the endpoints: big buffers, and send calls that the kernel accepts.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use quinn::udp::{RecvMeta, Transmit};
+use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::profile::{Profile, max_segments};
+
+/// Binds a UDP socket to `address` with the buffers of `profile`, for quinn on the current tokio runtime.
+pub(crate) fn bind(
+    address: SocketAddr,
+    profile: Profile,
+    mtu: Option<u16>,
+) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    grow_buffers(&socket, profile.socket_buffer());
+    socket.bind(&address.into())?;
+    socket.set_nonblocking(true)?;
+    let inner = TokioRuntime.wrap_udp_socket(socket.into())?;
+    Ok(Arc::new(Capped { inner, segments: max_segments(mtu) }))
+}
+
+/// Asks for buffers of `bytes` each way: past the system's limit as root, up to it otherwise.
+fn grow_buffers(socket: &Socket, bytes: usize) {
+    use rustix::net::sockopt;
+    let received = sockopt::set_socket_recv_buffer_size_force(socket, bytes)
+        .or_else(|_| sockopt::set_socket_recv_buffer_size(socket, bytes));
+    let sent = sockopt::set_socket_send_buffer_size_force(socket, bytes)
+        .or_else(|_| sockopt::set_socket_send_buffer_size(socket, bytes));
+    if let Err(error) = received.and(sent) {
+        tracing::warn!(%error, bytes, "cannot grow the socket buffers; replication may lose packets");
+    }
+}
+
+/// A socket that offers fewer segments per send call than the kernel claims to take.
+struct Capped {
+    inner: Arc<dyn AsyncUdpSocket>,
+    segments: usize,
+}
+
+impl fmt::Debug for Capped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capped").field("segments", &self.segments).finish_non_exhaustive()
+    }
+}
+
+impl AsyncUdpSocket for Capped {
+    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+        self.inner.clone().create_io_poller()
+    }
+
+    fn try_send(&self, transmit: &Transmit) -> io::Result<()> {
+        self.inner.try_send(transmit)
+    }
+
+    fn poll_recv(
+        &self,
+        cx: &mut Context<'_>,
+        bufs: &mut [io::IoSliceMut<'_>],
+        meta: &mut [RecvMeta],
+    ) -> Poll<io::Result<usize>> {
+        self.inner.poll_recv(cx, bufs, meta)
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.inner.local_addr()
+    }
+
+    fn max_transmit_segments(&self) -> usize {
+        self.inner.max_transmit_segments().min(self.segments)
+    }
+
+    fn max_receive_segments(&self) -> usize {
+        self.inner.max_receive_segments()
+    }
+
+    fn may_fragment(&self) -> bool {
+        self.inner.may_fragment()
+    }
+}

@@ -1,0 +1,154 @@
+//! Ownership stores as the agent sees them: ask, and get an answer or none.
+//!
+//! **An error or a silence proves nothing**: the change may have been applied or not. Only a later read's
+//! answer tells (`docs/protocol.md` P4).
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use heartbeat_core::ids::NodeId;
+use heartbeat_core::store::{StoreAnswer, StoreRequest};
+use heartbeat_core::wire::MAX_STORE_MESSAGE;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+use crate::quic::{
+    Connection, Endpoint, MessageError, Purpose, QuicError, close, read_message, write_message,
+};
+
+/// Pause before the second dial of one request; it doubles.
+const FIRST_RETRY: Duration = Duration::from_millis(20);
+/// Longest pause between two dials.
+const LONGEST_RETRY: Duration = Duration::from_millis(500);
+
+/// Why there is no answer. None of these says whether the request took effect.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The store did not answer in time.
+    #[error("the ownership store did not answer within {after:?}; nobody goes alone until it does")]
+    Silent {
+        /// The deadline that passed.
+        after: Duration,
+        /// The last reason why, if one is known.
+        #[source]
+        source: Option<Box<StoreError>>,
+    },
+    /// The store cannot be reached.
+    #[error("the ownership store cannot be reached")]
+    Unreachable(#[source] QuicError),
+    /// The connection broke under the request.
+    #[error("the connection to the ownership store broke")]
+    Broken(#[source] MessageError),
+    /// The store's answer is not to this request.
+    #[error("the ownership store answered another question")]
+    Mixed,
+}
+
+/// The answer that an [`OwnershipStore`] will give.
+pub type Asked<'a> = Pin<Box<dyn Future<Output = Result<StoreAnswer, StoreError>> + Send + 'a>>;
+
+/// A store of ownership records. Safe to share; requests may be under way at the same time.
+pub trait OwnershipStore: Send + Sync + std::fmt::Debug {
+    /// Asks once and waits for the answer, for a bounded time.
+    ///
+    /// An answer shows the durable record after the request. An error or a silence proves nothing: the
+    /// request may take effect even after it is returned. Dropping the future is a silence.
+    fn ask(&self, request: StoreRequest) -> Asked<'_>;
+}
+
+/// A client of the built-in witness.
+#[derive(Debug)]
+pub struct WitnessClient {
+    endpoint: Arc<Endpoint>,
+    witness: NodeId,
+    deadline: Duration,
+    connection: Mutex<Option<Connection>>,
+}
+
+impl WitnessClient {
+    /// A client of `witness`, a pinned peer, over `endpoint` (of the control profile). Each request may
+    /// take `deadline`, dialing included. Nothing is dialed before the first request.
+    #[must_use]
+    pub fn new(endpoint: Arc<Endpoint>, witness: NodeId, deadline: Duration) -> Self {
+        Self { endpoint, witness, deadline, connection: Mutex::new(None) }
+    }
+
+    /// Which witness this is a client of.
+    #[must_use]
+    pub fn witness(&self) -> NodeId {
+        self.witness
+    }
+
+    /// A connection that was alive a moment ago, dialed if there is none.
+    async fn connection(&self) -> Result<quinn::Connection, StoreError> {
+        let mut slot = self.connection.lock().await;
+        if let Some(connection) = &*slot
+            && connection.quic.close_reason().is_none()
+        {
+            return Ok(connection.quic.clone());
+        }
+        let connection = self
+            .endpoint
+            .connect(self.witness, Purpose::Witness)
+            .await
+            .map_err(StoreError::Unreachable)?;
+        let quic = connection.quic.clone();
+        *slot = Some(connection);
+        Ok(quic)
+    }
+
+    async fn ask_once(&self, request: &StoreRequest) -> Result<StoreAnswer, StoreError> {
+        let connection = self.connection().await?;
+        let broken = StoreError::Broken;
+        let (mut send, mut recv) =
+            connection.open_bi().await.map_err(|error| {
+                broken(MessageError::Read(quinn::ReadError::ConnectionLost(error)))
+            })?;
+        write_message(&mut send, request).await.map_err(broken)?;
+        let answer: StoreAnswer =
+            read_message(&mut recv, MAX_STORE_MESSAGE).await.map_err(|error| {
+                if error.is_peers_fault() {
+                    connection.close(quinn::VarInt::from_u32(close::PROTOCOL), b"bad answer");
+                }
+                broken(error)
+            })?;
+        if answer.id == request.id && answer.vm == request.vm {
+            Ok(answer)
+        } else {
+            connection.close(quinn::VarInt::from_u32(close::PROTOCOL), b"mixed answer");
+            Err(StoreError::Mixed)
+        }
+    }
+
+    /// Asks until an answer or the deadline comes. A request that is sent twice is harmless: a change is a
+    /// compare-and-set, so its second copy finds the record changed and shows it.
+    async fn ask_until(&self, request: StoreRequest) -> Result<StoreAnswer, StoreError> {
+        let end = Instant::now() + self.deadline;
+        let mut pause = FIRST_RETRY;
+        let mut last = None;
+        loop {
+            let silent = |last: Option<StoreError>| StoreError::Silent {
+                after: self.deadline,
+                source: last.map(Box::new),
+            };
+            match tokio::time::timeout_at(end, self.ask_once(&request)).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) => last = Some(error),
+                Err(_) => return Err(silent(last)),
+            }
+            if Instant::now() + pause >= end {
+                return Err(silent(last));
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_RETRY);
+        }
+    }
+}
+
+impl OwnershipStore for WitnessClient {
+    fn ask(&self, request: StoreRequest) -> Asked<'_> {
+        Box::pin(self.ask_until(request))
+    }
+}
