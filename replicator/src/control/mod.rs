@@ -7,4 +7,10 @@
 
 pub mod agent_api;
 pub mod api;
+pub mod client;
 pub mod policy;
+pub mod server;
+pub mod socket;
+
+#[cfg(test)]
+mod tests;
