@@ -7,3 +7,4 @@ mod files;
 pub mod quic;
 pub mod store;
 pub mod trust;
+pub mod witness;

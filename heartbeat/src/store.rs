@@ -23,6 +23,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(20);
 /// Longest pause between two dials.
 const LONGEST_RETRY: Duration = Duration::from_millis(500);
 
+/// Code with which the witness resets the stream of a request for a VM whose record is damaged.
+pub(crate) const RESET_LATCHED: u32 = 1;
+
 /// Why there is no answer. None of these says whether the request took effect.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -41,6 +44,9 @@ pub enum StoreError {
     /// The connection broke under the request.
     #[error("the connection to the ownership store broke")]
     Broken(#[source] MessageError),
+    /// The store holds a damaged record for this VM and refuses to guess.
+    #[error("the witness refuses this VM because its record is damaged; see the witness's log, restore the record there, and restart it")]
+    Latched,
     /// The store's answer is not to this request.
     #[error("the ownership store answered another question")]
     Mixed,
@@ -109,6 +115,10 @@ impl WitnessClient {
         write_message(&mut send, request).await.map_err(broken)?;
         let answer: StoreAnswer =
             read_message(&mut recv, MAX_STORE_MESSAGE).await.map_err(|error| {
+                let latched = quinn::VarInt::from_u32(RESET_LATCHED);
+                if matches!(&error, MessageError::Read(quinn::ReadError::Reset(code)) if *code == latched) {
+                    return StoreError::Latched;
+                }
                 if error.is_peers_fault() {
                     connection.close(quinn::VarInt::from_u32(close::PROTOCOL), b"bad answer");
                 }
@@ -135,6 +145,7 @@ impl WitnessClient {
             };
             match tokio::time::timeout_at(end, self.ask_once(&request)).await {
                 Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(StoreError::Latched)) => return Err(StoreError::Latched),
                 Ok(Err(error)) => last = Some(error),
                 Err(_) => return Err(silent(last)),
             }
