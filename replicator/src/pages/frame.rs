@@ -24,7 +24,7 @@
 //! | 24..32 | incarnation of the sender, u64 |
 //! | 32..40 | epoch, u64 |
 //! | 40..48 | pages of the whole memory layout, u64 |
-//! | 48..52 | flags, u32: bit 0 binding, bit 1 sync chunk, bit 2 device state present, bit 3 device state is a delta; others 0 |
+//! | 48..52 | flags, u32: bit 0 binding, bit 1 sync chunk, bit 2 device state present (exactly if bit 1 is not set), bit 3 device state is a delta; others 0 |
 //! | 52..56 | device state bytes, u32, at most [`MAX_DEVICE_BYTES`](super::MAX_DEVICE_BYTES); 0 without bit 2 |
 //! | 56..60 | CRC-32 of the device state that the delta builds on; 0 without bit 3 |
 //! | 60..64 | its length, u32; 0 without bit 3 |
@@ -310,8 +310,8 @@ impl StreamHead {
     pub fn parse(bytes: &[u8; HEAD_BYTES]) -> Result<Self, FrameError> {
         let flags = get_u32(bytes, 48);
         let set = |flag| flags & flag != 0;
-        let sync_with_device = set(FLAG_SYNC) && set(FLAG_DEVICE);
-        if flags & !FLAGS != 0 || sync_with_device || (set(FLAG_DEVICE_DELTA) && !set(FLAG_DEVICE)) {
+        // An epoch has device state, a sync chunk has none: memory that is newer than its device state is of no use.
+        if flags & !FLAGS != 0 || set(FLAG_SYNC) == set(FLAG_DEVICE) || (set(FLAG_DEVICE_DELTA) && !set(FLAG_DEVICE)) {
             return Err(FrameError::Field { field: "flags" });
         }
         let length = get_u32(bytes, 52);
