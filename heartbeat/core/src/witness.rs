@@ -4,6 +4,7 @@
 //! persist of its VM is in flight waits for it. A failed persist latches: that VM answers nothing more until restart, since nobody
 //! knows which of two records a restart will find.
 
+use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
 
 use crate::ids::{NodeId, StoreId, VmId};
@@ -62,10 +63,17 @@ struct Waiting {
     request: StoreRequest,
 }
 
+/// What is being made durable, and for whom.
+#[derive(Debug)]
+struct Write {
+    next: Record,
+    asker: Waiting,
+}
+
 #[derive(Debug)]
 enum Disk {
     Idle,
-    Writing { token: u64, next: Record, asker: Waiting },
+    Writing { token: u64, write: Box<Write> },
     Failed,
 }
 
@@ -152,9 +160,10 @@ impl Witness {
         let Some((&vm, slot)) = self.slots.iter_mut().find(|(_, slot)| slot.writes(token)) else {
             return;
         };
-        let Disk::Writing { next, asker, .. } = core::mem::replace(&mut slot.disk, Disk::Idle) else {
+        let Disk::Writing { write, .. } = core::mem::replace(&mut slot.disk, Disk::Idle) else {
             unreachable!("found by its token");
         };
+        let Write { next, asker } = *write;
         slot.durable = Some(next);
         self.stats.applied += 1;
         self.answer(asker.from, asker.tag, &asker.request, Some(next), true);
@@ -201,7 +210,7 @@ impl Witness {
                 let next = Record::changed(self.store, old.as_ref(), owner);
                 let token = self.next_token;
                 self.next_token += 1;
-                slot.disk = Disk::Writing { token, next, asker: asked };
+                slot.disk = Disk::Writing { token, write: Box::new(Write { next, asker: asked }) };
                 self.outputs.push_back(WitnessOutput::Persist { vm: asked.request.vm, record: next, token });
             }
             Err(refusal) => {
@@ -210,6 +219,10 @@ impl Witness {
                     _ => self.stats.refused_cause += 1,
                 }
                 self.answer(asked.from, asked.tag, &asked.request, old, false);
+                if old.is_none() {
+                    // Nobody fills the table with names of VMs that were never recorded.
+                    self.slots.remove(&asked.request.vm);
+                }
             }
         }
     }

@@ -1,17 +1,16 @@
-//! The primary's machine.
+//! What goes into a [`super::Primary`] and what comes out.
 
 use alloc::string::String;
 use core::time::Duration;
 
-use heartbeat_core::ids::{Epoch, Generation, Incarnation, Party, VmId};
+use heartbeat_core::ids::{Epoch, Generation, Party, VmId};
 use heartbeat_core::ownership::OwnershipConfig;
-use heartbeat_core::store::{StoreAnswer, StoreRequest};
+use heartbeat_core::store::StoreRequest;
 use heartbeat_core::time::Time;
 
-use crate::message::{CloseCode, PeerMessage, RehearsalResult};
+use crate::message::{CloseCode, PeerMessage};
 use crate::pacing::{Pacing, Window};
 use crate::state::ProtectionState;
-use crate::stats::PrimaryStats;
 
 /// How a [`Primary`] works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,6 +111,8 @@ pub enum Operator {
     Unprotect,
     /// Move the VM to the standby without losing anything.
     Failover,
+    /// Prove again that the standby's copy loads.
+    Rehearse,
 }
 
 /// What the driver must do, in order. An output is done before the next one is begun, but for what says that it goes on by itself.
@@ -138,6 +139,9 @@ pub enum Output {
         /// When.
         window: Window,
     },
+    /// A capture under way that did not pause the guest yet is not wanted: report it as failed and retryable. One that did, ends as
+    /// always.
+    Cancel,
     /// Encode and send this captured epoch, in the background; then [`Primary::handle_sent`].
     Send {
         /// Which.
@@ -155,7 +159,8 @@ pub enum Output {
     },
     /// All held output may leave, and whatever comes.
     OpenOutput,
-    /// Pause the guest and release nothing more: another node may run it. What is held may be dropped.
+    /// Pause the guest, and let it stay paused at the end of a capture under way; release nothing more: another node may run it.
+    /// What is held may be dropped. [`Output::Resume`] and [`Output::OpenOutput`] may follow if it is given back.
     Mute,
     /// Let the paused guest run again.
     Resume,
@@ -182,92 +187,3 @@ pub enum Output {
     Finished,
 }
 
-/// The machine of one protection on the primary.
-#[derive(Debug)]
-pub struct Primary {
-    config: PrimaryConfig,
-    stats: PrimaryStats,
-    state: ProtectionState,
-}
-
-impl Primary {
-    /// A machine that did nothing yet.
-    #[must_use]
-    pub fn new(config: PrimaryConfig) -> Self {
-        Self { config, stats: PrimaryStats::default(), state: ProtectionState::Unprotected }
-    }
-
-    /// Begin: the replication connection stands and the standby's hello showed `config.standby`.
-    pub fn handle_start(&mut self, _now: Time) {}
-    /// Any message of the control stream; calls the `handle_` function that it is for.
-    pub fn handle_peer(&mut self, _now: Time, _message: PeerMessage) {}
-    /// The standby's twin waits.
-    pub fn handle_prepared(&mut self, _now: Time) {}
-    /// The standby cannot.
-    pub fn handle_refused(&mut self, _now: Time, _reason: &str) {}
-    /// Everything was sent once and the rounds are over: epochs can begin.
-    pub fn handle_synced(&mut self, _now: Time) {}
-    /// The initial sync cannot go on.
-    pub fn handle_sync_failed(&mut self, _now: Time, _reason: &str) {}
-    /// The capture that was asked for is done.
-    pub fn handle_captured(&mut self, _now: Time, _report: CaptureReport) {}
-    /// The capture that was asked for failed, and the guest runs; what was harvested has been put back.
-    pub fn handle_capture_failed(&mut self, _now: Time, _epoch: Epoch, _retryable: bool, _reason: &str) {}
-    /// The whole epoch was handed to the transport.
-    pub fn handle_sent(&mut self, _now: Time, _epoch: Epoch) {}
-    /// The standby holds all epochs up to this one.
-    pub fn handle_acknowledged(&mut self, _now: Time, _g: Generation, _i: Incarnation, _epoch: Epoch) {}
-    /// How the rehearsal went.
-    pub fn handle_rehearsed(&mut self, _now: Time, _epoch: Epoch, _result: RehearsalResult) {}
-    /// An answer of the store.
-    pub fn handle_answer(&mut self, _now: Time, _answer: &StoreAnswer) {}
-    /// A generation that was output is durable.
-    pub fn handle_generation_persisted(&mut self, _now: Time, _generation: Generation) {}
-    /// The failure detector suspects the standby's node.
-    pub fn handle_peer_suspected(&mut self, _now: Time) {}
-    /// The failure detector hears the standby's node again, in the same life.
-    pub fn handle_peer_heard(&mut self, _now: Time) {}
-    /// The standby's node is in another life: what it held is gone.
-    pub fn handle_peer_restarted(&mut self, _now: Time, _incarnation: Incarnation) {}
-    /// The replication connection is lost.
-    pub fn handle_connection_lost(&mut self, _now: Time, _reason: &str) {}
-    /// Something happened to the guest.
-    pub fn handle_guest_event(&mut self, _now: Time, _event: GuestEvent) {}
-    /// The operator asks. `Err` says why not, and then nothing changed.
-    ///
-    /// # Errors
-    /// One sentence for the operator.
-    pub fn handle_operator(&mut self, _now: Time, _ask: Operator) -> Result<(), String> {
-        Ok(())
-    }
-    /// Time has come.
-    pub fn handle_timeout(&mut self, _now: Time) {}
-    /// When [`Primary::handle_timeout`] wants to be called.
-    #[must_use]
-    pub fn poll_timeout(&self) -> Option<Time> {
-        None
-    }
-    /// What to do next.
-    pub fn poll_output(&mut self) -> Option<Output> {
-        None
-    }
-    /// The state an operator sees.
-    #[must_use]
-    pub fn state(&self) -> ProtectionState {
-        self.state
-    }
-    /// Counters.
-    #[must_use]
-    pub fn stats(&self) -> PrimaryStats {
-        self.stats
-    }
-    /// How it works.
-    #[must_use]
-    pub fn config(&self) -> &PrimaryConfig {
-        &self.config
-    }
-    /// Changes how long epochs last, from the next capture on.
-    pub fn set_pacing(&mut self, pacing: Pacing) {
-        self.config.pacing = pacing;
-    }
-}

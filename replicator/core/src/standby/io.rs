@@ -1,16 +1,14 @@
-//! The standby's machine.
+//! What goes into a [`super::Standby`] and what comes out.
 
 use alloc::string::String;
 use core::time::Duration;
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation, Party, VmId};
 use heartbeat_core::ownership::OwnershipConfig;
-use heartbeat_core::store::{StoreAnswer, StoreRequest};
-use heartbeat_core::time::Time;
+use heartbeat_core::store::StoreRequest;
 
-use crate::message::{CloseCode, PeerMessage, RehearsalResult};
+use crate::message::{CloseCode, PeerMessage};
 use crate::state::ProtectionState;
-use crate::stats::StandbyStats;
 
 /// How a [`Standby`] works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,94 +119,3 @@ pub enum Suspicion {
     Restarted,
 }
 
-/// The machine of one protection on the standby.
-#[derive(Debug)]
-pub struct Standby {
-    config: StandbyConfig,
-    stats: StandbyStats,
-    state: ProtectionState,
-}
-
-impl Standby {
-    /// A machine that did nothing yet; the driver builds the twin.
-    #[must_use]
-    pub fn new(config: StandbyConfig) -> Self {
-        Self { config, stats: StandbyStats::default(), state: ProtectionState::Pairing }
-    }
-    /// The twin waits.
-    pub fn handle_prepared(&mut self, _now: Time) {}
-    /// The twin cannot be built.
-    pub fn handle_prepare_failed(&mut self, _now: Time, _reason: &str) {}
-    /// Any message of the control stream.
-    pub fn handle_peer(&mut self, _now: Time, _message: PeerMessage) {}
-    /// A whole epoch was received, checked and staged. `incarnation` is the primary's, from the epoch's header.
-    pub fn handle_staged(&mut self, _now: Time, _g: Generation, _i: Incarnation, _epoch: Epoch) {}
-    /// How the rehearsal went.
-    pub fn handle_rehearsed(&mut self, _now: Time, _result: RehearsalResult) {}
-    /// An answer of the store.
-    pub fn handle_answer(&mut self, _now: Time, _answer: &StoreAnswer) {}
-    /// A generation that was output is durable.
-    pub fn handle_generation_persisted(&mut self, _now: Time, _generation: Generation) {}
-    /// The mark is durable.
-    pub fn handle_marked(&mut self, _now: Time, _generation: Generation) {}
-    /// How the activation went.
-    pub fn handle_activated(&mut self, _now: Time, _result: ActivationResult) {}
-    /// The primary is suspected.
-    pub fn handle_suspected(&mut self, _now: Time, _why: Suspicion) {}
-    /// The failure detector hears the primary's node again, in the same life.
-    pub fn handle_peer_heard(&mut self, _now: Time) {}
-    /// The twin has ended before it was activated. It is launched again by the activation; only shown.
-    pub fn handle_twin_died(&mut self, _now: Time) {}
-    /// The operator asks to fail over to this node now.
-    ///
-    /// # Errors
-    /// One sentence for the operator: why not. Then nothing changed.
-    pub fn handle_operator_failover(&mut self, _now: Time) -> Result<(), String> {
-        Ok(())
-    }
-    /// The operator asks to prove that the copy loads.
-    ///
-    /// # Errors
-    /// One sentence for the operator: why not. Then nothing changed.
-    pub fn handle_operator_rehearse(&mut self, _now: Time) -> Result<(), String> {
-        Ok(())
-    }
-    /// The operator asks to throw a copy away that is kept for nobody.
-    ///
-    /// # Errors
-    /// One sentence for the operator: why not. Then nothing changed.
-    pub fn handle_operator_discard(&mut self, _now: Time) -> Result<(), String> {
-        Ok(())
-    }
-    /// Time has come.
-    pub fn handle_timeout(&mut self, _now: Time) {}
-    /// When [`Standby::handle_timeout`] wants to be called.
-    #[must_use]
-    pub fn poll_timeout(&self) -> Option<Time> {
-        None
-    }
-    /// What to do next.
-    pub fn poll_output(&mut self) -> Option<Output> {
-        None
-    }
-    /// The state an operator sees.
-    #[must_use]
-    pub fn state(&self) -> ProtectionState {
-        self.state
-    }
-    /// The last epoch that was acknowledged.
-    #[must_use]
-    pub fn acknowledged(&self) -> Option<Epoch> {
-        None
-    }
-    /// Counters.
-    #[must_use]
-    pub fn stats(&self) -> StandbyStats {
-        self.stats
-    }
-    /// How it works.
-    #[must_use]
-    pub fn config(&self) -> &StandbyConfig {
-        &self.config
-    }
-}

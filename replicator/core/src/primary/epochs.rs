@@ -1,0 +1,166 @@
+//! The bounded pipeline of epochs: one capture under way, and those that wait for their acknowledgement.
+
+use alloc::collections::VecDeque;
+use core::time::Duration;
+
+use heartbeat_core::ids::Epoch;
+use heartbeat_core::time::Time;
+
+use super::io::CaptureReport;
+
+/// How long after a failed capture the next one may begin, times the failures in a row.
+const RETRY_AFTER: Duration = Duration::from_millis(10);
+
+/// A capture under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Capturing {
+    pub(super) epoch: Epoch,
+    pub(super) hold: bool,
+    pub(super) stay_paused: bool,
+    pub(super) cancelled: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    epoch: Epoch,
+    captured_at: Time,
+    sent_at: Option<Time>,
+    bytes: u64,
+}
+
+/// What an acknowledgement brought.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Acknowledged {
+    pub(super) epochs: u64,
+    /// From the end of the newest one's capture to now.
+    pub(super) commit: Duration,
+}
+
+#[derive(Debug)]
+pub(super) struct Epochs {
+    /// The epoch that the guest is in.
+    next: Epoch,
+    capturing: Option<Capturing>,
+    in_flight: VecDeque<InFlight>,
+    failures: u32,
+    /// When the guest last began to run.
+    resumed: Time,
+    retry_at: Time,
+    /// When the last acknowledgement came.
+    progress: Time,
+}
+
+impl Epochs {
+    pub(super) fn new(first: Epoch) -> Self {
+        Self {
+            next: first,
+            capturing: None,
+            in_flight: VecDeque::new(),
+            failures: 0,
+            resumed: Time::ZERO,
+            retry_at: Time::ZERO,
+            progress: Time::ZERO,
+        }
+    }
+
+    pub(super) fn next(&self) -> Epoch {
+        self.next
+    }
+
+    pub(super) fn resumed(&self) -> Time {
+        self.resumed
+    }
+
+    pub(super) fn retry_at(&self) -> Time {
+        self.retry_at
+    }
+
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    pub(super) fn is_capturing(&self) -> bool {
+        self.capturing.is_some()
+    }
+
+    pub(super) fn begin_capture(&mut self, hold: bool, stay_paused: bool) -> Epoch {
+        assert!(self.capturing.is_none(), "two captures at once");
+        self.capturing = Some(Capturing { epoch: self.next, hold, stay_paused, cancelled: false });
+        self.next
+    }
+
+    /// Whether a capture is under way that was not cancelled yet; it is now.
+    pub(super) fn cancel(&mut self) -> bool {
+        self.capturing.as_mut().is_some_and(|capture| !core::mem::replace(&mut capture.cancelled, true))
+    }
+
+    /// The guest is gone: no report will come.
+    pub(super) fn forget_capture(&mut self) {
+        self.capturing = None;
+    }
+
+    pub(super) fn end_capture(&mut self, epoch: Epoch) -> Capturing {
+        let capture = self.capturing.take().filter(|capture| capture.epoch == epoch);
+        capture.expect("a report about a capture that was not asked for")
+    }
+
+    pub(super) fn captured(&mut self, report: &CaptureReport, now: Time) {
+        self.skip(report);
+        self.in_flight.push_back(InFlight {
+            epoch: report.epoch,
+            captured_at: now,
+            sent_at: None,
+            bytes: report.bytes,
+        });
+    }
+
+    /// The epoch was captured and goes nowhere; its number is used all the same.
+    pub(super) fn skip(&mut self, report: &CaptureReport) {
+        self.failures = 0;
+        self.next = report.epoch.next();
+        self.resumed = report.paused_at + report.pause;
+    }
+
+    /// How many captures failed in a row, cancelled ones not counted.
+    pub(super) fn capture_failed(&mut self, epoch: Epoch, now: Time) -> u32 {
+        if !self.end_capture(epoch).cancelled {
+            self.failures += 1;
+            self.retry_at = now + RETRY_AFTER * self.failures;
+        }
+        self.failures
+    }
+
+    pub(super) fn sent(&mut self, now: Time, epoch: Epoch) {
+        if let Some(entry) = self.in_flight.iter_mut().find(|entry| entry.epoch == epoch) {
+            entry.sent_at = Some(now);
+        }
+    }
+
+    /// Everything up to `epoch` is held by the standby; `None` if that is no news.
+    pub(super) fn acknowledged(&mut self, now: Time, epoch: Epoch) -> Option<Acknowledged> {
+        let mut news = None;
+        while let Some(entry) = self.in_flight.front().filter(|entry| entry.epoch <= epoch) {
+            let epochs = news.map_or(0, |news: Acknowledged| news.epochs) + 1;
+            news = Some(Acknowledged { epochs, commit: now - entry.captured_at });
+            self.in_flight.pop_front();
+        }
+        if news.is_some() {
+            self.progress = now;
+        }
+        news
+    }
+
+    /// When the oldest epoch is too old. Its size counts only while it is being sent: a large epoch on a slow link is no suspicion.
+    pub(super) fn deadline(&self, within: Duration, bytes_per_second: u64) -> Option<Time> {
+        let oldest = self.in_flight.front()?;
+        let by_size = Duration::from_nanos(oldest.bytes.saturating_mul(1_000_000_000) / bytes_per_second.max(1));
+        let at_most = oldest.captured_at.max(self.progress) + by_size;
+        let from = oldest.sent_at.map_or(at_most, |sent| sent.max(self.progress).min(at_most));
+        Some(from + within)
+    }
+
+    /// Takes out every epoch that was not acknowledged.
+    pub(super) fn take_unacknowledged(&mut self) -> impl Iterator<Item = Epoch> {
+        core::mem::take(&mut self.in_flight).into_iter().map(|entry| entry.epoch)
+    }
+}

@@ -1,0 +1,526 @@
+//! The standby's machine: from the twin to the grant.
+//!
+//! It commits and acknowledges whole epochs, in order, until it has read its grant, and never after; then it goes on from the last
+//! epoch that it acknowledged (`docs/protocol.md` P4). It asks for the grant only when the record names it in this very
+//! session, which happens only after it acknowledged the first epoch that the primary held (P10).
+
+mod io;
+#[cfg(test)]
+mod tests;
+
+use alloc::collections::VecDeque;
+use alloc::format;
+use alloc::string::{String, ToString};
+
+use heartbeat_core::ids::{Epoch, Generation, Incarnation, Party};
+use heartbeat_core::ownership::{Ownership, OwnershipOutput, Verdict, Want};
+use heartbeat_core::store::StoreAnswer;
+use heartbeat_core::time::Time;
+
+pub use self::io::{ActivationResult, Output, StandbyConfig, Suspicion};
+
+use crate::message::{CloseCode, PeerMessage, RehearsalResult, clip};
+use crate::state::ProtectionState;
+use crate::stats::StandbyStats;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The driver builds the twin.
+    Preparing,
+    /// Pages and epochs come in.
+    Receiving,
+    /// Asks for the grant, or for what the record says. Goes back to receiving if `recoverable` and the peer is heard again.
+    Asking { recoverable: bool },
+    /// The grant was read; the mark is being made durable.
+    Marking { generation: Generation },
+    Activating { generation: Generation },
+    /// The guest runs here; the record shall say so.
+    Announcing,
+    /// The activation failed; the record shall name the primary again.
+    GivingBack,
+    /// The primary owns the VM alone: the copy is kept as it is.
+    Frozen,
+    Finished,
+}
+
+/// The machine of one protection on the standby.
+///
+/// Order of calls: the driver builds the twin and reports [`Standby::handle_prepared`]; then any `handle_*` as things happen, each with a `now`
+/// that never goes back; after each, [`Standby::poll_output`] until it is `None`, doing what it says in order; then arrange for
+/// [`Standby::handle_timeout`] at [`Standby::poll_timeout`]. After [`Output::Finished`] inputs are ignored.
+#[derive(Debug)]
+pub struct Standby {
+    config: StandbyConfig,
+    ownership: Ownership,
+    phase: Phase,
+    /// The first epoch that the primary holds output for, once it said so.
+    binding: Option<Epoch>,
+    acknowledged: Option<Epoch>,
+    connected: bool,
+    silent: bool,
+    /// The primary said that its protection ends.
+    told_unprotect: bool,
+    /// An ask for the grant was sent and may still be applied.
+    asked: bool,
+    /// [`Output::Finished`] was output.
+    finished: bool,
+    rehearsing: Option<Rehearsing>,
+    outputs: VecDeque<Output>,
+    shown: (ProtectionState, String),
+    stats: StandbyStats,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Rehearsing {
+    /// What the primary called it; `None` if the operator here asked.
+    asked: Option<Epoch>,
+}
+
+impl Standby {
+    /// A machine that did nothing yet; the driver builds the twin.
+    ///
+    /// # Panics
+    /// If the primary is this node.
+    #[must_use]
+    pub fn new(config: StandbyConfig) -> Self {
+        assert!(config.primary.node != config.ownership.me.node, "a node cannot stand by for itself");
+        Self {
+            config,
+            ownership: Ownership::new(config.ownership),
+            phase: Phase::Preparing,
+            binding: None,
+            acknowledged: None,
+            connected: true,
+            silent: false,
+            told_unprotect: false,
+            asked: false,
+            finished: false,
+            rehearsing: None,
+            outputs: VecDeque::new(),
+            shown: (ProtectionState::Pairing, String::new()),
+            stats: StandbyStats::default(),
+        }
+    }
+
+    /// The twin waits.
+    pub fn handle_prepared(&mut self, now: Time) {
+        if self.phase == Phase::Preparing {
+            self.phase = Phase::Receiving;
+            self.show(ProtectionState::Syncing, "receives the memory");
+            self.tell(PeerMessage::Prepared);
+        }
+        self.advance(now);
+    }
+
+    /// The twin cannot be built, and nothing was left behind.
+    pub fn handle_prepare_failed(&mut self, now: Time, reason: &str) {
+        if self.phase == Phase::Preparing {
+            self.tell(PeerMessage::Refused { reason: clip(reason) });
+            self.show(ProtectionState::Error, reason);
+            self.phase = Phase::Finished;
+        }
+        self.advance(now);
+    }
+
+    /// Any message of the control stream.
+    pub fn handle_peer(&mut self, now: Time, message: PeerMessage) {
+        match message {
+            PeerMessage::Rehearse { epoch } => {
+                if self.rehearsing.is_none() && self.acknowledged.is_some() && self.may_acknowledge() {
+                    self.rehearse(Rehearsing { asked: Some(epoch) });
+                } else {
+                    let reason = "a rehearsal is under way, or there is no whole epoch to rehearse".into();
+                    self.tell(PeerMessage::Rehearsed { epoch, result: RehearsalResult::Fails { reason } });
+                }
+            }
+            PeerMessage::Binding { epoch } => self.binding = self.binding.or(Some(epoch)),
+            PeerMessage::GuestDied { how } => self.suspect(now, false, &format!("the guest died: {how}")),
+            PeerMessage::Planned { epoch } => {
+                // Only a copy of exactly the state in which the guest stands loses nothing.
+                if self.acknowledged == Some(epoch) {
+                    self.suspect(now, false, "a planned failover");
+                }
+            }
+            PeerMessage::Unprotect => {
+                self.told_unprotect = true;
+                if matches!(self.phase, Phase::Preparing | Phase::Receiving | Phase::Asking { .. } | Phase::Frozen) {
+                    self.ownership.want(now, Want::Follow);
+                }
+            }
+            PeerMessage::Status { .. } => {}
+            PeerMessage::Hello { .. }
+            | PeerMessage::Prepare { .. }
+            | PeerMessage::Prepared
+            | PeerMessage::Refused { .. }
+            | PeerMessage::Acknowledge { .. }
+            | PeerMessage::Rehearsed { .. } => self.peer_fault(now, "the primary sent what only a standby sends"),
+        }
+        self.advance(now);
+    }
+
+    /// A whole epoch was received, checked and staged. `generation` and `incarnation` are the session's and the primary's, from
+    /// the epoch's header.
+    pub fn handle_staged(&mut self, now: Time, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
+        let of_this_session = generation == self.config.generation && incarnation == self.config.primary.incarnation;
+        let in_order = self.acknowledged.is_none_or(|last| epoch == last.next());
+        if !of_this_session || !self.may_acknowledge() || !in_order {
+            self.stats.discarded += 1;
+            self.outputs.push_back(Output::Discard { epoch });
+            if of_this_session && !in_order {
+                self.peer_fault(now, "the primary sent an epoch out of order");
+            }
+        } else {
+            self.acknowledged = Some(epoch);
+            self.stats.committed += 1;
+            self.stats.acknowledged += 1;
+            self.outputs.push_back(Output::Commit { epoch });
+            let incarnation = self.config.ownership.me.incarnation;
+            self.outputs.push_back(Output::Acknowledge { generation, incarnation, epoch });
+            if self.is_bound() && self.ownership.wanted() == Want::Nothing && !self.is_named() {
+                // Knowing the record beforehand saves a round trip at the failover.
+                self.ownership.want(now, Want::Follow);
+            }
+        }
+        self.advance(now);
+    }
+
+    /// How the rehearsal went.
+    pub fn handle_rehearsed(&mut self, now: Time, result: RehearsalResult) {
+        if let Some(rehearsing) = self.rehearsing.take() {
+            if matches!(result, RehearsalResult::Loads { .. }) {
+                self.stats.rehearsals += 1;
+            }
+            // The primary decides what a failed one means; it gets the operator's too.
+            let epoch = rehearsing.asked.or(self.acknowledged).unwrap_or_default();
+            self.tell(PeerMessage::Rehearsed { epoch, result });
+        }
+        self.advance(now);
+    }
+
+    /// An answer of the store.
+    pub fn handle_answer(&mut self, now: Time, answer: &StoreAnswer) {
+        self.ownership.handle_answer(now, answer);
+        self.advance(now);
+    }
+
+    /// A generation that was output is durable.
+    pub fn handle_generation_persisted(&mut self, now: Time, generation: Generation) {
+        self.ownership.handle_generation_persisted(now, generation);
+        self.advance(now);
+    }
+
+    /// The mark is durable (`docs/protocol.md` P8).
+    pub fn handle_marked(&mut self, now: Time, generation: Generation) {
+        if self.phase == (Phase::Marking { generation }) {
+            let epoch = self.acknowledged.expect("the grant was taken with a whole epoch");
+            self.phase = Phase::Activating { generation };
+            self.outputs.push_back(Output::Activate { epoch });
+        }
+        self.advance(now);
+    }
+
+    /// How the activation went.
+    pub fn handle_activated(&mut self, now: Time, result: ActivationResult) {
+        if let Phase::Activating { .. } = self.phase {
+            match result {
+                ActivationResult::Runs { .. } => {
+                    self.phase = Phase::Announcing;
+                    self.show(ProtectionState::Degraded, "the VM runs here, alone");
+                    self.ownership.want(now, Want::Activated);
+                }
+                ActivationResult::Fails { reason } => {
+                    self.phase = Phase::GivingBack;
+                    let reason = format!("the activation failed: {reason}. The copy is kept and the VM is given back to the primary");
+                    self.show(ProtectionState::Error, &reason);
+                    self.ownership.want(now, Want::GiveBack);
+                }
+            }
+        }
+        self.advance(now);
+    }
+
+    /// The primary is suspected.
+    pub fn handle_suspected(&mut self, now: Time, why: Suspicion) {
+        match why {
+            Suspicion::Silent => {
+                self.silent = true;
+                self.suspect(now, true, "the primary is silent");
+            }
+            Suspicion::ConnectionLost => {
+                self.connected = false;
+                self.suspect(now, false, "the replication connection is lost");
+            }
+            Suspicion::Restarted => {
+                self.connected = false;
+                self.suspect(now, false, "the primary's agent restarted");
+            }
+        }
+        self.advance(now);
+    }
+
+    /// The failure detector hears the primary's node again, in the same life.
+    pub fn handle_peer_heard(&mut self, now: Time) {
+        self.silent = false;
+        if self.phase == (Phase::Asking { recoverable: true }) && self.connected {
+            // The ask may still be applied: the record is followed until it is another one (P6).
+            self.phase = Phase::Receiving;
+            self.ownership.want(now, Want::Follow);
+            if self.is_named() {
+                self.show(ProtectionState::Protected, "the primary is heard again");
+            }
+        }
+        self.advance(now);
+    }
+
+    /// The operator asks to fail over to this node now. What the primary emitted is never lost by it; what it still holds is.
+    ///
+    /// # Errors
+    /// One sentence for the operator: why not. Then nothing changed.
+    pub fn handle_operator_failover(&mut self, now: Time) -> Result<(), String> {
+        if !self.may_acknowledge() || !self.is_bound() {
+            return Err("this host holds no whole copy that it may activate".into());
+        }
+        self.suspect(now, false, "the operator asked for it");
+        self.advance(now);
+        Ok(())
+    }
+
+    /// The operator asks to prove that the copy loads; the primary hears how it went.
+    ///
+    /// # Errors
+    /// One sentence for the operator: why not. Then nothing changed.
+    pub fn handle_operator_rehearse(&mut self, now: Time) -> Result<(), String> {
+        if self.rehearsing.is_some() {
+            return Err("a rehearsal is under way already".into());
+        }
+        if self.acknowledged.is_none() || !self.may_acknowledge() {
+            return Err("this host holds no whole copy that could be rehearsed".into());
+        }
+        self.rehearse(Rehearsing { asked: None });
+        self.advance(now);
+        Ok(())
+    }
+
+    /// The operator asks to throw a copy away that is kept for nobody.
+    ///
+    /// # Errors
+    /// One sentence for the operator: why not. Then nothing changed.
+    pub fn handle_operator_discard(&mut self, now: Time) -> Result<(), String> {
+        let never_named = !self.connected && self.may_acknowledge() && !self.is_named() && !self.asked;
+        let kept_for_nobody = self.phase == Phase::Frozen || never_named;
+        if !kept_for_nobody {
+            return Err("this copy may be needed: end the protection on the primary instead".into());
+        }
+        self.destroy("the operator threw the copy away");
+        self.advance(now);
+        Ok(())
+    }
+
+    /// Time has come.
+    pub fn handle_timeout(&mut self, now: Time) {
+        self.ownership.handle_timeout(now);
+        self.advance(now);
+    }
+
+    /// When [`Standby::handle_timeout`] wants to be called.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        if self.phase == Phase::Finished { None } else { self.ownership.poll_timeout() }
+    }
+
+    /// What to do next.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// The state an operator sees, and why.
+    #[must_use]
+    pub fn state(&self) -> (ProtectionState, &str) {
+        (self.shown.0, &self.shown.1)
+    }
+
+    /// The last epoch that was acknowledged.
+    #[must_use]
+    pub fn acknowledged(&self) -> Option<Epoch> {
+        self.acknowledged
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn stats(&self) -> StandbyStats {
+        self.stats
+    }
+
+    /// How it works.
+    #[must_use]
+    pub fn config(&self) -> &StandbyConfig {
+        &self.config
+    }
+
+    /// This node's side of the record.
+    #[must_use]
+    pub fn ownership(&self) -> &Ownership {
+        &self.ownership
+    }
+
+    /// Whether the grant, or that the primary goes alone, was not read yet (P4).
+    fn may_acknowledge(&self) -> bool {
+        matches!(self.phase, Phase::Receiving | Phase::Asking { .. })
+    }
+
+    /// A whole copy is here that the primary counts on.
+    fn is_bound(&self) -> bool {
+        self.binding.is_some_and(|binding| self.acknowledged >= Some(binding))
+    }
+
+    /// The record names this session's pair. Its generation says so: no older or newer pairing of these two has the same.
+    fn is_named(&self) -> bool {
+        self.ownership.verdict()
+            == Verdict::Paired {
+                generation: self.config.generation,
+                primary: self.config.primary,
+                standby: self.config.ownership.me,
+            }
+    }
+
+    fn suspect(&mut self, now: Time, recoverable: bool, why: &str) {
+        match &mut self.phase {
+            Phase::Receiving => {
+                self.stats.suspicions += 1;
+                self.phase = Phase::Asking { recoverable };
+                if self.is_bound() {
+                    self.show(ProtectionState::FailingOver, why);
+                }
+                // What was read before may be old; a change that expects it is refused then. It is read first only if unknown.
+                let named = self.is_named();
+                self.asked |= named;
+                self.ownership.want(now, if named { Want::Solo { activated: false } } else { Want::Follow });
+            }
+            Phase::Asking { recoverable: known } => *known &= recoverable,
+            Phase::Preparing if !recoverable => self.destroy(why),
+            _ => {}
+        }
+    }
+
+    fn rehearse(&mut self, rehearsing: Rehearsing) {
+        let epoch = self.acknowledged.expect("checked by the callers");
+        self.rehearsing = Some(rehearsing);
+        self.outputs.push_back(Output::Rehearse { epoch });
+    }
+
+    fn tell(&mut self, message: PeerMessage) {
+        if self.connected {
+            self.outputs.push_back(Output::Peer(message));
+        }
+    }
+
+    fn show(&mut self, state: ProtectionState, reason: &str) {
+        if self.shown.0 != state || self.shown.1 != reason {
+            self.shown = (state, reason.to_string());
+            self.outputs.push_back(Output::State { state, reason: reason.to_string() });
+        }
+    }
+
+    fn peer_fault(&mut self, now: Time, reason: &str) {
+        if core::mem::replace(&mut self.connected, false) {
+            self.outputs.push_back(Output::Close(CloseCode::Unexpected));
+        }
+        self.suspect(now, false, reason);
+    }
+
+    fn advance(&mut self, now: Time) {
+        if self.finished {
+            return;
+        }
+        self.follow_record(now);
+        while let Some(output) = self.ownership.poll_output() {
+            self.outputs.push_back(match output {
+                OwnershipOutput::Ask(request) => Output::Ask(request),
+                OwnershipOutput::PersistGeneration(generation) => Output::PersistGeneration(generation),
+            });
+        }
+        if self.phase == Phase::Finished {
+            self.finished = true;
+            self.outputs.push_back(Output::Finished);
+        }
+    }
+
+    fn follow_record(&mut self, now: Time) {
+        let verdict = self.ownership.verdict();
+        match self.phase {
+            Phase::Receiving | Phase::Asking { .. } | Phase::Frozen => self.follow_owner(now, verdict),
+            Phase::Announcing if self.ownership.is_fulfilled() => {
+                self.outputs.push_back(Output::Release);
+                if self.connected {
+                    self.outputs.push_back(Output::Close(CloseCode::Done));
+                }
+                self.phase = Phase::Finished;
+            }
+            Phase::GivingBack if matches!(verdict, Verdict::SoloOther { .. }) => {
+                self.phase = Phase::Frozen;
+                self.ownership.want(now, Want::Follow);
+            }
+            _ => {}
+        }
+    }
+
+    fn follow_owner(&mut self, now: Time, verdict: Verdict) {
+        let session = self.config.generation;
+        match verdict {
+            Verdict::SoloMe { generation, .. } if self.ownership.may_run_alone() => self.granted(now, generation),
+            Verdict::Stopped { generation } if generation >= session => self.destroy("the VM was stopped"),
+            Verdict::Stopped { .. } | Verdict::Absent if self.told_unprotect => self.destroy("the protection was ended"),
+            // Protected again, by another session: this copy is of no use any more.
+            Verdict::Paired { generation, .. } if generation > session => self.destroy("the VM is protected again without this copy"),
+            Verdict::SoloOther { .. } if self.told_unprotect => self.destroy("the protection was ended"),
+            Verdict::SoloOther { generation, node, .. } if generation >= session => self.freeze(now, node),
+            Verdict::SoloOther { .. } | Verdict::Absent | Verdict::Stopped { .. } if !self.connected && !self.is_bound() => {
+                self.destroy("the connection was lost before the copy was whole");
+            }
+            Verdict::Paired { .. } if self.is_named() => match self.phase {
+                Phase::Asking { .. } if self.acknowledged.is_some() => {
+                    self.asked = true;
+                    self.ownership.want(now, Want::Solo { activated: false });
+                }
+                Phase::Receiving if self.is_bound() => {
+                    if !matches!(self.shown.0, ProtectionState::Protected) {
+                        self.show(ProtectionState::Protected, "");
+                    }
+                    if !self.asked && !self.told_unprotect {
+                        self.ownership.want(now, Want::Nothing);
+                    }
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+
+    /// The grant was read: nothing is acknowledged from here on (P4).
+    fn granted(&mut self, now: Time, generation: Generation) {
+        let Some(epoch) = self.acknowledged else { return };
+        self.ownership.want(now, Want::Nothing);
+        self.phase = Phase::Marking { generation };
+        self.show(ProtectionState::FailingOver, &format!("activates the copy as of epoch {epoch}"));
+        self.outputs.push_back(Output::Mark { generation, epoch });
+    }
+
+    fn freeze(&mut self, now: Time, owner: Party) {
+        if self.phase != Phase::Frozen {
+            self.phase = Phase::Frozen;
+            let reason = format!("host {} runs the VM alone; this copy is kept as it was and is not up to date", owner.node);
+            self.show(ProtectionState::Degraded, &reason);
+        }
+        // It may be given back to us, protected again, or stopped.
+        self.ownership.want(now, Want::Follow);
+    }
+
+    fn destroy(&mut self, reason: &str) {
+        self.outputs.push_back(Output::Destroy);
+        self.show(ProtectionState::Unprotected, reason);
+        if self.connected {
+            self.outputs.push_back(Output::Close(CloseCode::Done));
+        }
+        self.phase = Phase::Finished;
+    }
+}
