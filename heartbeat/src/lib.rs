@@ -3,6 +3,7 @@
 //! The decisions are made by the pure machines of `heartbeat-core`; this crate gives them clocks, disks and
 //! a network. `docs/protocol.md` has the clauses that both keep.
 
+pub mod beat;
 mod files;
 pub mod quic;
 pub mod store;

@@ -35,8 +35,8 @@ const CONTROL_STREAMS: u32 = 64;
 
 /// Round trip assumed before the first is measured: peers are on a local network.
 const INITIAL_RTT: Duration = Duration::from_millis(1);
-/// Largest datagram queue of one connection.
-const DATAGRAM_BUFFER: usize = 64 << 10;
+/// Largest datagram queue of one connection: a few heartbeats; the oldest goes when it is full.
+const DATAGRAM_BUFFER: usize = 8 << 10;
 
 /// What an endpoint is tuned for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
