@@ -11,7 +11,7 @@
 //! One `PTRACE_SETREGS` points the thread at a `syscall; ret` of its own code with `rsp` at the frame. The call returns into the
 //! restorer, which is `rt_sigreturn` on that frame: the thread is what it was. Before that one request nothing has changed
 //! but bytes below the red zone, where any signal may write at any time; after it the thread needs nobody. A signal that comes
-//! meanwhile is handled below the frame.
+//! meanwhile is handled below the frame; it is passed on, also by our death.
 
 use std::time::{Duration, Instant};
 
@@ -94,7 +94,7 @@ impl<'a> Session<'a> {
         observer("seized");
         tracee.interrupt().map_err(step)?;
         observer("interrupt asked for");
-        stop(&tracee, pid)?;
+        stop(&tracee, pid, observer)?;
         observer("stopped");
         match prepare(&tracee, pid, tid, &memory, code) {
             Ok((place, resume)) => {
@@ -154,11 +154,14 @@ impl<'a> Session<'a> {
     }
 
     /// Lets the thread run from system call stop to system call stop until `wanted`; signals on their way are passed on.
-    fn run_until(&self, deadline: Instant, wanted: impl Fn(SyscallStop) -> bool) -> Result<SyscallStop, InjectError> {
+    fn run_until(&mut self, deadline: Instant, wanted: impl Fn(SyscallStop) -> bool) -> Result<SyscallStop, InjectError> {
         let mut signal = 0;
         for _ in 0..MAX_STOPS {
             self.tracee.run_to_syscall(signal).map_err(|e| self.trace(e))?;
-            match self.tracee.wait(deadline).map_err(|e| self.trace(e))? {
+            (self.observer)("running");
+            let stop = self.tracee.wait(deadline).map_err(|e| self.trace(e))?;
+            (self.observer)("stop seen");
+            match stop {
                 Some(Stop::Syscall) => {
                     let stop = self.tracee.syscall_stop().map_err(|e| self.trace(e))?;
                     if wanted(stop) {
@@ -204,11 +207,13 @@ fn seize(pid: u32, tid: u32) -> Result<Tracee, SessionError> {
 }
 
 /// Waits until the thread stands on our demand; signals that come first are passed on.
-pub(super) fn stop(tracee: &Tracee, pid: u32) -> Result<(), SessionError> {
+pub(super) fn stop(tracee: &Tracee, pid: u32, observer: &mut Observer<'_>) -> Result<(), SessionError> {
     let step = |source| SessionError::Failed(InjectError::Trace { pid, source });
     let deadline = Instant::now() + STOP_TIMEOUT;
     for _ in 0..MAX_STOPS {
-        match tracee.wait(deadline).map_err(step)? {
+        let stop = tracee.wait(deadline).map_err(step)?;
+        observer("first stop seen");
+        match stop {
             Some(Stop::Interrupted) => return Ok(()),
             Some(Stop::Signal(signal)) => tracee.run_to_syscall(signal).map_err(step)?,
             Some(Stop::Syscall) => tracee.run_to_syscall(0).map_err(step)?,

@@ -15,7 +15,7 @@ const ROLE: &str = "UNDERSTUDY_TEST_ROLE";
 const TARGET: &str = "UNDERSTUDY_TEST_TARGET";
 
 /// Bound on the steps of one attachment.
-const MAX_STEPS: u32 = 200;
+const MAX_STEPS: u32 = 1000;
 
 fn helper(role: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().expect("this program"));
@@ -224,7 +224,7 @@ fn refuses_what_it_cannot_do_safely() {
     let traced = attach(&process, &[]).expect_err("it is traced");
     assert!(matches!(traced, InjectError::Traced { .. }), "{traced:?}");
     tracee.interrupt().expect("it lives");
-    chain::stop(&tracee, process.pid()).expect("it stops");
+    chain::stop(&tracee, process.pid(), &mut |_| {}).expect("it stops");
     tracee.detach(0).expect("it stands");
 
     let pid = nix::unistd::Pid::from_raw(i32::try_from(process.pid()).expect("a pid"));

@@ -114,16 +114,17 @@ impl Tracee {
         self.plain(libc::PTRACE_INTERRUPT, 0)
     }
 
-    /// Waits for its next stop, at most until `deadline`.
+    /// Waits for its next stop, at most until `deadline`. The stop is looked at, not collected: from a tracee that stands with a
+    /// signal that was collected, the kernel takes the signal away if its tracer dies then.
     pub(super) fn wait(&self, deadline: Instant) -> io::Result<Option<Stop>> {
         let start = Instant::now();
+        let id = libc::id_t::try_from(self.tid).expect("thread ids are positive");
         loop {
-            let mut status = 0;
-            // SAFETY: waitpid writes one int through the pointer, which is ours and alive during the call.
-            let result = unsafe { libc::waitpid(self.tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
-            if result == self.tid {
-                return Ok(Some(decode(status)));
-            }
+            // SAFETY: all bits zero are a valid `siginfo_t`, which holds integers and pointers that are never followed.
+            let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+            let options = libc::WSTOPPED | libc::WEXITED | libc::__WALL | libc::WNOHANG | libc::WNOWAIT;
+            // SAFETY: waitid writes one `siginfo_t` through the pointer, which is ours and alive during the call.
+            let result = unsafe { libc::waitid(libc::P_PID, id, &raw mut info, options) };
             if result < 0 {
                 let error = io::Error::last_os_error();
                 match error.raw_os_error() {
@@ -131,6 +132,11 @@ impl Tracee {
                     Some(libc::ECHILD) => return Ok(Some(Stop::Ended)),
                     _ => return Err(error),
                 }
+            }
+            if info.si_code != 0 {
+                // SAFETY: waitid filled in a SIGCHLD's information, which has a status.
+                let status = unsafe { info.si_status() };
+                return Ok(Some(decode(info.si_code, status)));
             }
             let now = Instant::now();
             if now >= deadline {
@@ -214,15 +220,16 @@ fn checked(result: c_long) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
-fn decode(status: c_int) -> Stop {
-    if !libc::WIFSTOPPED(status) {
+/// `status` is a signal with an event in the byte above it.
+fn decode(code: c_int, status: c_int) -> Stop {
+    if code != libc::CLD_TRAPPED && code != libc::CLD_STOPPED {
         return Stop::Ended;
     }
-    match (libc::WSTOPSIG(status), status >> 16) {
+    match (status & 0xff, status >> 8) {
         (signal, 0) if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
         (signal, 0) => Stop::Signal(signal),
         (libc::SIGTRAP, PTRACE_EVENT_STOP) => Stop::Interrupted,
         (_, PTRACE_EVENT_STOP) => Stop::Group,
-        (signal, _) => unreachable!("no ptrace event was asked for, stopped by {signal}"),
+        (signal, event) => unreachable!("no ptrace event was asked for: {event}, {signal}"),
     }
 }
