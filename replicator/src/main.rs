@@ -1,1 +1,5 @@
-fn main() {}
+//! The program `understudy`.
+
+fn main() -> std::process::ExitCode {
+    replicator::cli::main()
+}

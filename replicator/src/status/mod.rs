@@ -4,5 +4,6 @@
 //! computed when asked for. [`render`] makes text for people of a status.
 
 mod epochs;
+pub mod render;
 
 pub use epochs::{EpochObservation, EpochStats, WINDOW};

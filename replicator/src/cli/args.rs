@@ -1,0 +1,257 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use super::exit::EXIT_CODES;
+use super::units::{HostPort, Listen};
+use crate::control::policy::{EpochPolicy, ShadowPolicy};
+
+/// The longest time that a pairing window may stay open.
+pub(super) const MAX_PAIRING: Duration = Duration::from_secs(3_600);
+
+/// Makes a running virtual machine survive the death of its host.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "understudy", version, about, after_help = EXIT_CODES, propagate_version = true)]
+pub struct Cli {
+    /// Control socket of the agent (or witness) to talk to
+    #[arg(long, global = true, value_name = "SOCKET", env = "UNDERSTUDY_CONTROL")]
+    pub control: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Run this host's agent
+    Agent(AgentArgs),
+    /// Run a witness: keeps who owns each VM; on a third host
+    Witness(WitnessArgs),
+    /// Pair with another node, or let one pair with this one
+    ///
+    /// Without HOST this opens a pairing window and prints a one-time code; run `understudy pair HOST --code CODE` on the
+    /// other host then.
+    Pair(PairArgs),
+    /// Say what would stop protection here, and what to do about it
+    Doctor(DoctorArgs),
+    /// Protect a running VM: keep a copy of it ready on another host
+    Protect(ProtectArgs),
+    /// Show VMs, their protection, and peers
+    Status(StatusArgs),
+    /// Prove that the standby's copy of a VM loads
+    Rehearse(VmArgs),
+    /// Let the other host go on with a VM
+    Failover(FailoverArgs),
+    /// End the protection of a VM and leave it as it was found, running
+    Unprotect(VmArgs),
+}
+
+/// `understudy agent`
+#[derive(Debug, Clone, Default, Args)]
+pub struct AgentArgs {
+    /// Configuration file [default: /etc/understudy/agent.toml if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name under which peers know this host [default: the host's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// UDP address of replication [default: 0.0.0.0:7844]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// UDP address of heartbeats [default: port 7845 of the same address]
+    #[arg(long, value_name = "ADDR")]
+    pub heartbeat_listen: Option<SocketAddr>,
+    /// UDP address of pairing windows, bound while one is open [default: port 7843 of the same address]
+    #[arg(long, value_name = "ADDR")]
+    pub pair_listen: Option<SocketAddr>,
+    /// What must survive a restart [default: /var/lib/understudy/agent]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Sockets of the agent and of twins [default: /run/understudy]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Where /metrics is served, or `off` [default: 127.0.0.1:9644]
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<Listen>,
+}
+
+/// `understudy witness`
+#[derive(Debug, Clone, Default, Args)]
+pub struct WitnessArgs {
+    /// Configuration file [default: /etc/understudy/witness.toml if it exists]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name under which peers know this witness [default: the host's name]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// UDP address [default: 0.0.0.0:7846]
+    #[arg(long, value_name = "ADDR")]
+    pub listen: Option<SocketAddr>,
+    /// UDP address of pairing windows, bound while one is open [default: port 7843 of the same address]
+    #[arg(long, value_name = "ADDR")]
+    pub pair_listen: Option<SocketAddr>,
+    /// Its records; losing them makes it another witness [default: /var/lib/understudy/witness]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Its control socket [default: /run/understudy-witness]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+}
+
+/// `understudy pair`
+#[derive(Debug, Clone, Args)]
+pub struct PairArgs {
+    /// The node to pair with; its window must be open [default port: 7843]
+    #[arg(value_name = "HOST[:PORT]", requires = "code")]
+    pub host: Option<HostPort>,
+    /// The code that the other node printed
+    #[arg(long, requires = "host")]
+    pub code: Option<String>,
+    /// How long the window stays open
+    #[arg(long, default_value = "5m", value_parser = pairing_time, conflicts_with = "host")]
+    pub ttl: Duration,
+    /// Open the window on this host's witness instead of its agent
+    #[arg(long, conflicts_with = "host")]
+    pub witness: bool,
+}
+
+/// `understudy doctor`
+#[derive(Debug, Clone, Args)]
+pub struct DoctorArgs {
+    /// Also look at this VM: a name, a QMP socket's path or a PID
+    pub vm: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `understudy protect`
+#[derive(Debug, Clone, Args)]
+pub struct ProtectArgs {
+    /// A name, a QMP socket's path or a PID
+    pub vm: String,
+    /// The standby, by the name it was paired as
+    #[arg(long, value_name = "HOST")]
+    pub to: String,
+    /// When an epoch ends: `auto` (as soon as output waits) or a length such as `25ms` [default: the agent's]
+    #[arg(long, value_name = "auto|TIME")]
+    pub epoch: Option<EpochPolicy>,
+    /// Memory for a copy of the sent pages, which makes epochs small: `full`, a size, or `off` [default: the agent's]
+    #[arg(long, value_name = "full|SIZE|off")]
+    pub shadow: Option<ShadowPolicy>,
+    /// The witness, by the name it was paired as [default: the agent's]
+    #[arg(long, value_name = "NAME")]
+    pub witness: Option<String>,
+}
+
+/// `understudy status`
+#[derive(Debug, Clone, Args)]
+pub struct StatusArgs {
+    /// Only this VM, in detail
+    pub vm: Option<String>,
+    /// Draw again each second until ^C
+    #[arg(long)]
+    pub watch: bool,
+    /// Print JSON, exactly as the agent answers; with --watch one document a line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A subcommand that takes a VM and nothing else.
+#[derive(Debug, Clone, Args)]
+pub struct VmArgs {
+    /// The VM's name
+    pub vm: String,
+}
+
+/// `understudy failover`
+#[derive(Debug, Clone, Args)]
+pub struct FailoverArgs {
+    /// The VM's name
+    pub vm: String,
+    /// On the primary: stop here, commit the last epoch, go on there. Without it, on the standby: ask the witness for
+    /// ownership at once, as if the primary were silent
+    #[arg(long)]
+    pub planned: bool,
+}
+
+fn pairing_time(text: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|_| "write a time such as `5m`".to_owned())?;
+    if time < Duration::from_secs(1) || time > MAX_PAIRING {
+        return Err("a pairing window is open for 1s to 1h".to_owned());
+    }
+    Ok(time)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("understudy").chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn protect_reads_its_policies() {
+        let Command::Protect(args) = parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB").unwrap().command else {
+            panic!("another command");
+        };
+        assert_eq!((args.vm.as_str(), args.to.as_str()), ("web-1", "host-b"));
+        assert_eq!(args.epoch, Some(EpochPolicy::Fixed(Duration::from_millis(25))));
+        assert_eq!(args.shadow, Some(ShadowPolicy::Size(1 << 30)));
+    }
+
+    #[test]
+    fn the_control_socket_may_stand_anywhere() {
+        for line in ["--control /s status", "status --control /s", "status web-1 --control=/s --json"] {
+            assert_eq!(parse(line).unwrap().control, Some("/s".into()), "{line}");
+        }
+    }
+
+    #[test]
+    fn pairing_either_opens_or_joins() {
+        let Command::Pair(open) = parse("pair --ttl 90s --witness").unwrap().command else { panic!() };
+        assert_eq!((open.ttl, open.witness, open.host), (Duration::from_secs(90), true, None));
+        let Command::Pair(join) = parse("pair host-b:99 --code 1-2").unwrap().command else { panic!() };
+        assert_eq!(join.host, Some(HostPort { host: "host-b".into(), port: Some(99) }));
+        for line in ["pair host-b", "pair --code 1", "pair --ttl 2h", "pair --ttl soon", "pair :1 --code 1"] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn wrong_lines_say_what_to_write() {
+        for (line, expected) in [
+            ("protect web-1", "--to <HOST>"),
+            ("protect web-1 --to b --epoch often", "write `auto` or a duration"),
+            ("protect web-1 --to b --epoch 1us", "1ms to 10s"),
+            ("protect web-1 --to b --shadow some", "write `full`, `off` or a size"),
+            ("agent --metrics yes", "write IP:PORT, or `off`"),
+            ("agent --listen host-a", "invalid socket address"),
+            ("failover web-1 --force", "unexpected argument '--force'"),
+            ("rehearse", "<VM>"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains(expected), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_help_has_the_exit_codes() {
+        let help = Cli::command().render_help().to_string();
+        assert!(help.contains("4  no agent answers"), "{help}");
+    }
+}

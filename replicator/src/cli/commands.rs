@@ -1,0 +1,190 @@
+//! The commands that are clients of the control API.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::args::{Command, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
+use super::exit::{CliError, Exit};
+use super::progress::{Goal, follow};
+use super::{client, config};
+use crate::control::api::{
+    DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, ProtectRequest, Role, VmRequest,
+};
+use crate::control::client::{Client, ClientError};
+use crate::control::doctor;
+use crate::status::render;
+
+/// Time between two drawings of `status --watch`.
+const DRAW_EVERY: Duration = Duration::from_secs(1);
+
+/// Runs one of them. `agent` and `witness` are not among them.
+pub(super) async fn run(command: Command, control: Option<PathBuf>) -> Result<Exit, CliError> {
+    match command {
+        Command::Agent(_) | Command::Witness(_) => unreachable!("daemons are started by the caller"),
+        Command::Pair(args) => pair(args, control).await,
+        Command::Doctor(args) => doctor_command(args, &client(control)).await,
+        Command::Protect(args) => protect(args, &client(control)).await,
+        Command::Status(args) => status(args, &client(control)).await,
+        Command::Rehearse(args) => rehearse(args, &client(control)).await,
+        Command::Failover(args) => failover(args, &client(control)).await,
+        Command::Unprotect(args) => unprotect(args, &client(control)).await,
+    }
+}
+
+/// Prints to standard output. A reader that is gone ends the program quietly, as other tools do.
+fn print(text: &str) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.map_err(|error| CliError::of(Exit::Failed, &error)),
+    }
+}
+
+fn json<T: Serialize>(value: &T, one_line: bool) -> String {
+    let text = if one_line { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
+    let mut text = text.expect("answers are plain data");
+    text.push('\n');
+    text
+}
+
+async fn pair(args: PairArgs, control: Option<PathBuf>) -> Result<Exit, CliError> {
+    if let (Some(host), Some(code)) = (args.host, args.code) {
+        let port = host.port.unwrap_or(config::DEFAULT_PAIRING_PORT);
+        let request = PairJoinRequest { host: host.host, port, code };
+        let paired = client(control).pair_join(&request).await?;
+        let kind = match paired.kind {
+            crate::control::api::PeerKind::Agent => "host",
+            crate::control::api::PeerKind::Witness => "witness",
+        };
+        print(&format!("paired with {kind} {} ({})\n", paired.name, paired.node_id))?;
+        return Ok(Exit::Ok);
+    }
+    let control = match control {
+        None if args.witness => Some(config::witness_socket(config::DEFAULT_WITNESS_RUN_DIR.as_ref())),
+        other => other,
+    };
+    let window = client(control).pair_open(&PairOpenRequest { ttl_s: args.ttl.as_secs() }).await?;
+    print(&format!(
+        "code    {}\naddress {}\nvalid   {}, for one node\n\nRun this on the other host:\n    understudy pair HOST{} --code {}\n",
+        window.code,
+        window.address,
+        humantime::format_duration(args.ttl),
+        port_of(&window.address),
+        window.code
+    ))?;
+    Ok(Exit::Ok)
+}
+
+/// `:PORT` if it is not the usual one.
+fn port_of(address: &str) -> String {
+    match address.rsplit_once(':') {
+        Some((_, port)) if port != config::DEFAULT_PAIRING_PORT.to_string() => format!(":{port}"),
+        _ => String::new(),
+    }
+}
+
+/// Asks the agent, which knows the VMs that it protects; without an agent this process looks for itself.
+async fn doctor_command(args: DoctorArgs, client: &Client) -> Result<Exit, CliError> {
+    let answer = client.doctor(&DoctorRequest { vm: args.vm.clone() }).await;
+    let report: DoctorReport = match answer {
+        Ok(report) => report,
+        Err(ClientError::NoAgent { .. }) => {
+            let found = tokio::task::spawn_blocking(move || doctor::local(args.vm.as_deref())).await;
+            found.expect("the checks do not panic")?
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let text = if args.json { json(&report, false) } else { render::checklist(&report) };
+    print(&text)?;
+    Ok(if report.passed() { Exit::Ok } else { Exit::Refused })
+}
+
+async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
+    let request = ProtectRequest {
+        vm: args.vm,
+        to: args.to,
+        epoch: args.epoch,
+        shadow: args.shadow,
+        witness: args.witness,
+    };
+    let accepted = client.protect(&request).await?;
+    let status = follow(client, &accepted.vm, Goal::Protected).await?;
+    for warning in &status.warnings {
+        print(&format!("warning: {warning}\n"))?;
+    }
+    print(&format!("{} is protected; {} stands by\n", status.name, status.peer))?;
+    Ok(Exit::Ok)
+}
+
+async fn status(args: StatusArgs, client: &Client) -> Result<Exit, CliError> {
+    if !args.watch {
+        print(&status_text(&args, client).await?)?;
+        return Ok(Exit::Ok);
+    }
+    let clear = if !args.json && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+    loop {
+        match status_text(&args, client).await {
+            Ok(text) => print(&format!("{clear}{text}"))?,
+            Err(error) if args.json => return Err(error),
+            // An agent that restarts comes back: keep watching.
+            Err(error) => print(&format!("{clear}{}", error.render()))?,
+        }
+        tokio::select! {
+            () = tokio::time::sleep(DRAW_EVERY) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
+        }
+    }
+}
+
+async fn status_text(args: &StatusArgs, client: &Client) -> Result<String, CliError> {
+    Ok(match (&args.vm, args.json) {
+        (None, true) => json(&client.status().await?, args.watch),
+        (None, false) => render::agent(&client.status().await?),
+        (Some(vm), true) => json(&client.vm_status(vm).await?, args.watch),
+        (Some(vm), false) => render::vm(&client.vm_status(vm).await?),
+    })
+}
+
+async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
+    let report = client.rehearse(&VmRequest { vm: args.vm.clone() }).await?;
+    print(&format!(
+        "{}: epoch {} loads (launch {:.0} ms, load {:.1} ms)\n",
+        args.vm, report.epoch, report.launch_ms, report.load_ms
+    ))?;
+    Ok(Exit::Ok)
+}
+
+async fn failover(args: FailoverArgs, client: &Client) -> Result<Exit, CliError> {
+    let accepted = client.failover(&FailoverRequest { vm: args.vm, planned: args.planned }).await?;
+    let status = follow(client, &accepted.vm, Goal::HandedOver).await?;
+    let here = status.role == Role::Survivor;
+    print(&match (here, status.peer.as_str()) {
+        (true, _) => format!("{} runs here now\n", status.name),
+        (false, "") => format!("{} runs on the other host now\n", status.name),
+        (false, peer) => format!("{} runs on {peer} now\n", status.name),
+    })?;
+    if let Some(report) = &status.failover {
+        print(&format!("{}\n", render::failover(report)))?;
+    }
+    Ok(Exit::Ok)
+}
+
+async fn unprotect(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
+    let status = client.unprotect(&VmRequest { vm: args.vm }).await?;
+    print(&format!("{} is unprotected and runs on\n", status.name))?;
+    Ok(Exit::Ok)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_usual_port_is_not_shown() {
+        assert_eq!(port_of("0.0.0.0:7843"), "");
+        assert_eq!(port_of("[::]:99"), ":99");
+    }
+}

@@ -1,0 +1,95 @@
+//! The program `understudy`: its command line, configuration, and how it ends.
+//!
+//! [`main`] is all of it. `agent` and `witness` run until they are told to stop (SIGTERM, SIGINT); the other commands are
+//! clients of the control API and return soon, or show progress.
+
+mod args;
+mod commands;
+pub mod config;
+mod exit;
+mod logging;
+mod progress;
+mod units;
+mod witness;
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+pub use args::{
+    AgentArgs, Cli, Command, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs, WitnessArgs,
+};
+pub use exit::{CliError, EXIT_CODES, Exit};
+pub use units::{HostPort, HostPortError, Listen, ListenError, Span};
+
+use crate::control::client::Client;
+
+/// Reads the command line, does what it says, prints an error once, and says how it went.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            // Nothing is left to tell it to if the terminal is gone.
+            let _ = std::io::stderr().write_all(error.render().as_bytes());
+            error.exit.into()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<Exit, CliError> {
+    match cli.command {
+        Command::Agent(args) => run_agent(args),
+        Command::Witness(args) => run_witness(args),
+        command => {
+            logging::start("warn");
+            let control = cli.control;
+            block_on(commands::run(command, control))
+        }
+    }
+}
+
+fn run_agent(args: AgentArgs) -> Result<Exit, CliError> {
+    let flags = config::AgentOverrides {
+        name: args.name,
+        listen: args.listen,
+        heartbeat_listen: args.heartbeat_listen,
+        pair_listen: args.pair_listen,
+        state_dir: args.state_dir,
+        run_dir: args.run_dir,
+        metrics: args.metrics,
+    };
+    let config = config::agent(args.config.as_deref(), flags)?;
+    logging::start("info");
+    Err(CliError::new(Exit::Failed, format!("this build has no agent to run at {}", config.listen)))
+}
+
+fn run_witness(args: WitnessArgs) -> Result<Exit, CliError> {
+    let flags = config::WitnessOverrides {
+        name: args.name,
+        listen: args.listen,
+        pair_listen: args.pair_listen,
+        state_dir: args.state_dir,
+        run_dir: args.run_dir,
+    };
+    let config = config::witness(args.config.as_deref(), flags)?;
+    logging::start("info");
+    block_on(async move { witness::run(config).await.map_err(CliError::from) })?;
+    Ok(Exit::Ok)
+}
+
+fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CliError::of(Exit::Failed, &error))?;
+    runtime.block_on(work)
+}
+
+/// The control socket that commands talk to.
+fn client(control: Option<PathBuf>) -> Client {
+    Client::new(control.unwrap_or_else(|| config::agent_socket(config::DEFAULT_RUN_DIR.as_ref())))
+}
