@@ -15,5 +15,6 @@
 pub mod guest;
 pub mod layout;
 pub mod qemu;
+pub mod sim;
 pub mod sys;
 pub mod track;
