@@ -1,0 +1,353 @@
+//! The laboratory: two hosts, a client and a witness on one machine.
+//!
+//! ```text
+//!   namespace us-PID-a      us-PID-b      us-PID-w     us-PID-c
+//!   10.77.0.1               10.77.0.2     10.77.0.3    10.77.0.100
+//!   br0 -- tap0 -- guest    br0 (twin)    up           up
+//!    |     10.77.0.10        |             |            |
+//!    up                      up            |            |
+//!    +------------ br0 in us-PID-s: the switch ---------+
+//! ```
+//!
+//! Each host has state and run directories of its own; all share one file system and one set of process numbers.
+//! Promise: dropping the laboratory ends every process in it and removes everything it made in the kernel.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::netns::{full_name, ip, kill_all, sweep};
+use super::process::{Daemon, Helper, output};
+use super::wait::{now_ns, until};
+use crate::control::client::Client;
+use crate::control::api::PairOpenRequest;
+
+/// The guest's address.
+pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 10);
+/// Its Redis.
+pub(super) const REDIS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(GUEST), 6379);
+/// The VM's name.
+pub(super) const VM: &str = "web-1";
+const WITNESS: &str = "10.77.0.3";
+const MEMORY_MIB: u32 = 256;
+
+/// Bound on booting the guest; it takes 3 s on an idle machine.
+const BOOT: Duration = Duration::from_secs(120);
+/// Bound on a daemon's start.
+const START: Duration = Duration::from_secs(20);
+/// Bound on a command of the CLI that answers at once.
+pub(super) const COMMAND: Duration = Duration::from_secs(30);
+/// Bound on the end of a killed process.
+const END: Duration = Duration::from_secs(10);
+
+/// A host of the laboratory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Host {
+    /// Where the VM runs first.
+    A,
+    /// The standby.
+    B,
+}
+
+impl Host {
+    fn role(self) -> &'static str {
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+        }
+    }
+
+    /// The name its agent has.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::A => "host-a",
+            Self::B => "host-b",
+        }
+    }
+
+    fn address(self) -> &'static str {
+        match self {
+            Self::A => "10.77.0.1",
+            Self::B => "10.77.0.2",
+        }
+    }
+}
+
+/// The instants of a host's death.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Death {
+    /// Before the first signal was sent.
+    pub(super) begun_ns: u64,
+    /// The VM's process had ended: nothing that is answered to a later question comes from it.
+    pub(super) over_ns: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Lab {
+    maker: u32,
+    dir: PathBuf,
+    guest: PathBuf,
+    understudy: PathBuf,
+    vm: Option<Daemon>,
+    agents: Vec<(Host, Daemon)>,
+    witness: Option<Daemon>,
+}
+
+impl Lab {
+    /// Builds the network. `dir` is empty, `guest` holds the guest image.
+    ///
+    /// # Errors
+    /// If `ip` refuses; what was built is removed again.
+    pub(super) fn build(dir: &Path, guest: &Path) -> Result<Self> {
+        let lab = Self {
+            maker: std::process::id(),
+            dir: dir.to_path_buf(),
+            guest: guest.to_path_buf(),
+            understudy: std::env::current_exe().context("cannot find this program's own file")?,
+            vm: None,
+            agents: Vec::new(),
+            witness: None,
+        };
+        lab.network().context("cannot build the laboratory's network")?;
+        Ok(lab)
+    }
+
+    fn network(&self) -> Result<()> {
+        let switch = self.namespace("s");
+        ip(&format!("netns add {switch}"))?;
+        ip(&format!("-n {switch} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
+        ip(&format!("-n {switch} link set br0 up"))?;
+        for role in ["a", "b", "w", "c"] {
+            let name = self.namespace(role);
+            ip(&format!("netns add {name}"))?;
+            ip(&format!("-n {name} link set lo up"))?;
+            ip(&format!("-n {switch} link add to-{role} type veth peer name up netns {name}"))?;
+            ip(&format!("-n {switch} link set to-{role} master br0 up"))?;
+            ip(&format!("-n {name} link set up up"))?;
+        }
+        for host in [Host::A, Host::B] {
+            let name = self.namespace(host.role());
+            ip(&format!("-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
+            ip(&format!("-n {name} link set up master br0"))?;
+            ip(&format!("-n {name} link set br0 up"))?;
+            ip(&format!("-n {name} addr add {}/24 dev br0", host.address()))?;
+        }
+        let a = self.namespace("a");
+        ip(&format!("-n {a} tuntap add dev tap0 mode tap"))?;
+        ip(&format!("-n {a} link set tap0 master br0 up"))?;
+        ip(&format!("-n {} addr add {WITNESS}/24 dev up", self.namespace("w")))?;
+        ip(&format!("-n {} addr add 10.77.0.100/24 dev up", self.namespace("c")))
+    }
+
+    /// The full name of a namespace.
+    pub(super) fn namespace(&self, role: &str) -> String {
+        full_name(self.maker, role)
+    }
+
+    /// The directory of one part of the laboratory, made if it is not there.
+    fn part(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.dir.join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    /// Starts the VM on host A, as anybody would, and waits until its Redis answers. Returns how long that took.
+    ///
+    /// # Errors
+    /// If it does not within a bound.
+    pub(super) async fn boot(&mut self) -> Result<Duration> {
+        let dir = self.part("vm")?;
+        let cmdline = self.guest.join("cmdline");
+        let cmdline =
+            fs::read_to_string(&cmdline).with_context(|| format!("cannot read {}", cmdline.display()))?;
+        let shown = |name: &str| self.guest.join(name).display().to_string();
+        let args: Vec<String> = [
+            "-name", VM,
+            "-m", &MEMORY_MIB.to_string(),
+            "-kernel", &shown("vmlinuz"),
+            "-initrd", &shown("initrd.img"),
+            "-append", &format!("{} us.ip={GUEST}/24", cmdline.trim()),
+            "-netdev", "tap,id=net0,ifname=tap0,script=no,downscript=no",
+            "-device", "virtio-net-pci,netdev=net0,mac=52:54:00:77:00:10",
+            "-qmp", &format!("unix:{},server=on,wait=off", dir.join("qmp.sock").display()),
+            "-serial", &format!("file:{}", dir.join("console.log").display()),
+            "-display", "none",
+        ]
+        .map(str::to_owned)
+        .into();
+        let begun = now_ns();
+        let qemu = Path::new("qemu-system-x86_64");
+        let mut vm = Daemon::start("the VM", &self.namespace("a"), qemu, &args, &[], &dir.join("qemu.log"))?;
+        until("Redis in the guest to answer PING", BOOT, async || {
+            vm.check()?;
+            Ok(self.ping().await.map_err(|error| format!("{error:#}")))
+        })
+        .await?;
+        self.vm = Some(vm);
+        Ok(Duration::from_nanos(now_ns() - begun))
+    }
+
+    async fn ping(&self) -> Result<()> {
+        let mut helper = self.helper("the first PING", &["ping", "--to", &REDIS.to_string()])?;
+        helper.answer::<String>(COMMAND).await.map(drop)
+    }
+
+    /// Starts a worker in the client's namespace.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(super) fn helper(&self, what: &str, args: &[&str]) -> Result<Helper> {
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        Helper::start(what, &self.namespace("c"), &args)
+    }
+
+    /// Starts the witness and both agents, and waits until each answers on its control socket.
+    ///
+    /// # Errors
+    /// If one does not within a bound.
+    pub(super) async fn start_daemons(&mut self) -> Result<()> {
+        let dir = self.part("witness")?;
+        let mut args: Vec<String> = ["witness", "--name", "witness", "--listen"].map(str::to_owned).into();
+        args.push(format!("{WITNESS}:7846"));
+        args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
+        args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
+        let env = [("RUST_LOG", "info".to_owned())];
+        let log = dir.join("witness.log");
+        let mut witness =
+            Daemon::start("the witness", &self.namespace("w"), &self.understudy, &args, &env, &log)?;
+        let client = self.witness_client();
+        until("the witness to answer on its control socket", START, async || {
+            witness.check()?;
+            Ok(client.witness_status().await.map_err(|error| error.to_string()))
+        })
+        .await?;
+        self.witness = Some(witness);
+        for host in [Host::A, Host::B] {
+            let dir = self.part(host.name())?;
+            let mut args: Vec<String> = ["agent", "--name", host.name(), "--listen"].map(str::to_owned).into();
+            args.push(format!("{}:7844", host.address()));
+            args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
+            args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
+            let what = format!("the agent of {}", host.name());
+            let log = dir.join("agent.log");
+            let mut agent =
+                Daemon::start(&what, &self.namespace(host.role()), &self.understudy, &args, &env, &log)?;
+            let client = self.client(host);
+            until(&format!("{what} to answer on its control socket"), START, async || {
+                agent.check()?;
+                Ok(client.status().await.map_err(|error| error.to_string()))
+            })
+            .await?;
+            self.agents.push((host, agent));
+        }
+        Ok(())
+    }
+
+    fn control(&self, host: Host) -> PathBuf {
+        self.dir.join(host.name()).join("run/agent.sock")
+    }
+
+    /// A client of a host's agent.
+    pub(super) fn client(&self, host: Host) -> Client {
+        Client::new(self.control(host))
+    }
+
+    fn witness_client(&self) -> Client {
+        Client::new(self.dir.join("witness/run/witness.sock"))
+    }
+
+    /// Runs the CLI on a host, as its operator would.
+    ///
+    /// # Errors
+    /// With what it said, if it fails or takes longer than `bound`.
+    pub(super) async fn understudy(&self, host: Host, args: &[&str], bound: Duration) -> Result<String> {
+        let what = format!("`understudy {}` on {}", args.join(" "), host.name());
+        let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+        let env = [("UNDERSTUDY_CONTROL", self.control(host).display().to_string())];
+        output(&what, &self.namespace(host.role()), &self.understudy, &args, &env, bound).await
+    }
+
+    /// Pairs both hosts with the witness, and with each other.
+    ///
+    /// # Errors
+    /// If a window cannot be opened or joined.
+    pub(super) async fn pair(&self) -> Result<()> {
+        let window = PairOpenRequest { ttl_s: 60 };
+        for host in [Host::A, Host::B] {
+            let code = self.witness_client().pair_open(&window).await.context("the witness opens no window")?.code;
+            self.understudy(host, &["pair", WITNESS, "--code", &code, "--witness"], COMMAND).await?;
+        }
+        let code = self.client(Host::B).pair_open(&window).await.context("host-b opens no window")?.code;
+        self.understudy(Host::A, &["pair", Host::B.address(), "--code", &code], COMMAND).await?;
+        Ok(())
+    }
+
+    /// Kills host A: its VM and its agent at once, then its link, then whatever else ran there.
+    ///
+    /// # Errors
+    /// If the VM had ended before, or a process does not end.
+    pub(super) async fn kill_host_a(&mut self) -> Result<Death> {
+        let mut vm = self.vm.take().context("no VM was booted")?;
+        vm.check().context("before its host was killed")?;
+        let agent = self.agents.iter().find(|(host, _)| *host == Host::A).and_then(|(_, agent)| agent.pid());
+        let pids: Vec<Pid> = [vm.pid(), agent]
+            .into_iter()
+            .flatten()
+            .filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?))
+            .collect();
+        let begun_ns = now_ns();
+        for pid in pids {
+            kill_process(pid, Signal::KILL).context("cannot kill host A")?;
+        }
+        vm.ended(END).await?;
+        let over_ns = now_ns();
+        ip(&format!("-n {} link set to-a down", self.namespace("s")))?;
+        kill_all(&self.namespace("a"))?;
+        Ok(Death { begun_ns, over_ns })
+    }
+
+    /// An error if a process that should run has ended.
+    ///
+    /// # Errors
+    /// See above.
+    pub(super) fn check(&mut self, hosts: &[Host]) -> Result<()> {
+        for (host, agent) in &mut self.agents {
+            if hosts.contains(host) {
+                agent.check()?;
+            }
+        }
+        if let Some(witness) = &mut self.witness {
+            witness.check()?;
+        }
+        match &mut self.vm {
+            Some(vm) if hosts.contains(&Host::A) => vm.check(),
+            _ => Ok(()),
+        }
+    }
+
+    /// The process of the VM on host A.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub(super) fn vm_pid(&self) -> Result<u32> {
+        match self.vm.as_ref().and_then(Daemon::pid) {
+            Some(pid) => Ok(pid),
+            None => bail!("the VM does not run on host A"),
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        let daemons = self.vm.iter_mut().chain(self.witness.iter_mut());
+        for daemon in daemons.chain(self.agents.iter_mut().map(|(_, agent)| agent)) {
+            daemon.kill();
+        }
+        sweep(self.maker);
+    }
+}

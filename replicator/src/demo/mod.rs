@@ -1,0 +1,159 @@
+//! `understudy demo`: all of it on one machine, with real programs, and measured.
+//!
+//! Two hosts, a client and a witness as network namespaces ([`lab`]); a VM with Redis that knows nothing of this; the
+//! agents and the command line of this very program. Each round kills host A at a random moment and compares what the
+//! client was promised with what the survivor holds ([`round`]). All instants are `CLOCK_MONOTONIC` of this machine.
+//!
+//! Promise: it cleans up after itself, also when interrupted and when it panics, and at its start after one that was killed.
+
+mod figures;
+mod lab;
+mod netns;
+mod process;
+mod round;
+mod wait;
+mod worker;
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Args, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+
+pub use figures::Figures;
+pub use worker::Worker;
+
+/// `understudy demo`
+#[derive(Debug, Clone, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct DemoArgs {
+    /// How often: each round boots, protects and kills anew
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub rounds: u32,
+    /// Write the figures to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Directory of the guest image, built by `cargo xtask setup`
+    #[arg(long, value_name = "DIR", default_value = "target/guest")]
+    pub guest: PathBuf,
+    /// When an epoch ends: `auto` or a length such as `25ms`
+    #[arg(long, value_name = "auto|TIME", default_value = "auto")]
+    pub epoch: String,
+    /// Length of each throughput measurement, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub load_seconds: u64,
+    /// Leave the logs where they are
+    #[arg(long)]
+    pub keep: bool,
+    /// Where the directory for state, sockets and logs is made [default: the directory for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub work_dir: Option<PathBuf>,
+    /// What this program starts itself as.
+    #[command(subcommand)]
+    pub inner: Option<Inner>,
+}
+
+/// Not for operators.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Inner {
+    /// Runs in the client's namespace
+    #[command(subcommand, hide = true)]
+    Worker(Worker),
+}
+
+/// Runs the demo, or the worker that it is. Success only if no write was lost and no connection broke.
+#[must_use]
+pub fn run(args: DemoArgs) -> ExitCode {
+    let outcome = match args.inner {
+        Some(Inner::Worker(worker)) => worker::run(worker).map(|()| true),
+        None => demo(&args),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demo(args: &DemoArgs) -> Result<bool> {
+    check_means(&args.guest)?;
+    for pid in netns::sweep_leftovers().context("looking for what an earlier demo left")? {
+        println!("removed what the demo of process {pid} had left");
+    }
+    let dir = work_dir(args)?;
+    // A release build aborts at a panic: no destructor runs, so the hook removes what is in the kernel.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        netns::sweep(std::process::id());
+    }));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        // Dropping the rounds' future drops the laboratory, which cleans up.
+        tokio::select! {
+            figures = rounds(args, &dir) => figures.inspect_err(|_| eprint!("{}", process::log_tails(&dir))),
+            _ = interrupt.recv() => bail!("interrupted"),
+            _ = terminate.recv() => bail!("told to end"),
+            _ = hangup.recv() => bail!("the terminal is gone"),
+        }
+    });
+    if args.keep {
+        println!("state and logs are in {}", dir.display());
+    } else {
+        fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+    }
+    let figures = outcome?;
+    println!("\n{}", figures.table());
+    if let Some(file) = &args.json {
+        let text = serde_json::to_string_pretty(&figures)?;
+        fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(figures.good())
+}
+
+/// Runs all rounds; each in a laboratory of its own, in a directory of its own.
+async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
+    let mut all: Option<Figures> = None;
+    for number in 1..=args.rounds {
+        println!("round {number} of {}", args.rounds);
+        let dir = dir.join(number.to_string());
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let mut lab = lab::Lab::build(&dir, &args.guest)?;
+        let plan = round::Plan { number, load_seconds: args.load_seconds, epoch: args.epoch.clone() };
+        let figures = round::run(&mut lab, &plan).await.with_context(|| format!("round {number}"))?;
+        drop(lab);
+        all = Some(all.map_or(figures, |all| all.and(figures)));
+    }
+    all.context("no round was asked for")
+}
+
+/// An error if this machine or this user cannot run the demo.
+fn check_means(guest: &Path) -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the demo makes network namespaces: run it as root");
+    }
+    for file in ["vmlinuz", "initrd.img", "cmdline"] {
+        if !guest.join(file).is_file() {
+            bail!("there is no guest image in {}: build it with `cargo xtask setup`", guest.display());
+        }
+    }
+    Ok(())
+}
+
+/// A new directory that only root can enter. Its path is short: sockets below it must fit in 107 bytes.
+fn work_dir(args: &DemoArgs) -> Result<PathBuf> {
+    let name = format!("us-demo-{}", std::process::id());
+    let dir = args.work_dir.clone().unwrap_or_else(std::env::temp_dir).join(name);
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
+    dir.canonicalize().with_context(|| format!("cannot resolve {}", dir.display()))
+}

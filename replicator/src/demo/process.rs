@@ -1,0 +1,194 @@
+//! Programs of the laboratory: started in a namespace, with a log, killed when let go.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::time::timeout;
+
+/// How many bytes of a log's end are shown.
+const TAIL: usize = 3_000;
+
+/// The command `argv` inside a namespace, in a process group of its own, so that a terminal's interrupt reaches us alone.
+fn command<S: AsRef<OsStr>>(namespace: &str, program: &Path, args: &[S]) -> Command {
+    let mut command = Command::new("ip");
+    // `ip netns exec` becomes the program: same pid.
+    command.args(["netns", "exec", namespace]).arg(program).args(args);
+    command.stdin(Stdio::null()).process_group(0).kill_on_drop(true);
+    command
+}
+
+/// A daemon of the laboratory.
+#[derive(Debug)]
+pub(super) struct Daemon {
+    what: String,
+    child: Child,
+}
+
+impl Daemon {
+    /// Starts `program` in `namespace`; its output goes to `log`.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(super) fn start(
+        what: &str,
+        namespace: &str,
+        program: &Path,
+        args: &[String],
+        env: &[(&str, String)],
+        log: &Path,
+    ) -> Result<Self> {
+        let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
+        let mut command = command(namespace, program, args);
+        command.envs(env.iter().map(|(key, value)| (key, value)));
+        command.stdout(file.try_clone()?).stderr(file);
+        let child = command.spawn().with_context(|| format!("cannot start {what}"))?;
+        Ok(Self { what: what.to_owned(), child })
+    }
+
+    /// Its pid, if it was not seen to end.
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.child.id()
+    }
+
+    /// Sends SIGKILL. One that has ended already is no error.
+    pub(super) fn kill(&mut self) {
+        let _ = self.child.start_kill();
+    }
+
+    /// Waits until it has ended.
+    ///
+    /// # Errors
+    /// If it does not within `bound`.
+    pub(super) async fn ended(&mut self, bound: Duration) -> Result<()> {
+        match timeout(bound, self.child.wait()).await {
+            Ok(status) => status.map(drop).with_context(|| format!("cannot wait for {}", self.what)),
+            Err(_) => bail!("{} did not end within {bound:?}", self.what),
+        }
+    }
+
+    /// An error if it has ended.
+    ///
+    /// # Errors
+    /// See above.
+    pub(super) fn check(&mut self) -> Result<()> {
+        match self.child.try_wait() {
+            Ok(None) => Ok(()),
+            Ok(Some(status)) => bail!("{} has ended by itself: {status}", self.what),
+            Err(error) => bail!("cannot ask for {}: {error}", self.what),
+        }
+    }
+}
+
+/// Runs a program in a namespace to its end and returns what it printed.
+///
+/// # Errors
+/// If it fails, with its error output, or takes longer than `bound`.
+pub(super) async fn output(
+    what: &str,
+    namespace: &str,
+    program: &Path,
+    args: &[String],
+    env: &[(&str, String)],
+    bound: Duration,
+) -> Result<String> {
+    let mut command = command(namespace, program, args);
+    command.envs(env.iter().map(|(key, value)| (key, value)));
+    let output = match timeout(bound, command.output()).await {
+        Ok(output) => output.with_context(|| format!("cannot start {what}"))?,
+        Err(_) => bail!("{what} took longer than {bound:?}"),
+    };
+    if !output.status.success() {
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned());
+        bail!("{what} ended with {}: {}", output.status, said.join("\n").trim());
+    }
+    String::from_utf8(output.stdout).with_context(|| format!("{what} printed no text"))
+}
+
+/// A helper of ours in a namespace: answers in JSON, one line each, and takes lines.
+#[derive(Debug)]
+pub(super) struct Helper {
+    what: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Helper {
+    /// Starts this program again in `namespace` as `understudy demo worker ARGS`.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(super) fn start(what: &str, namespace: &str, args: &[String]) -> Result<Self> {
+        let own = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut all = vec!["demo".to_owned(), "worker".to_owned()];
+        all.extend_from_slice(args);
+        let mut command = command(namespace, &own, &all);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().with_context(|| format!("cannot start {what}"))?;
+        let stdout = child.stdout.take().expect("it was asked for");
+        let stdin = child.stdin.take();
+        Ok(Self { what: what.to_owned(), child, stdin, answers: BufReader::new(stdout).lines() })
+    }
+
+    /// Gives it a line.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub(super) async fn tell(&mut self, line: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().with_context(|| format!("{} was told to end", self.what))?;
+        let line = format!("{line}\n");
+        stdin.write_all(line.as_bytes()).await.with_context(|| format!("{} does not listen", self.what))
+    }
+
+    /// Tells it to come to its end.
+    pub(super) fn end(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Its next answer.
+    ///
+    /// # Errors
+    /// If none comes within `bound`, or it is none.
+    pub(super) async fn answer<T: DeserializeOwned>(&mut self, bound: Duration) -> Result<T> {
+        let line = match timeout(bound, self.answers.next_line()).await {
+            Ok(line) => line.with_context(|| format!("cannot read what {} says", self.what))?,
+            Err(_) => bail!("{} gave no answer within {bound:?}", self.what),
+        };
+        let Some(line) = line else {
+            let status = self.child.wait().await;
+            bail!("{} ended without an answer: {status:?}", self.what);
+        };
+        serde_json::from_str(&line).with_context(|| format!("{} answered `{line}`", self.what))
+    }
+}
+
+/// The ends of all logs below `dir`, for an error's reader.
+pub(super) fn log_tails(dir: &Path) -> String {
+    let mut logs: Vec<PathBuf> = Vec::new();
+    let mut dirs = vec![dir.to_path_buf()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                dirs.push(path);
+            } else if path.extension().is_some_and(|ext| ext == "log") {
+                logs.push(path);
+            }
+        }
+    }
+    logs.sort();
+    let mut text = String::new();
+    for log in logs {
+        let bytes = fs::read(&log).unwrap_or_default();
+        let end = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL)..]);
+        text.push_str(&format!("--- end of {}\n{}\n", log.display(), end.trim_end()));
+    }
+    text
+}

@@ -1,0 +1,133 @@
+//! What runs inside the client's namespace: this program, started again as `understudy demo worker ...`.
+//!
+//! Each worker answers in JSON, one line each, on its standard output. Its maker ends it by closing its standard input.
+
+mod check;
+mod load;
+mod probe;
+mod resp;
+mod write;
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Subcommand;
+use serde::Serialize;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+pub(super) use check::Checked;
+pub(super) use load::Loaded;
+pub(super) use probe::{FIRST_REPLY, FirstReply};
+pub(super) use write::{ANSWER as WRITE_ANSWER, Started, Written};
+
+/// Bound on opening a connection.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// The workers.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Worker {
+    /// Ask Redis for a PING once.
+    Ping {
+        /// Redis.
+        #[arg(long)]
+        to: SocketAddr,
+    },
+    /// Measure SET throughput.
+    Load {
+        /// Redis.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Connections, one request in flight on each.
+        #[arg(long)]
+        connections: u32,
+        /// How long.
+        #[arg(long)]
+        seconds: u64,
+    },
+    /// Write numbered keys over one connection until told to end.
+    Write {
+        /// Redis.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Distinguishes the keys of one round.
+        #[arg(long)]
+        tag: String,
+    },
+    /// Compare what is there with what was acknowledged.
+    Check {
+        /// Redis.
+        #[arg(long)]
+        to: SocketAddr,
+        /// As given to the writer.
+        #[arg(long)]
+        tag: String,
+        /// How many writes were acknowledged.
+        #[arg(long)]
+        acked: u64,
+    },
+    /// Ask for an ICMP echo each millisecond.
+    Probe {
+        /// The guest.
+        #[arg(long)]
+        to: Ipv4Addr,
+    },
+}
+
+/// Runs a worker to its end.
+///
+/// # Errors
+/// If it cannot do its work at all. What it measures goes to its answer.
+pub(super) fn run(worker: Worker) -> Result<()> {
+    if let Worker::Probe { to } = worker {
+        return probe::run(to);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match worker {
+            Worker::Ping { to } => ping(to).await,
+            Worker::Load { to, connections, seconds } => load::run(to, connections, Duration::from_secs(seconds)).await,
+            Worker::Write { to, tag } => write::run(to, &tag).await,
+            Worker::Check { to, tag, acked } => check::run(to, &tag, acked).await,
+            Worker::Probe { .. } => unreachable!("answered above"),
+        }
+    })
+}
+
+/// Prints one answer.
+fn say<T: Serialize>(answer: &T) -> Result<()> {
+    // `println!` flushes at the line's end.
+    println!("{}", serde_json::to_string(answer)?);
+    Ok(())
+}
+
+async fn connect(to: SocketAddr) -> Result<resp::Connection> {
+    match timeout(CONNECT, TcpStream::connect(to)).await {
+        Ok(stream) => resp::Connection::new(stream.with_context(|| format!("cannot connect to {to}"))?),
+        Err(_) => bail!("no connection to {to} within {CONNECT:?}"),
+    }
+}
+
+async fn ping(to: SocketAddr) -> Result<()> {
+    let mut request = Vec::new();
+    resp::request(&mut request, &[b"PING"]);
+    let mut connection = connect(to).await?;
+    match timeout(CONNECT, connection.ask(&request)).await {
+        Ok(reply) => match reply? {
+            resp::Reply::Simple(text) if text == "PONG" => say(&text),
+            other => bail!("Redis answered {other:?} to PING"),
+        },
+        Err(_) => bail!("no answer from {to} within {CONNECT:?}"),
+    }
+}
+
+/// The key of the numbered write `number`.
+fn key(tag: &str, number: u64) -> String {
+    format!("write:{tag}:{number:010}")
+}
+
+/// What the numbered write `number` writes: differs from key to key.
+fn value(tag: &str, number: u64) -> String {
+    format!("{:016x}{tag}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
