@@ -9,10 +9,13 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Suffix of a file that is being written; a left-over one means nothing.
-pub(crate) const TEMPORARY: &str = ".tmp";
+pub const TEMPORARY: &str = ".tmp";
 
 /// Makes `dir` and its parents, open to the owner alone.
-pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The system's.
+pub fn make_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         sync_dir(parent)?;
@@ -21,14 +24,20 @@ pub(crate) fn make_dir(dir: &Path) -> io::Result<()> {
 }
 
 /// Syncs a directory, so that renames in it are durable.
-pub(crate) fn sync_dir(dir: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The system's.
+pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
 /// Replaces `path` by `bytes` (mode 0600); durable when it returns.
 ///
 /// One writer at a time per `path`: the caller sees to that.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+///
+/// # Errors
+/// The system's; `path` is as it was then, or already new.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (temporary, dir) = neighbours(path)?;
     let mut file =
         OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
@@ -40,7 +49,10 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Removes `path`; durable when it returns. A file that is not there is no error.
-pub(crate) fn remove(path: &Path) -> io::Result<()> {
+///
+/// # Errors
+/// The system's.
+pub fn remove(path: &Path) -> io::Result<()> {
     let (_, dir) = neighbours(path)?;
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -4,7 +4,7 @@
 //! a network. `docs/protocol.md` has the clauses that both keep.
 
 pub mod beat;
-mod files;
+pub mod files;
 pub mod quic;
 pub mod store;
 pub mod trust;
