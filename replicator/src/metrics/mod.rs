@@ -79,3 +79,6 @@ impl Metrics {
         String::from_utf8(text).expect("the text encoder writes UTF-8")
     }
 }
+
+#[cfg(test)]
+mod tests;

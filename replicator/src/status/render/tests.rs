@@ -18,7 +18,7 @@ fn protected() -> VmStatus {
         pause_ms_p99: 4.2,
         pause_parts_ms_p50: PausePartsMs { stop: 0.2, harvest: 0.1, device: 1.1, copy: 0.4, resume: 0.07 },
         dirty_pages_p50: 312,
-        commit_ms_p50: 3.14,
+        commit_ms_p50: 3.16,
         commit_ms_p99: 12.5,
         bytes: EncodedBytes { delta: 3 << 20, raw: 4096, device: 1 << 20, ..EncodedBytes::default() },
         wire_bytes: 5 << 20,
@@ -89,7 +89,7 @@ fn all_vms_and_peers_are_tables() {
 agent host-a (version 0.1.0, incarnation 5)
 
 VM     ROLE      STATE        PEER    GEN  COMMITTED  EPOCH    PAUSE p50/p99      COMMIT   HELD
-web-1  primary   protected    host-b  3    1234       25.0 ms  1.87 ms / 4.20 ms  3.14 ms  2
+web-1  primary   protected    host-b  3    1234       25.0 ms  1.87 ms / 4.20 ms  3.16 ms  2
 db     survivor  unprotected  -       4    77         -        -                  -        -
 
 db: host-a was silent, db runs here now
@@ -137,7 +137,7 @@ epoch         1234 committed, 1235 under way
 epochs        1234, 25.0 ms each, 312 dirty pages
 pause         1.87 ms (p99 4.20 ms)
               stop 0.20 ms, harvest 0.10 ms, device 1.10 ms, copy 0.40 ms, resume 0.07 ms
-commit        3.14 ms (p99 12.5 ms)
+commit        3.16 ms (p99 12.5 ms)
 sent          5.0 MiB (delta 3.0 MiB, raw 4.0 KiB, device 1.0 MiB)
 held output   2 frames, 180 B, oldest 1.50 ms (40 released, 1 dropped)
 warning       serial port serial0 is not held
