@@ -1,11 +1,83 @@
-//! An attached QEMU.
+//! An attached QEMU: paused, harvested, captured, gated, and left again as it was found.
+//!
+//! Promise: a page whose mark was taken from the tracker is in the capture that is handed out, or is put back. While an
+//! agent is attached its monitor connection is the one way in which it touches the guest; if the agent dies, the
+//! capture sockets close, QEMU drops the guest's frames, and the guest is mute.
 
-use super::{AttachOptions, Target};
-use crate::guest::{GuestError, GuestErrorKind};
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-/// A running QEMU that we are attached to; a [`crate::guest::Guest`].
+use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
+use serde_json::{Value, json};
+
+use super::cmdline;
+use super::discover::{Discovered, children, connect, discover};
+use super::gate::{GateBounds, Port, QemuGate};
+use super::network::{self, Network};
+use super::qmp::{Pending, Qmp, QmpError, QmpEvent};
+use super::ram::parse_ramblock;
+use super::recipe::{QemuRecipe, layout};
+use super::state::{StateError, StateFile};
+use super::{AttachOptions, CheckLevel, OUR_PREFIX, Target, TrackerChoice, checks};
+use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
+use crate::layout::{Layout, PAGE_SIZE, PageSet};
+use crate::sys::process::{PidFd, ProcessMemory};
+use crate::track::{CompareTracker, DirtyLedger, PagemapTracker, RangeMap, Tracker};
+
+/// How long a killed QEMU may take to end.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long QEMU may take to emit what was released when the gate is taken away.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What QEMU may write into a capture socket before it must wait for us.
+const CAPTURE_BUFFER: usize = 4 << 20;
+
+/// The guest's devices are compared with what was attached every so many resumes.
+const COMPARE_EVERY: u64 = 16;
+
+/// How long a closed monitor is taken for a dying process.
+const DYING: Duration = Duration::from_secs(1);
+
+/// A running QEMU that we are attached to.
 #[derive(Debug)]
-pub struct QemuGuest {}
+pub struct QemuGuest {
+    qmp: Qmp,
+    process: PidFd,
+    memory: ProcessMemory,
+    map: RangeMap,
+    ledger: DirtyLedger<Box<dyn Tracker>>,
+    layout: Layout,
+    recipe: Recipe,
+    state: StateFile,
+    gate: Arc<QemuGate>,
+    netdevs: Vec<String>,
+    shape: Shape,
+    /// We stopped it, and nobody has let it go on since.
+    paused: bool,
+    /// Its owner stopped it, or it shut itself down.
+    paused_by_owner: bool,
+    /// Somebody else let it run while we had stopped it.
+    resumed_behind_us: bool,
+    /// A guest's shutdown pauses QEMU instead of ending it, by our doing.
+    shutdown_pauses: bool,
+    died: bool,
+    resumes: u64,
+    comparing: Option<[Pending; 4]>,
+    events: Vec<GuestEvent>,
+    runs: Vec<(u64, u64)>,
+}
+
+/// What is compared to notice hot-plug.
+#[derive(Debug, PartialEq, Eq)]
+struct Shape {
+    network: Network,
+    devices: BTreeSet<String>,
+    blocks: BTreeSet<(String, u64)>,
+}
 
 /// Attaches to a running QEMU, after every check that [`super::doctor`] does. The guest goes on running; its output passes
 /// as before and nothing is tracked yet.
@@ -13,5 +85,617 @@ pub struct QemuGuest {}
 /// # Errors
 /// [`GuestErrorKind::Refused`] with the first refusal of the checklist, or [`GuestErrorKind::Failed`]; QEMU is as it was.
 pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, GuestError> {
-    Err(GuestError::new(GuestErrorKind::Refused, format!("cannot attach to {target} with {options:?} yet")))
+    let (mut qmp, process) = connect(target)?;
+    let found = discover(&mut qmp, &process)?;
+    let list = checks::host(options.tracker).into_iter().chain(checks::examine(&qmp, &found, options.tracker));
+    if let Some(refusal) = list.into_iter().find(|check| check.level == CheckLevel::Refusal) {
+        return Err(GuestError::new(GuestErrorKind::Refused, refusal.message).advise(refusal.advice));
+    }
+    let choice = checks::tracker_for(&found, options.tracker);
+    let Discovered { machine, network, argv, .. } = &found;
+    let blocks = match &found.blocks {
+        Ok(blocks) => blocks,
+        Err(error) => return Err(GuestError::new(GuestErrorKind::Refused, error.to_string())),
+    };
+    let layout = layout(blocks)?;
+    let addresses: Vec<u64> = blocks.iter().map(|block| block.host).collect();
+    let map = RangeMap::new(&layout, &addresses)
+        .map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
+    let memory = ProcessMemory::new(process.clone());
+    let tracker: Box<dyn Tracker> = match choice {
+        TrackerChoice::Compare => Box::new(CompareTracker::new(memory.clone(), map.clone())),
+        TrackerChoice::Auto | TrackerChoice::PagemapScan => Box::new(PagemapTracker::new(process.clone(), map.clone())),
+    };
+    let recipe = QemuRecipe::of(&found, blocks).pack();
+    let shape = Shape {
+        network: network.clone(),
+        devices: device_names(&mut qmp)?,
+        blocks: blocks.iter().map(|block| (block.name.clone(), block.total)).collect(),
+    };
+    let netdevs = network.nics.iter().filter_map(|nic| nic.netdev.as_ref()).map(|netdev| netdev.id.clone()).collect();
+    let bounds = GateBounds { bytes: options.held_bytes_max, age: options.held_age_max };
+    let gate = QemuGate::new(bounds)
+        .map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot start the gate's thread").because(error))?;
+    let shutdown_pauses = qmp.has("set-action") && !cmdline::shutdown_pauses(argv);
+    // Last, because it is the first change in QEMU.
+    let state = StateFile::open(&mut qmp, machine)?;
+    Ok(QemuGuest {
+        qmp,
+        process,
+        memory,
+        map,
+        ledger: DirtyLedger::new(tracker, layout.pages()),
+        layout,
+        recipe,
+        state,
+        gate: Arc::new(gate),
+        netdevs,
+        shape,
+        paused: false,
+        paused_by_owner: false,
+        resumed_behind_us: false,
+        shutdown_pauses,
+        died: false,
+        resumes: 0,
+        comparing: None,
+        events: Vec::new(),
+        runs: Vec::new(),
+    })
+}
+
+impl QemuGuest {
+    /// How dirty pages are found.
+    #[must_use]
+    pub fn tracker(&self) -> &'static str {
+        self.ledger.tracker().name()
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn run(&mut self, command: &str, arguments: Value) -> Result<Value, GuestError> {
+        let done = self.qmp.execute(command, arguments);
+        self.judge(done)
+    }
+
+    /// A monitor that closed is a dead QEMU only if its process has ended.
+    fn judge<T>(&self, done: Result<T, impl Into<GuestError>>) -> Result<T, GuestError> {
+        done.map_err(|error| {
+            let error = error.into();
+            match error.kind {
+                GuestErrorKind::Gone if !self.process.wait_exit(DYING) => GuestError { kind: GuestErrorKind::Failed, ..error },
+                GuestErrorKind::Failed if self.process.has_exited() => GuestError { kind: GuestErrorKind::Gone, ..error },
+                _ => error,
+            }
+        })
+    }
+
+    /// Takes in QEMU's events.
+    fn take_events(&mut self) {
+        let events = match self.qmp.poll_events() {
+            Ok(events) => events,
+            Err(error) => {
+                if self.process.wait_exit(Duration::ZERO) && !self.died {
+                    self.died = true;
+                    self.events.push(GuestEvent::Died { how: format!("its process has ended ({error})") });
+                }
+                return;
+            }
+        };
+        for event in events {
+            self.take_event(&event);
+        }
+    }
+
+    fn take_event(&mut self, event: &QmpEvent) {
+        let text = |name: &str| event.data.get(name).and_then(Value::as_str).unwrap_or_default();
+        match event.name.as_str() {
+            "STOP" if !self.paused && !self.paused_by_owner => {
+                self.paused_by_owner = true;
+                self.events.push(GuestEvent::Paused);
+            }
+            "RESUME" if self.paused => {
+                self.resumed_behind_us = true;
+                self.paused = false;
+                self.paused_by_owner = false;
+                self.events.push(GuestEvent::Resumed);
+            }
+            "RESUME" if self.paused_by_owner => {
+                self.paused_by_owner = false;
+                self.events.push(GuestEvent::Resumed);
+            }
+            "SHUTDOWN" if event.data.get("guest") == Some(&Value::Bool(true)) => {
+                self.paused_by_owner = true;
+                self.events.push(GuestEvent::Shutdown);
+            }
+            "RESET" => self.events.push(GuestEvent::Reset),
+            "DEVICE_DELETED" | "MEMORY_DEVICE_SIZE_CHANGE" | "MEM_UNPLUG_ERROR" | "ACPI_DEVICE_OST" => {
+                let what = format!("QEMU reports {} {}", event.name, text("path"));
+                self.events.push(GuestEvent::Changed { what: what.trim_end().to_owned() });
+            }
+            _ => {}
+        }
+    }
+
+    /// Asks for what hot-plug would change, without waiting for the answers.
+    fn start_comparing(&mut self) -> Result<(), QmpError> {
+        let hmp = |line: &str| json!({ "command-line": line });
+        let network = self.qmp.send("human-monitor-command", hmp("info network"))?;
+        let blocks = self.qmp.send("human-monitor-command", hmp("info ramblock"))?;
+        let named = self.qmp.send("qom-list", json!({ "path": PERIPHERAL[0] }))?;
+        let unnamed = self.qmp.send("qom-list", json!({ "path": PERIPHERAL[1] }))?;
+        self.comparing = Some([network, blocks, named, unnamed]);
+        Ok(())
+    }
+
+    /// Compares, if the answers are there.
+    fn finish_comparing(&mut self) -> Result<(), QmpError> {
+        let Some(asked) = self.comparing.take() else { return Ok(()) };
+        if !self.qmp.ready(&asked[3])? {
+            self.comparing = Some(asked);
+            return Ok(());
+        }
+        let [network, blocks, named, unnamed] = asked;
+        let network = self.qmp.collect(network)?;
+        let blocks = self.qmp.collect(blocks)?;
+        let devices = [self.qmp.collect(named)?, self.qmp.collect(unnamed)?];
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let now = Shape {
+            network: network::parse(&text(&network)),
+            devices: devices.iter().zip(PERIPHERAL).flat_map(|(listed, path)| names(listed, path)).collect(),
+            blocks: parse_ramblock(&text(&blocks))
+                .unwrap_or_default()
+                .into_iter()
+                .map(|block| (block.name, block.total))
+                .collect(),
+        };
+        for (changed, what) in [
+            (now.network != self.shape.network, "its network cards"),
+            (now.devices != self.shape.devices, "its devices"),
+            (now.blocks != self.shape.blocks, "its memory"),
+        ] {
+            if changed {
+                self.events.push(GuestEvent::Changed { what: format!("{what} are not what they were when it was attached") });
+            }
+        }
+        self.shape = now;
+        Ok(())
+    }
+
+    /// Harvest, save and copy; on an error the caller puts `taken` back.
+    fn capture_into(&mut self, into: &mut Capture, parts: &mut PauseParts, taken: &mut PageSet) -> Result<(), GuestError> {
+        let started = Instant::now();
+        let saving = self.state.start(&mut self.qmp);
+        let saving = self.judge(saving)?;
+        let first = self.ledger.harvest(taken);
+        parts.harvest = started.elapsed();
+        let copied = first.map_err(GuestError::from).and_then(|()| {
+            let copying = Instant::now();
+            into.pages.clear();
+            into.pages.extend(taken.iter());
+            let copied = read(&self.memory, &self.map, &mut self.runs, &into.pages, &mut into.bytes);
+            parts.copy = copying.elapsed();
+            copied
+        });
+        // Whatever became of the harvest: a save that goes on must not meet a running guest.
+        let saved = self.qmp.collect(saving);
+        parts.device = started.elapsed();
+        self.judge(saved)?;
+        copied?;
+        // What saving wrote to guest memory belongs to this epoch.
+        let again = Instant::now();
+        let mut late = PageSet::empty(taken.capacity());
+        self.ledger.harvest(&mut late)?;
+        parts.harvest += again.elapsed();
+        taken.union_with(&late);
+        if !late.is_empty() {
+            let copying = Instant::now();
+            let pages: Vec<u64> = late.iter().collect();
+            let mut bytes = Vec::new();
+            read(&self.memory, &self.map, &mut self.runs, &pages, &mut bytes)?;
+            merge(into, &pages, &bytes);
+            parts.copy += copying.elapsed();
+        }
+        self.state.read(&mut into.device)?;
+        self.take_events();
+        if self.resumed_behind_us {
+            return Err(GuestError::new(GuestErrorKind::Failed, "somebody else let the guest run while it was captured")
+                .advise("nothing is lost, the epoch is captured again; keep other programs from pausing and resuming it"));
+        }
+        Ok(())
+    }
+
+    fn install_filters(&mut self, epoch: u64) -> Result<(), GuestError> {
+        let mut ports = Vec::new();
+        for (index, netdev) in self.netdevs.clone().iter().enumerate() {
+            ports.push(self.install_filter(index, netdev)?);
+        }
+        self.gate
+            .install(ports, epoch)
+            .map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot set the gate's sockets up").because(error))
+    }
+
+    fn install_filter(&mut self, index: usize, netdev: &str) -> Result<Port, GuestError> {
+        let pair = || UnixStream::pair().map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot make a socket").because(error));
+        let (captured, theirs) = pair()?;
+        // A larger buffer keeps QEMU from waiting; the default one does, too, only less well.
+        if set_socket_send_buffer_size_force(&theirs, CAPTURE_BUFFER).is_err() {
+            let _ = set_socket_send_buffer_size(&theirs, CAPTURE_BUFFER);
+        }
+        self.add_chardev(&out_name(index), &theirs)?;
+        let (released, theirs) = pair()?;
+        self.add_chardev(&in_name(index), &theirs)?;
+        // Frames pass the filters in reverse order of their making: what the first injects, the second does not see.
+        for (name, key, chardev) in
+            [(release_name(index), "indev", in_name(index)), (capture_name(index), "outdev", out_name(index))]
+        {
+            let mut arguments = json!({ "qom-type": "filter-redirector", "id": name, "netdev": netdev, "queue": "rx" });
+            arguments[key] = chardev.into();
+            self.run("object-add", arguments)?;
+        }
+        Ok(Port { captured, released })
+    }
+
+    fn add_chardev(&mut self, name: &str, theirs: &UnixStream) -> Result<(), GuestError> {
+        let passed = self.qmp.execute_with_fd("getfd", json!({ "fdname": name }), theirs.as_fd());
+        self.judge(passed)?;
+        let address = json!({ "type": "fd", "data": { "str": name } });
+        let backend = json!({ "type": "socket", "data": { "server": false, "addr": address } });
+        let added = self.run("chardev-add", json!({ "id": name, "backend": backend }));
+        if added.is_err() {
+            // The descriptor is QEMU's own if the chardev was made, else it still lies there.
+            let _ = self.qmp.execute("closefd", json!({ "fdname": name }));
+        }
+        added.map(drop)
+    }
+
+    /// Takes filters and chardevs out, as far as they are there; reports the first that could not be.
+    fn remove_filters(&mut self) -> Result<(), GuestError> {
+        let listed = children(&mut self.qmp, super::discover::OBJECTS);
+        let objects: BTreeSet<String> = self.judge(listed)?.into_iter().map(|(name, _)| name).collect();
+        let mut result = Ok(());
+        for index in 0..self.netdevs.len() {
+            for name in [capture_name(index), release_name(index)] {
+                if objects.contains(&name) {
+                    result = result.and(self.run("object-del", json!({ "id": name })).map(drop));
+                }
+            }
+        }
+        let chardevs = self.chardevs()?;
+        for index in 0..self.netdevs.len() {
+            for name in [out_name(index), in_name(index)] {
+                if chardevs.iter().any(|(label, _)| *label == name) {
+                    result = result.and(self.run("chardev-remove", json!({ "id": name })).map(drop));
+                }
+            }
+        }
+        result
+    }
+
+    fn chardevs(&mut self) -> Result<Vec<(String, String)>, GuestError> {
+        let listed = self.run("query-chardev", json!({}))?;
+        let text = |chardev: &Value, name: &str| chardev.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        Ok(listed.as_array().into_iter().flatten().map(|chardev| (text(chardev, "label"), text(chardev, "filename"))).collect())
+    }
+
+    /// Waits until QEMU has read the release sockets to their end.
+    fn wait_for_filters(&mut self, deadline: Instant) -> Result<bool, GuestError> {
+        loop {
+            let chardevs = self.chardevs()?;
+            let open = |index: usize| {
+                let name = in_name(index);
+                chardevs.iter().any(|(label, filename)| *label == name && !filename.starts_with("disconnected"))
+            };
+            if !(0..self.netdevs.len()).any(open) {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn set_shutdown(&mut self, action: &str) -> Result<(), GuestError> {
+        if self.shutdown_pauses {
+            self.run("set-action", json!({ "shutdown": action }))?;
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self) -> Result<(), GuestError> {
+        if self.gate.is_shut() {
+            return Err(GuestError::new(GuestErrorKind::Failed, "this copy of the guest was muted for good")
+                .advise("it may not be heard again; fence it"));
+        }
+        let mut result = self.open_output();
+        result = result.and(self.ledger.disarm().map_err(GuestError::from));
+        result = result.and(self.set_shutdown("poweroff"));
+        let closed = self.state.close(&mut self.qmp);
+        result = result.and(self.judge(closed));
+        result.and(self.resume())
+    }
+}
+
+impl Guest for QemuGuest {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    fn gate(&self) -> Arc<dyn Gate> {
+        Arc::clone(&self.gate) as Arc<dyn Gate>
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        self.take_events();
+        if self.paused {
+            return Ok(());
+        }
+        self.resumed_behind_us = false;
+        let asked = self.qmp.send("stop", json!({}));
+        let asked = self.judge(asked)?;
+        // The STOP event that comes before the reply is ours.
+        self.paused = true;
+        let stopped = self.qmp.collect(asked);
+        if stopped.is_err() {
+            self.paused = false;
+        }
+        self.judge(stopped).map(drop)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        if self.paused && !self.paused_by_owner {
+            let asked = self.qmp.execute("cont", json!({}));
+            self.judge(asked)?;
+        }
+        let was_paused = std::mem::replace(&mut self.paused, false);
+        self.drop_own_resume(was_paused);
+        self.resumes += 1;
+        if self.resumes.is_multiple_of(COMPARE_EVERY) && self.comparing.is_none() {
+            let asked = self.start_comparing();
+            self.judge(asked)?;
+        }
+        Ok(())
+    }
+
+    fn arm(&mut self) -> Result<(), GuestError> {
+        self.ledger.arm()?;
+        self.set_shutdown("pause")
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        let harvested = self.ledger.harvest(dirty);
+        self.judge(harvested)
+    }
+
+    fn put_back(&mut self, dirty: &PageSet) {
+        self.ledger.put_back(dirty);
+    }
+
+    fn read_pages(&mut self, pages: &[u64], bytes: &mut Vec<u8>) -> Result<(), GuestError> {
+        let copied = read(&self.memory, &self.map, &mut self.runs, pages, bytes);
+        self.judge(copied)
+    }
+
+    fn capture(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
+        let mut taken = PageSet::empty(self.layout.pages());
+        let captured = self.capture_into(into, parts, &mut taken);
+        if captured.is_err() {
+            self.ledger.put_back(&taken);
+        }
+        self.judge(captured)
+    }
+
+    fn hold_output(&mut self, epoch: u64) -> Result<(), GuestError> {
+        if self.gate.is_installed() {
+            self.gate.seal(epoch);
+            return Ok(());
+        }
+        let installed = self.install_filters(epoch);
+        if installed.is_err() {
+            // The guest stands: nothing has been captured yet.
+            self.gate.uninstall();
+            let _ = self.remove_filters();
+        }
+        installed
+    }
+
+    fn open_output(&mut self) -> Result<(), GuestError> {
+        if self.gate.is_shut() {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the gate was shut for good"));
+        }
+        if !self.gate.is_installed() {
+            return Ok(());
+        }
+        // Stopped, so that no new frame overtakes one that was held.
+        let was_paused = self.paused;
+        self.pause()?;
+        let deadline = Instant::now() + FLUSH_TIMEOUT;
+        let flushed = self.gate.flush(deadline);
+        self.gate.half_close();
+        let emitted = self.wait_for_filters(deadline);
+        let removed = self.remove_filters();
+        self.gate.uninstall();
+        if !was_paused {
+            self.resume()?;
+        }
+        removed?;
+        if !flushed || !emitted? {
+            tracing::warn!(pid = self.process.pid(), "QEMU did not take all held frames in time; some were dropped");
+        }
+        Ok(())
+    }
+
+    fn events(&mut self) -> Vec<GuestEvent> {
+        if let Err(error) = self.finish_comparing() {
+            tracing::debug!(pid = self.process.pid(), %error, "cannot compare the guest's devices");
+        }
+        self.take_events();
+        if !self.died && self.process.has_exited() {
+            self.died = true;
+            self.events.push(GuestEvent::Died { how: "its process has ended".to_owned() });
+        }
+        std::mem::take(&mut self.events)
+    }
+
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(ProcessFence { process: self.process.clone() })
+    }
+
+    fn detach(mut self: Box<Self>) -> Result<(), GuestError> {
+        let left = self.leave();
+        self.judge(left).map_err(|error| {
+            let message = format!("something of ours may be left in QEMU {}: {}", self.process.pid(), error.message);
+            GuestError { message, ..error }
+        })
+    }
+}
+
+impl QemuGuest {
+    /// Drops the RESUME event that our own `cont` made, and keeps the others.
+    fn drop_own_resume(&mut self, was_paused: bool) {
+        if !was_paused || self.paused_by_owner {
+            return;
+        }
+        let Ok(events) = self.qmp.poll_events() else { return };
+        let mut ours = true;
+        for event in events {
+            if ours && event.name == "RESUME" {
+                ours = false;
+            } else {
+                self.take_event(&event);
+            }
+        }
+    }
+}
+
+/// Ends a QEMU by SIGKILL, never by its monitor.
+#[derive(Debug)]
+pub(super) struct ProcessFence {
+    pub(super) process: PidFd,
+}
+
+impl Fence for ProcessFence {
+    fn fence(&self) -> Result<(), GuestError> {
+        self.process.kill_confirmed(KILL_TIMEOUT).map_err(GuestError::from)
+    }
+
+    fn ended(&self) -> bool {
+        self.process.has_exited()
+    }
+}
+
+impl From<StateError> for GuestError {
+    fn from(error: StateError) -> Self {
+        match error {
+            StateError::Qmp(error) => error.into(),
+            error => Self::new(GuestErrorKind::Failed, error.to_string()).because(error),
+        }
+    }
+}
+
+/// Where QEMU keeps the devices that a user made, with and without an id.
+const PERIPHERAL: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+
+fn out_name(index: usize) -> String {
+    format!("{OUR_PREFIX}out-{index}")
+}
+
+fn in_name(index: usize) -> String {
+    format!("{OUR_PREFIX}in-{index}")
+}
+
+fn capture_name(index: usize) -> String {
+    format!("{OUR_PREFIX}capture-{index}")
+}
+
+fn release_name(index: usize) -> String {
+    format!("{OUR_PREFIX}release-{index}")
+}
+
+fn device_names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
+    let mut found = BTreeSet::new();
+    for path in PERIPHERAL {
+        let listed = qmp.execute("qom-list", json!({ "path": path }))?;
+        found.extend(names(&listed, path));
+    }
+    Ok(found)
+}
+
+fn names(listed: &Value, path: &str) -> Vec<String> {
+    let text = |property: &Value, name: &str| property.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    listed
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|property| format!("{path}/{} {}", text(property, "name"), text(property, "type")))
+        .collect()
+}
+
+/// Copies pages out of QEMU. Bytes left over from an earlier epoch are overwritten, not cleared first.
+fn read(
+    memory: &ProcessMemory,
+    map: &RangeMap,
+    runs: &mut Vec<(u64, u64)>,
+    pages: &[u64],
+    bytes: &mut Vec<u8>,
+) -> Result<(), GuestError> {
+    map.runs(pages.iter().copied(), runs);
+    bytes.resize(pages.len() * PAGE_SIZE, 0);
+    memory.read_runs(runs, bytes)?;
+    Ok(())
+}
+
+/// Puts later copies of pages into a capture: over the earlier copy, or at their place.
+fn merge(into: &mut Capture, pages: &[u64], bytes: &[u8]) {
+    let mut new = Vec::new();
+    for (page, copy) in pages.iter().zip(bytes.chunks_exact(PAGE_SIZE)) {
+        match into.pages.binary_search(page) {
+            Ok(at) => into.bytes[at * PAGE_SIZE..(at + 1) * PAGE_SIZE].copy_from_slice(copy),
+            Err(_) => new.push((*page, copy)),
+        }
+    }
+    let mut old = into.pages.len();
+    let mut end = old + new.len();
+    into.pages.resize(end, 0);
+    into.bytes.resize(end * PAGE_SIZE, 0);
+    // From the back, so that nothing is overwritten before it was moved.
+    for (page, copy) in new.into_iter().rev() {
+        while old > 0 && into.pages[old - 1] > page {
+            into.pages[end - 1] = into.pages[old - 1];
+            into.bytes.copy_within((old - 1) * PAGE_SIZE..old * PAGE_SIZE, (end - 1) * PAGE_SIZE);
+            (old, end) = (old - 1, end - 1);
+        }
+        into.pages[end - 1] = page;
+        into.bytes[(end - 1) * PAGE_SIZE..end * PAGE_SIZE].copy_from_slice(copy);
+        end -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    proptest! {
+        #[test]
+        fn merging_is_overwriting_by_page(first in prop::collection::btree_map(0_u64..40, any::<u8>(), 0..20),
+                                          later in prop::collection::btree_map(0_u64..40, any::<u8>(), 0..20)) {
+            let flat = |map: &BTreeMap<u64, u8>| map.values().flat_map(|&byte| [byte; PAGE_SIZE]).collect::<Vec<u8>>();
+            let mut capture = Capture { pages: first.keys().copied().collect(), bytes: flat(&first), device: Vec::new() };
+            let pages: Vec<u64> = later.keys().copied().collect();
+            merge(&mut capture, &pages, &flat(&later));
+            let mut model = first;
+            model.extend(later);
+            prop_assert_eq!(capture.pages, model.keys().copied().collect::<Vec<_>>());
+            prop_assert_eq!(capture.bytes, flat(&model));
+        }
+    }
 }

@@ -8,10 +8,18 @@
 //! | --- | --- |
 //! | `target` | finds the QEMU that the operator means |
 
+mod checks;
+mod cmdline;
+mod discover;
+mod fault;
+mod gate;
 mod guest;
 mod network;
 mod qmp;
 mod ram;
+mod recipe;
+mod state;
+mod tap;
 mod target;
 mod twin;
 
@@ -19,9 +27,14 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::guest::GuestError;
+
 pub use guest::{QemuGuest, attach};
 pub use target::{Target, resolve, running};
 pub use twin::{QemuTwinHost, TwinHostOptions};
+
+/// How everything of ours in a QEMU is called.
+const OUR_PREFIX: &str = "understudy-";
 
 /// Default bound on the bytes of held frames: 64 MiB.
 pub const DEFAULT_HELD_BYTES_MAX: usize = 64 << 20;
@@ -93,13 +106,24 @@ pub struct Check {
 /// used for a moment.
 #[must_use]
 pub fn doctor(target: Option<&Target>) -> Vec<Check> {
-    match target {
-        None => Vec::new(),
-        Some(target) => vec![Check {
-            name: "target".to_owned(),
-            level: CheckLevel::Ok,
-            message: format!("the target is {target}"),
-            advice: String::new(),
-        }],
+    let tracker = TrackerChoice::Auto;
+    let mut checks = checks::host(tracker);
+    if let Some(target) = target {
+        match examine(target, tracker) {
+            Ok(of_target) => checks.extend(of_target),
+            Err(error) => checks.push(Check {
+                name: "monitor".to_owned(),
+                level: CheckLevel::Refusal,
+                message: error.message,
+                advice: error.advice,
+            }),
+        }
     }
+    checks
+}
+
+fn examine(target: &Target, tracker: TrackerChoice) -> Result<Vec<Check>, GuestError> {
+    let (mut qmp, process) = discover::connect(target)?;
+    let found = discover::discover(&mut qmp, &process)?;
+    Ok(checks::examine(&qmp, &found, tracker))
 }

@@ -4,17 +4,17 @@
 //! its call gave up is thrown away, never taken for another's. A monitor that does not greet is used by somebody else.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io::{self, IoSlice, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::time::Timespec;
 use serde_json::{Map, Value, json};
+
+use crate::sys::fdpass::send_with_fds;
 
 /// How long a monitor may take to greet.
 pub(super) const GREETING_TIMEOUT: Duration = Duration::from_secs(1);
@@ -218,15 +218,7 @@ impl Qmp {
         fd: BorrowedFd<'_>,
     ) -> Result<Value, QmpError> {
         let (pending, line) = self.prepare(command, arguments);
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        let fds = [fd];
-        assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "the buffer is made for one descriptor");
-        let sent = sendmsg(&self.stream, &[IoSlice::new(line.as_bytes())], &mut control, SendFlags::NOSIGNAL);
-        let written = match sent {
-            Ok(written) => self.stream.write_all(&line.as_bytes()[written..]),
-            Err(error) => Err(error.into()),
-        };
+        let written = send_with_fds(&self.stream, line.as_bytes(), &[fd]);
         if let Err(error) = written {
             self.waiting.remove(&pending.id);
             return Err(broken(error));

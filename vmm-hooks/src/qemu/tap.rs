@@ -1,0 +1,102 @@
+//! Tap interfaces of twins: made if missing, put on their bridge, removed again. Uses the `ip` program.
+//!
+//! Promise: only what was made here is removed.
+
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+use super::discover::same_network;
+use crate::guest::{GuestError, GuestErrorKind};
+
+/// A tap interface that was made here.
+#[derive(Debug)]
+pub(super) struct Tap {
+    ifname: String,
+}
+
+impl Tap {
+    /// Sees to it that there is a tap of this name, up and on `bridge`. `None` if it was there before.
+    pub(super) fn ensure(ifname: &str, bridge: Option<&str>, mtu: Option<u32>) -> Result<Option<Self>, GuestError> {
+        let existing = look(&["-j", "link", "show", "dev", ifname]);
+        let made = match existing {
+            Some(_) => None,
+            None => {
+                ip(&["tuntap", "add", "dev", ifname, "mode", "tap"])?;
+                Some(Self { ifname: ifname.to_owned() })
+            }
+        };
+        if let Some(bridge) = bridge {
+            if look(&["-j", "link", "show", "dev", bridge]).is_none() {
+                return Err(GuestError::new(GuestErrorKind::Refused, format!("this host has no bridge {bridge} for {ifname}"))
+                    .advise("make the bridge, or map it to another one in the agent's configuration"));
+            }
+            ip(&["link", "set", "dev", ifname, "master", bridge])?;
+        }
+        if let Some(mtu) = mtu {
+            ip(&["link", "set", "dev", ifname, "mtu", &mtu.to_string()])?;
+        }
+        ip(&["link", "set", "dev", ifname, "up"])?;
+        Ok(made)
+    }
+
+    /// Leaves the interface in place.
+    pub(super) fn keep(mut self) {
+        self.ifname.clear();
+    }
+
+    /// Removes the interface.
+    pub(super) fn remove(mut self) -> Result<(), GuestError> {
+        let ifname = std::mem::take(&mut self.ifname);
+        ip(&["link", "delete", "dev", &ifname])
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        if !self.ifname.is_empty() {
+            if let Err(error) = ip(&["link", "delete", "dev", &self.ifname]) {
+                tracing::warn!(ifname = self.ifname, %error, "a tap interface was left behind");
+            }
+        }
+    }
+}
+
+/// The bridge and the MTU of an interface in the network of process `pid`.
+pub(super) fn describe(pid: u32, ifname: &str) -> (Option<String>, Option<u32>) {
+    let shown = if same_network(pid) {
+        look(&["-j", "link", "show", "dev", ifname])
+    } else {
+        let net = format!("--net=/proc/{pid}/ns/net");
+        parse(run("nsenter", &[&net, "ip", "-j", "link", "show", "dev", ifname]).ok())
+    };
+    let field = |name: &str| shown.as_ref().and_then(|shown| shown.pointer(&format!("/0/{name}")));
+    let bridge = field("master").and_then(Value::as_str).map(str::to_owned);
+    let mtu = field("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok());
+    (bridge, mtu)
+}
+
+fn look(arguments: &[&str]) -> Option<Value> {
+    parse(run("ip", arguments).ok())
+}
+
+fn parse(output: Option<Output>) -> Option<Value> {
+    let output = output.filter(|output| output.status.success())?;
+    serde_json::from_slice(&output.stdout).ok()
+}
+
+fn run(program: &str, arguments: &[&str]) -> std::io::Result<Output> {
+    Command::new(program).args(arguments).stdin(Stdio::null()).output()
+}
+
+fn ip(arguments: &[&str]) -> Result<(), GuestError> {
+    let shown = format!("ip {}", arguments.join(" "));
+    let output = run("ip", arguments).map_err(|error| {
+        GuestError::new(GuestErrorKind::Refused, format!("cannot run `{shown}`: {error}")).advise("install iproute2")
+    })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Err(GuestError::new(GuestErrorKind::Refused, format!("`{shown}` failed: {reason}")))
+}
