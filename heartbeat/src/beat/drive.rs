@@ -28,7 +28,7 @@ const DIAL_DEADLINE: Duration = Duration::from_millis(500);
 /// Pause after the first dial that failed; it doubles.
 const FIRST_REDIAL: Duration = Duration::from_millis(20);
 /// Longest pause between two dials.
-const LONGEST_REDIAL: Duration = Duration::from_millis(500);
+const LONGEST_REDIAL: Duration = Duration::from_millis(200);
 /// When a deadline passes, what waits in the socket is read first, for this long.
 const LAST_LOOK: Duration = Duration::from_millis(1);
 /// Things that may wait for the loop; more wait at their source.
@@ -94,7 +94,7 @@ impl Drive {
         let mut acceptors = Vec::new();
         let mut addresses = Vec::new();
         for (path, &bind) in options.paths.iter().enumerate() {
-            let options = EndpointOptions { bind, profile: Profile::Control, mtu: None };
+            let options = EndpointOptions { bind, profile: Profile::Heartbeat, mtu: None };
             let endpoint = Arc::new(Endpoint::open(identity.clone(), peers.clone(), options)?);
             addresses.push(endpoint.local_addr()?);
             acceptors.push(Task(tokio::spawn(accept_all(endpoint.clone(), path, sender.clone()))));

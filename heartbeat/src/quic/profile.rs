@@ -1,12 +1,14 @@
-//! How a connection is tuned: for bulk (replication) or for control (heartbeats, witness).
+//! How a connection is tuned: for bulk (replication), for control (witness) or for heartbeats.
 //!
 //! The values for bulk were measured on loopback; the windows hold several epochs, so that the
-//! congestion controller and not flow control sets the pace.
+//! congestion controller and not flow control sets the pace. Control and heartbeats send a few kilobytes
+//! a second: their window is fixed, so that losses of a short outage do not delay the first words after it.
 
+use std::any::Any;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use quinn::congestion::CubicConfig;
+use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
 use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 /// Largest UDP payload accepted: what IPv4 and IPv6 can carry at most without jumbograms.
@@ -32,6 +34,10 @@ const CONTROL_SOCKET_BUFFER: usize = 1 << 20;
 const CONTROL_IDLE: Duration = Duration::from_secs(2);
 const CONTROL_KEEP_ALIVE: Duration = Duration::from_millis(400);
 const CONTROL_STREAMS: u32 = 64;
+/// Bytes in flight on a control or heartbeat connection: more than ten seconds of heartbeats.
+const CONTROL_IN_FLIGHT: u64 = 256 << 10;
+/// A heartbeat connection outlives a frozen peer: a restarted one answers with a reset at once.
+const HEARTBEAT_IDLE: Duration = Duration::from_secs(10);
 
 /// Round trip assumed before the first is measured: peers are on a local network.
 const INITIAL_RTT: Duration = Duration::from_millis(1);
@@ -43,8 +49,10 @@ const DATAGRAM_BUFFER: usize = 8 << 10;
 pub enum Profile {
     /// Replication: windows and socket buffers of many MiB.
     Bulk,
-    /// Heartbeats and the witness: small, and quick to notice that the other end is gone.
+    /// The witness: small, and quick to notice that the other end is gone.
     Control,
+    /// Heartbeats: small, and slow to give up a connection.
+    Heartbeat,
 }
 
 impl Profile {
@@ -52,7 +60,7 @@ impl Profile {
     pub(crate) fn socket_buffer(self) -> usize {
         match self {
             Self::Bulk => BULK_SOCKET_BUFFER,
-            Self::Control => CONTROL_SOCKET_BUFFER,
+            Self::Control | Self::Heartbeat => CONTROL_SOCKET_BUFFER,
         }
     }
 }
@@ -82,16 +90,20 @@ pub(crate) fn transport(profile: Profile, mtu: Option<u16>) -> Arc<TransportConf
     let (window, streams, idle, keep_alive) = match profile {
         Profile::Bulk => (BULK_WINDOW, BULK_STREAMS, BULK_IDLE, BULK_KEEP_ALIVE),
         Profile::Control => (CONTROL_WINDOW, CONTROL_STREAMS, CONTROL_IDLE, CONTROL_KEEP_ALIVE),
+        Profile::Heartbeat => (CONTROL_WINDOW, CONTROL_STREAMS, HEARTBEAT_IDLE, CONTROL_KEEP_ALIVE),
     };
-    let mut cubic = CubicConfig::default();
-    if profile == Profile::Bulk {
+    let controller: Arc<dyn ControllerFactory + Send + Sync> = if profile == Profile::Bulk {
+        let mut cubic = CubicConfig::default();
         cubic.initial_window(BULK_INITIAL_WINDOW);
-    }
+        Arc::new(cubic)
+    } else {
+        Arc::new(FixedWindow)
+    };
     let idle = IdleTimeout::try_from(idle).expect("a few seconds fit QUIC's idle timeout");
     config
         .mtu_discovery_config(Some(discovery))
         .initial_rtt(INITIAL_RTT)
-        .congestion_controller_factory(Arc::new(cubic))
+        .congestion_controller_factory(controller)
         .send_window(u64::from(window))
         .stream_receive_window(VarInt::from_u32(window))
         .receive_window(VarInt::from_u32(window * 2))
@@ -102,6 +114,38 @@ pub(crate) fn transport(profile: Profile, mtu: Option<u16>) -> Arc<TransportConf
         .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
         .datagram_send_buffer_size(DATAGRAM_BUFFER);
     Arc::new(config)
+}
+
+/// A congestion controller that does not react; for connections of a few kilobytes a second alone.
+#[derive(Debug, Clone, Copy)]
+struct FixedWindow;
+
+impl ControllerFactory for FixedWindow {
+    fn build(self: Arc<Self>, _now: Instant, _current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(Self)
+    }
+}
+
+impl Controller for FixedWindow {
+    fn on_congestion_event(&mut self, _: Instant, _: Instant, _: bool, _: u64) {}
+
+    fn on_mtu_update(&mut self, _: u16) {}
+
+    fn window(&self) -> u64 {
+        CONTROL_IN_FLIGHT
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(*self)
+    }
+
+    fn initial_window(&self) -> u64 {
+        CONTROL_IN_FLIGHT
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
 }
 
 #[cfg(test)]
