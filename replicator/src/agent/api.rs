@@ -1,0 +1,195 @@
+//! The control API of an agent: each call finds its VM, asks its task, and answers in words.
+
+use std::net::{SocketAddr, ToSocketAddrs as _};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use heartbeat::trust::{self, PairError, Peer, WindowLimits};
+use tokio::sync::oneshot;
+
+use super::sessions::blocking;
+use super::{Agent, Request};
+use crate::cli::MAX_PAIRING;
+use crate::control::agent_api::AgentApi;
+use crate::control::api::{
+    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
+    PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, RehearsalReport, Suspicion, VmRequest,
+    VmStatus,
+};
+use crate::control::doctor;
+
+/// How often a pairing window's address is tried, and the time between.
+const BIND_TRIES: u32 = 20;
+const BIND_AGAIN: Duration = Duration::from_millis(25);
+
+fn not_known(name: &str) -> ErrorBody {
+    ErrorBody::new(ErrorKind::NotProtected, format!("no VM called {name} is protected or stands by on this host"))
+        .advise("see `understudy status`")
+}
+
+fn ended(name: &str) -> ErrorBody {
+    ErrorBody::new(ErrorKind::NotProtected, format!("the protection of {name} has ended"))
+        .advise("see `understudy status` for how")
+}
+
+fn kind(role: trust::Role) -> PeerKind {
+    match role {
+        trust::Role::Agent => PeerKind::Agent,
+        trust::Role::Witness => PeerKind::Witness,
+    }
+}
+
+impl Agent {
+    /// Asks a VM's task and waits for its answer.
+    async fn ask<T>(
+        &self,
+        name: &str,
+        request: impl FnOnce(oneshot::Sender<Result<T, ErrorBody>>) -> Request,
+    ) -> Result<T, ErrorBody> {
+        let requests = self.vms().get(name).map(|vm| vm.requests.clone()).ok_or_else(|| not_known(name))?;
+        let (reply, answer) = oneshot::channel();
+        requests.send(request(reply)).await.map_err(|_| ended(name))?;
+        answer.await.map_err(|_| ended(name))?
+    }
+
+    fn peer_status(&self, peer: Peer) -> PeerStatus {
+        // The path that is heard best speaks for the node.
+        let paths = self.beat.stats().into_iter().filter(|path| path.node == peer.node);
+        let best = paths.min_by(|a, b| a.phi.total_cmp(&b.phi));
+        let suspicion = best.as_ref().map(|path| {
+            Suspicion::new(path.phi, path.silence.unwrap_or_default().as_secs_f64() * 1e3, path.suspected)
+        });
+        PeerStatus {
+            name: peer.name,
+            node_id: peer.node.to_string(),
+            kind: kind(peer.role),
+            address: peer.addresses.first().map(ToString::to_string).unwrap_or_default(),
+            connected: best.as_ref().is_some_and(|path| path.connected),
+            suspicion,
+            rtt_ms: best.and_then(|path| path.rtt).map(|rtt| rtt.as_secs_f64() * 1e3),
+        }
+    }
+
+    /// Opens a window; waits a bounded time for the socket of one that was just closed.
+    async fn open_window(&self, limits: WindowLimits) -> Result<trust::PairWindow, PairError> {
+        let mut tries = 1;
+        loop {
+            let opened = trust::PairWindow::open(
+                Arc::clone(&self.identity),
+                Arc::clone(&self.peers),
+                self.card(),
+                self.config.pair_listen,
+                limits,
+            );
+            match opened {
+                Err(PairError::Bind { .. }) if tries < BIND_TRIES => tokio::time::sleep(BIND_AGAIN).await,
+                other => return other,
+            }
+            tries += 1;
+        }
+    }
+}
+
+/// The addresses of a host name. Asks the resolver, so it blocks.
+fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>, ErrorBody> {
+    let unknown = |message: String| ErrorBody::new(ErrorKind::NotFound, message);
+    let found: Vec<SocketAddr> = (host, port)
+        .to_socket_addrs()
+        .map_err(|error| unknown(format!("the host {host} is not known")).because(&error))?
+        .collect();
+    if found.is_empty() { Err(unknown(format!("the host {host} has no address"))) } else { Ok(found) }
+}
+
+impl AgentApi for Agent {
+    async fn status(&self) -> Result<AgentStatus, ErrorBody> {
+        Ok(AgentStatus {
+            name: self.identity.name().to_owned(),
+            node_id: self.identity.node().to_string(),
+            incarnation: self.identity.incarnation().0,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            vms: self.vms().values().map(|vm| vm.view.status()).collect(),
+            peers: self.peers.list().into_iter().map(|peer| self.peer_status(peer)).collect(),
+        })
+    }
+
+    async fn vm_status(&self, name: &str) -> Result<VmStatus, ErrorBody> {
+        self.vms().get(name).map(|vm| vm.view.status()).ok_or_else(|| not_known(name))
+    }
+
+    async fn protect(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
+        self.protect_vm(request).await
+    }
+
+    async fn unprotect(&self, request: VmRequest) -> Result<VmStatus, ErrorBody> {
+        let name = request.vm;
+        self.ask(&name, Request::Unprotect).await?;
+        let status = self.vm_status(&name).await?;
+        self.forget_ended(&name);
+        Ok(status)
+    }
+
+    async fn rehearse(&self, request: VmRequest) -> Result<RehearsalReport, ErrorBody> {
+        self.ask(&request.vm, Request::Rehearse).await
+    }
+
+    async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {
+        let planned = request.planned;
+        self.ask(&request.vm, |reply| Request::Failover { planned, reply }).await?;
+        Ok(Accepted { vm: request.vm })
+    }
+
+    async fn pair_open(&self, request: PairOpenRequest) -> Result<PairWindow, ErrorBody> {
+        let open_for = Duration::from_secs(request.ttl_s);
+        if open_for.is_zero() || open_for > MAX_PAIRING {
+            return Err(ErrorBody::new(ErrorKind::Invalid, "a pairing window is open for 1 second to 1 hour"));
+        }
+        let failed = |error: PairError| {
+            ErrorBody::new(ErrorKind::Failed, "the pairing window cannot be opened").because(&error)
+        };
+        let mut open = self.window.lock().await;
+        if let Some(old) = open.take() {
+            old.abort();
+        }
+        let limits = WindowLimits { open_for, ..WindowLimits::default() };
+        let window = self.open_window(limits).await.map_err(failed)?;
+        let expires = SystemTime::now() + open_for;
+        let answer = PairWindow {
+            name: self.identity.name().to_owned(),
+            code: window.code().to_string(),
+            address: window.local_addr().map_err(failed)?.to_string(),
+            expires_unix_ms: u64::try_from(expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis())
+                .unwrap_or(u64::MAX),
+        };
+        *open = Some(tokio::spawn(async move {
+            if let Err(error) = window.wait().await {
+                tracing::warn!(%error, "the pairing window closed without a peer");
+            }
+        }));
+        Ok(answer)
+    }
+
+    async fn pair_join(&self, request: PairJoinRequest) -> Result<Paired, ErrorBody> {
+        let code = request.code.parse().map_err(|error: trust::ParseCodeError| {
+            ErrorBody::new(ErrorKind::Invalid, "this is no pairing code").because(&error)
+        })?;
+        let PairJoinRequest { host, port, .. } = request;
+        let name = host.clone();
+        let addresses = blocking(move || resolve(&host, port)).await??;
+        let mut last = None;
+        for address in addresses {
+            match trust::join(&self.identity, &self.peers, &self.card(), address, &code).await {
+                Ok(peer) => {
+                    let node_id = peer.node.to_string();
+                    return Ok(Paired { name: peer.name, node_id, kind: kind(peer.role) });
+                }
+                Err(error) => last = Some(error),
+            }
+        }
+        let error = last.expect("there was at least one address");
+        Err(ErrorBody::new(ErrorKind::Unavailable, format!("pairing with {name} failed")).because(&error))
+    }
+
+    async fn doctor(&self, request: DoctorRequest) -> Result<DoctorReport, ErrorBody> {
+        blocking(move || doctor::local(request.vm.as_deref())).await?
+    }
+}

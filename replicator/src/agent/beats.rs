@@ -1,0 +1,83 @@
+//! Gives what the failure detector says of a node to the VM tasks that this node concerns.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use heartbeat::beat::PeerEvent;
+use heartbeat_core::ids::{Incarnation, NodeId};
+use heartbeat_core::time::Time;
+use tokio::sync::mpsc;
+
+use super::clock;
+
+/// What a VM task learns of its peer's node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beat {
+    /// It is silent for too long.
+    Suspected {
+        /// When it was heard last.
+        last_heard: Option<Time>,
+    },
+    /// It is heard again, in the same life.
+    Heard,
+    /// It is in another life.
+    Restarted(Incarnation),
+}
+
+/// Who wants to know. Queues are unbounded; what fills them is a few events per failure.
+#[derive(Debug, Default)]
+pub struct Beats {
+    subscribers: Mutex<BTreeMap<NodeId, Vec<mpsc::UnboundedSender<Beat>>>>,
+}
+
+impl Beats {
+    /// Events of `node` from now on.
+    pub fn subscribe(&self, node: NodeId) -> mpsc::UnboundedReceiver<Beat> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.lock().entry(node).or_default().push(sender);
+        receiver
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Vec<mpsc::UnboundedSender<Beat>>>> {
+        self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Passes events on until the heartbeats stop.
+    pub async fn run(&self, mut events: mpsc::Receiver<PeerEvent>) {
+        while let Some(event) = events.recv().await {
+            match event {
+                PeerEvent::Suspected { node, phi, silence } => {
+                    tracing::warn!(%node, phi, ?silence, "a peer is silent");
+                    self.tell(node, Beat::Suspected { last_heard: Some(before(silence)) });
+                }
+                PeerEvent::HeardAgain { node, silence } => {
+                    tracing::info!(%node, ?silence, "a peer is heard again");
+                    self.tell(node, Beat::Heard);
+                }
+                PeerEvent::Incarnation { node, old, new } => {
+                    tracing::warn!(%node, %old, %new, "a peer has started again");
+                    self.tell(node, Beat::Restarted(new));
+                }
+                PeerEvent::Heard { node, incarnation } => tracing::info!(%node, %incarnation, "a peer is heard"),
+                PeerEvent::Starved { late } => {
+                    tracing::warn!(?late, "heartbeats were not scheduled in time; nobody is judged for one silence");
+                }
+                PeerEvent::GuestReport { node, vm, status } => {
+                    tracing::debug!(%node, %vm, ?status, "a peer's guest");
+                }
+            }
+        }
+    }
+
+    /// Tells those who still want to know, and forgets the others.
+    fn tell(&self, node: NodeId, beat: Beat) {
+        if let Some(subscribers) = self.lock().get_mut(&node) {
+            subscribers.retain(|subscriber| subscriber.send(beat).is_ok());
+        }
+    }
+}
+
+fn before(silence: Duration) -> Time {
+    clock::now().saturating_sub(silence)
+}

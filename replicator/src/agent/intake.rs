@@ -1,0 +1,82 @@
+//! The standby's intake: reads the primary's streams in order, checks them and stages them.
+//!
+//! Promise: what comes out was checked whole (`pages::decode`), belongs to this session, and comes in the order in which the
+//! primary sent it. Anything else ends the intake with a reason and the connection with a code.
+
+use std::sync::Arc;
+
+use quinn::Connection;
+use replicator_core::message::CloseCode;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::encoder::Session;
+use crate::pages::decode::Stager;
+use crate::pages::staged::{DeviceState, StagedEpoch};
+
+/// Streams that may be staged and not applied. When so many wait, no further one is read: the standby acknowledges later.
+pub const STAGED: usize = 4;
+
+/// A staged stream. It takes up room until it is dropped, which is when it was applied or thrown away.
+#[derive(Debug)]
+pub struct Staged {
+    /// The stream.
+    pub epoch: StagedEpoch,
+    _room: OwnedSemaphorePermit,
+}
+
+/// Why the intake ended.
+#[derive(Debug)]
+pub struct IntakeEnd {
+    /// How the connection is to be closed; `None` if it broke by itself.
+    pub code: Option<CloseCode>,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// Reads until the connection or the VM task is gone. `limit` bounds the bytes of all staged streams together.
+pub async fn run(
+    connection: Connection,
+    session: Session,
+    limit: usize,
+    staged: UnboundedSender<Staged>,
+) -> IntakeEnd {
+    let room = Arc::new(Semaphore::new(STAGED));
+    let limit = limit / STAGED;
+    let mut previous: Option<DeviceState> = None;
+    loop {
+        let permit = Arc::clone(&room).acquire_owned().await.expect("the room is never closed");
+        match next(&connection, session, limit, previous.clone()).await {
+            Ok(epoch) => {
+                previous = epoch.device().or(previous);
+                if staged.send(Staged { epoch, _room: permit }).is_err() {
+                    return IntakeEnd { code: None, reason: "the protection has ended".into() };
+                }
+            }
+            Err(end) => return end,
+        }
+    }
+}
+
+async fn next(
+    connection: &Connection,
+    session: Session,
+    limit: usize,
+    previous: Option<DeviceState>,
+) -> Result<StagedEpoch, IntakeEnd> {
+    let broken = |reason: String| IntakeEnd { code: None, reason };
+    let faulty = |code, reason: String| IntakeEnd { code: Some(code), reason };
+    let mut stream = connection.accept_uni().await.map_err(|error| broken(error.to_string()))?;
+    let mut stager = Stager::new(session.layout_pages, previous, limit);
+    while let Some(chunk) =
+        stream.read_chunk(usize::MAX, true).await.map_err(|error| broken(error.to_string()))?
+    {
+        stager.push(&chunk.bytes).map_err(|error| faulty(CloseCode::Corrupt, error.to_string()))?;
+    }
+    let epoch = stager.finish().map_err(|error| faulty(CloseCode::Corrupt, error.to_string()))?;
+    let id = epoch.id();
+    if id.vm != session.vm || id.generation != session.generation || id.incarnation != session.incarnation {
+        return Err(faulty(CloseCode::WrongParty, "a stream of another session came".into()));
+    }
+    Ok(epoch)
+}

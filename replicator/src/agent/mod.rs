@@ -1,0 +1,290 @@
+//! The agent: one per host. Joins the pure cores to guests, network, store and operators.
+//!
+//! | module | promise |
+//! | --- | --- |
+//! | [`primary`], [`standby`] | the VM tasks: each owns one pure core and does what it says, in order |
+//! | `pause` | the one thread that touches a protected guest |
+//! | `encoder`, `intake` | epochs onto and off the connection, in order, in bounded memory |
+//! | `twin` | the one thread that touches a twin |
+//! | `link`, `asker`, `beats` | peer messages, questions to the store, suspicion |
+//! | `durable` | what a host remembers of a VM |
+//! | `view` | what operators see |
+//! | `api`, `sessions` | the control API; protections that begin |
+
+mod api;
+mod asker;
+mod beats;
+mod clock;
+mod durable;
+mod encoder;
+mod intake;
+mod link;
+mod pause;
+mod primary;
+mod sessions;
+mod standby;
+mod twin;
+mod view;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use heartbeat::beat::{Beat, BeatOptions, DetectorConfig};
+use heartbeat::quic::{Endpoint, EndpointOptions, Profile, Purpose, close};
+use heartbeat::trust::{Card, Identity, Peers, Role};
+use heartbeat_core::ids::Party;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use vmm_hooks::guest::TwinHost;
+use vmm_hooks::qemu::{QemuTwinHost, TwinHostOptions};
+
+use self::beats::Beats;
+use self::view::View;
+use crate::cli::config::AgentConfig;
+use crate::control::api::{ErrorBody, ErrorKind, RehearsalReport};
+use crate::control::server::serve_agent;
+use crate::control::socket::ControlSocket;
+use crate::metrics::{Metrics, MetricsServer};
+
+/// Requests of operators that may wait for one VM's task.
+const REQUESTS: usize = 8;
+/// How long a stopping agent waits for its protections to end.
+const STOP_WITHIN: Duration = Duration::from_secs(15);
+/// How often the heartbeats' figures go to the metrics and the views.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// What an operator asks of a VM's task, with where the answer goes.
+#[derive(Debug)]
+enum Request {
+    /// End the protection; answered when that is done.
+    Unprotect(oneshot::Sender<Result<(), ErrorBody>>),
+    /// Prove that the copy loads; answered when that is done.
+    Rehearse(oneshot::Sender<Result<RehearsalReport, ErrorBody>>),
+    /// Change hands; answered when that has begun.
+    Failover {
+        /// Without loss, from the primary.
+        planned: bool,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), ErrorBody>>,
+    },
+}
+
+/// A VM that this agent knows.
+#[derive(Debug)]
+struct Vm {
+    view: Arc<View>,
+    requests: mpsc::Sender<Request>,
+    task: JoinHandle<()>,
+}
+
+/// The agent, as its parts share it.
+#[derive(Debug)]
+struct Agent {
+    config: AgentConfig,
+    identity: Arc<Identity>,
+    peers: Arc<Peers>,
+    bulk: Endpoint,
+    control: Arc<Endpoint>,
+    beat: Beat,
+    beats: Beats,
+    metrics: Metrics,
+    twins: Arc<dyn TwinHost>,
+    vms: Mutex<BTreeMap<String, Vm>>,
+    window: tokio::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Why an agent cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// A directory cannot be made.
+    #[error("cannot use the directory {path}")]
+    Directory {
+        /// Which.
+        path: std::path::PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The identity cannot be read or made.
+    #[error("this node's identity cannot be used")]
+    Identity(#[from] heartbeat::trust::IdentityError),
+    /// The pinned peers cannot be read.
+    #[error("the pinned peers cannot be read")]
+    Peers(#[from] heartbeat::trust::PeersError),
+    /// An endpoint cannot be opened.
+    #[error("the agent cannot listen")]
+    Quic(#[from] heartbeat::quic::QuicError),
+    /// Heartbeats cannot start.
+    #[error("heartbeats cannot start")]
+    Beat(#[from] heartbeat::beat::BeatError),
+    /// The control socket cannot be opened.
+    #[error("the control socket cannot be opened")]
+    Control(#[from] crate::control::socket::SocketError),
+    /// The metrics address cannot be bound.
+    #[error("metrics cannot be served")]
+    Metrics(#[from] crate::metrics::MetricsServerError),
+    /// Signals or the control socket fail.
+    #[error("the agent cannot go on")]
+    Io(#[from] std::io::Error),
+}
+
+/// Runs an agent until SIGTERM or SIGINT. Then its primaries are unprotected, so that their guests run on and are heard, and
+/// its standbys are given up.
+///
+/// # Errors
+/// [`AgentError`].
+pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    for path in [&config.state_dir, &config.run_dir] {
+        heartbeat::files::make_dir(path).map_err(|source| AgentError::Directory { path: path.clone(), source })?;
+    }
+    let socket = ControlSocket::bind(&config.control_socket())?;
+    let identity = Arc::new(Identity::start(&config.state_dir, config.name.as_deref())?);
+    let peers = Arc::new(Peers::open(&config.state_dir.join("peers"))?);
+    let open = |bind, profile| {
+        Endpoint::open(Arc::clone(&identity), Arc::clone(&peers), EndpointOptions { bind, profile, mtu: None })
+    };
+    let bulk = open(config.listen, Profile::Bulk)?;
+    let control = Arc::new(open(SocketAddr::new(config.listen.ip(), 0), Profile::Control)?);
+    let detector = DetectorConfig {
+        interval: config.heartbeat.interval,
+        silence: config.heartbeat.silence,
+        ..DetectorConfig::default()
+    };
+    let options = BeatOptions {
+        paths: vec![config.heartbeat_listen],
+        detector,
+        starved_after: config.heartbeat.interval * 5,
+    };
+    let (beat, events) = Beat::start(Arc::clone(&identity), Arc::clone(&peers), options, || {
+        if let Err(error) = vmm_hooks::sys::sched::realtime() {
+            tracing::warn!(%error, "heartbeats run without real-time priority");
+        }
+    })?;
+    let metrics = Metrics::new();
+    if let Some(address) = config.metrics {
+        let server = MetricsServer::bind(address, metrics.clone()).await?;
+        tokio::spawn(server.serve());
+    }
+    let twins = QemuTwinHost::new(TwinHostOptions {
+        run_dir: config.run_dir.join("twins"),
+        binary: config.standby.qemu.clone(),
+        bridges: config.standby.bridges.clone(),
+    });
+    let agent = Arc::new(Agent {
+        config,
+        identity,
+        peers,
+        bulk,
+        control,
+        beat,
+        beats: Beats::default(),
+        metrics,
+        twins: Arc::new(twins),
+        vms: Mutex::new(BTreeMap::new()),
+        window: tokio::sync::Mutex::new(None),
+    });
+    tracing::info!(name = agent.identity.name(), node = %agent.identity.node(), "the agent runs");
+    let told = Arc::clone(&agent);
+    tokio::spawn(async move { told.beats.run(events).await });
+    tokio::spawn(Arc::clone(&agent).look());
+    tokio::spawn(Arc::clone(&agent).accept());
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+    };
+    serve_agent(socket, Arc::clone(&agent), stop).await?;
+    agent.stop().await;
+    Ok(())
+}
+
+/// The error of a planned failover that was asked of the standby.
+fn wrong_side(name: &str) -> ErrorBody {
+    ErrorBody::new(ErrorKind::Refused, format!("{name} does not run on this host"))
+        .advise("ask the primary's agent for a planned failover")
+}
+
+impl Agent {
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Vm>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who this agent is, in this life.
+    fn me(&self) -> Party {
+        Party { node: self.identity.node(), incarnation: self.identity.incarnation() }
+    }
+
+    /// What it tells of itself when it pairs.
+    fn card(&self) -> Card {
+        Card {
+            role: Role::Agent,
+            addresses: vec![self.config.listen],
+            heartbeat: self.beat.addresses().to_vec(),
+        }
+    }
+
+    /// Serves the connections of peers that protect VMs here.
+    async fn accept(self: Arc<Self>) {
+        while let Some(connection) = self.bulk.accept().await {
+            if connection.purpose == Purpose::Replication {
+                tokio::spawn(Arc::clone(&self).stand_by(connection));
+            } else {
+                connection.close(close::PROTOCOL, "this address is for replication");
+            }
+        }
+    }
+
+    /// Brings the heartbeats' figures to metrics and views.
+    async fn look(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(LOOK);
+        let mut counted: BTreeMap<(String, usize), (u64, u64)> = BTreeMap::new();
+        loop {
+            tick.tick().await;
+            for path in self.beat.stats() {
+                let metrics = self.metrics.peer(&path.name);
+                let silence = path.silence.unwrap_or_default().as_secs_f64() * 1e3;
+                let suspicion = crate::control::api::Suspicion::new(path.phi, silence, path.suspected);
+                metrics.set_suspicion(&suspicion);
+                if let Some(rtt) = path.rtt {
+                    metrics.set_rtt(rtt);
+                }
+                let before = counted.insert((path.name.clone(), path.path), (path.sent, path.received));
+                let (sent, received) = before.unwrap_or_default();
+                // A peer that was paired again counts from zero.
+                metrics.sent(path.sent.saturating_sub(sent));
+                metrics.received(path.received.saturating_sub(received));
+                for vm in self.vms().values() {
+                    if vm.view.peer() == path.name {
+                        vm.view.set_suspicion(Some(suspicion));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Leaves every guest running and heard, as far as that can be had in time.
+    async fn stop(&self) {
+        tracing::info!("the agent stops");
+        let vms = std::mem::take(&mut *self.vms());
+        for (name, vm) in vms {
+            let (reply, answer) = oneshot::channel();
+            if vm.requests.send(Request::Unprotect(reply)).await.is_ok() {
+                match tokio::time::timeout(STOP_WITHIN, answer).await {
+                    Ok(Ok(Ok(()))) => {}
+                    Ok(Ok(Err(error))) => tracing::warn!(vm = name, %error, "left as it is"),
+                    Ok(Err(_)) => {}
+                    Err(_) => tracing::error!(vm = name, "could not be unprotected in time: it is mute until its owner is known"),
+                }
+            }
+            vm.task.abort();
+            // The task's end closes the queue of its twin's thread, which then ends the twin.
+            let _ = vm.task.await;
+        }
+        self.bulk.close(close::DONE, "the agent stops");
+        self.bulk.wait_idle().await;
+    }
+}

@@ -1,0 +1,437 @@
+//! The pause path: the one thread that touches a protected guest.
+//!
+//! It owns the [`Guest`], takes [`Command`]s and answers with [`Report`]s. Nothing in it is async. While a guest is
+//! protected it never waits for the standby: a capture is handed over in its report, and the core orders no more of them
+//! than its pipeline holds. During the initial sync it waits for the encoder, which is what bounds memory then.
+//!
+//! Promises:
+//! - an epoch is sealed between pause and resume, before its dirty pages are harvested (docs/protocol.md, clause P2);
+//! - pages of a failed capture come again with the next one;
+//! - while a capture waits for its moment, other commands are served within [`SLICE`].
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use heartbeat_core::time::Time;
+use tokio::sync::mpsc::UnboundedSender;
+use vmm_hooks::guest::{Capture, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts};
+use vmm_hooks::layout::PageSet;
+
+use super::{clock, encoder};
+
+/// The longest this thread waits without looking at its commands and at the guest.
+const SLICE: Duration = Duration::from_millis(5);
+/// Pages of one chunk of the initial sync: 1 MiB.
+const CHUNK_PAGES: usize = 256;
+/// Rounds of the initial sync before it goes on with what is left.
+const MAX_ROUNDS: u32 = 12;
+/// A round this small is left to the first whole epoch.
+const SMALL_ROUND: u64 = 2048;
+
+/// When and how one epoch is to be captured.
+#[derive(Debug, Clone, Copy)]
+pub struct CaptureOrder {
+    /// Its number.
+    pub epoch: u64,
+    /// Output emitted after this capture is held: the first epoch the standby will hold.
+    pub begin_hold: bool,
+    /// Not before.
+    pub earliest: Time,
+    /// Not after.
+    pub latest: Time,
+    /// How long to gather once output waits; `None`: output does not end the epoch.
+    pub on_output: Option<Duration>,
+    /// Leave the guest paused: this is its last epoch here.
+    pub stay_paused: bool,
+}
+
+/// What the thread is asked.
+#[derive(Debug)]
+pub enum Command {
+    /// Arm the tracker and send all memory, in rounds.
+    Sync,
+    /// Capture an epoch.
+    Capture(CaptureOrder),
+    /// These pages were not committed.
+    PutBack(Vec<u64>),
+    /// Let output pass by itself.
+    Open,
+    /// Stop the guest; its gate has been shut.
+    Mute,
+    /// Stop the guest and leave it stopped, gate as it is.
+    Pause,
+    /// Let the guest run.
+    Resume,
+    /// Leave the guest as it was found, and end the thread.
+    Detach,
+    /// End the thread and leave the guest as it stands (it has ended, or is to be ended).
+    Quit,
+}
+
+/// What the thread answers.
+#[derive(Debug)]
+pub enum Report {
+    /// Sync goes on.
+    Syncing {
+        /// Which round, from 1.
+        round: u32,
+        /// Pages sent in this round.
+        done: u64,
+        /// Pages of this round.
+        total: u64,
+    },
+    /// All memory was sent once; what has been written since is tracked.
+    Synced,
+    /// Sync failed.
+    SyncFailed(GuestError),
+    /// An epoch was captured.
+    Captured(Box<Captured>),
+    /// An epoch could not be captured; its pages come again.
+    CaptureFailed {
+        /// Which.
+        epoch: u64,
+        /// Why.
+        error: GuestError,
+    },
+    /// Something happened in the guest.
+    Event(GuestEvent),
+    /// The answer to [`Command::Open`].
+    Opened(Result<(), GuestError>),
+    /// The answer to [`Command::Mute`] and [`Command::Pause`].
+    Paused(Result<(), GuestError>),
+    /// The answer to [`Command::Resume`].
+    Resumed(Result<(), GuestError>),
+    /// The answer to [`Command::Detach`]: the thread has ended.
+    Detached(Result<(), GuestError>),
+}
+
+/// Measurements of one captured epoch.
+#[derive(Debug)]
+pub struct Captured {
+    /// Which.
+    pub epoch: u64,
+    /// Its contents.
+    pub capture: Capture,
+    /// The pause.
+    pub parts: PauseParts,
+    /// How long the guest ran before it, from the end of the pause before.
+    pub ran: Duration,
+    /// When the pause began.
+    pub began: Time,
+    /// Frames that the epoch holds.
+    pub held_frames: u64,
+    /// When the first of them was emitted.
+    pub first_output: Option<Instant>,
+}
+
+/// A part of the initial sync, on its way to the encoder.
+#[derive(Debug)]
+pub struct Chunk {
+    /// Page numbers, ascending.
+    pub pages: Vec<u64>,
+    /// Their bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// The thread's state.
+pub struct PauseThread {
+    guest: Box<dyn Guest>,
+    gate: Arc<dyn Gate>,
+    commands: Receiver<Command>,
+    reports: UnboundedSender<Report>,
+    chunks: SyncSender<encoder::Job>,
+    spare: Receiver<Capture>,
+    order: Option<CaptureOrder>,
+    running_since: Instant,
+    dirty: PageSet,
+    stopped: bool,
+    /// The command that ended a sync half way.
+    interrupting: Option<Command>,
+}
+
+impl std::fmt::Debug for PauseThread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PauseThread").field("order", &self.order).finish_non_exhaustive()
+    }
+}
+
+/// Whether the thread goes on.
+enum Next {
+    Go,
+    End,
+}
+
+impl PauseThread {
+    /// Takes the guest. `chunks` leads to the encoder, `spare` brings used captures back.
+    pub fn new(
+        guest: Box<dyn Guest>,
+        commands: Receiver<Command>,
+        reports: UnboundedSender<Report>,
+        chunks: SyncSender<encoder::Job>,
+        spare: Receiver<Capture>,
+    ) -> Self {
+        let gate = guest.gate();
+        let dirty = PageSet::empty(guest.layout().pages());
+        Self {
+            guest,
+            gate,
+            commands,
+            reports,
+            chunks,
+            spare,
+            order: None,
+            running_since: Instant::now(),
+            dirty,
+            stopped: false,
+            interrupting: None,
+        }
+    }
+
+    /// Runs until it is told to end or its task is gone. A task that vanishes leaves the guest as it is: mute if it was held.
+    pub fn run(mut self) {
+        loop {
+            let command = match (self.interrupting.take(), self.order) {
+                (Some(command), _) => Ok(command),
+                (None, None) => self.commands.recv_timeout(SLICE * 4),
+                (None, Some(order)) => self.await_moment(order),
+            };
+            let next = match command {
+                Ok(Command::Detach) => {
+                    let answer = self.guest.detach();
+                    let _ = self.reports.send(Report::Detached(answer));
+                    return;
+                }
+                Ok(command) => self.serve(command),
+                Err(RecvTimeoutError::Timeout) => Next::Go,
+                Err(RecvTimeoutError::Disconnected) => Next::End,
+            };
+            if matches!(next, Next::End) {
+                return;
+            }
+            for event in self.guest.events() {
+                self.report(Report::Event(event));
+            }
+        }
+    }
+
+    /// A report that nobody waits for any more is dropped: the next receive sees that the task is gone.
+    fn report(&self, report: Report) {
+        let _ = self.reports.send(report);
+    }
+
+    fn serve(&mut self, command: Command) -> Next {
+        match command {
+            Command::Sync => match self.sync() {
+                Ok(Next::End) => return Next::End,
+                Ok(Next::Go) => self.report(Report::Synced),
+                Err(error) => self.report(Report::SyncFailed(error)),
+            },
+            Command::Capture(order) => self.order = Some(order),
+            Command::PutBack(pages) => {
+                let mut set = PageSet::empty(self.dirty.capacity());
+                for page in pages {
+                    set.insert(page);
+                }
+                self.guest.put_back(&set);
+            }
+            Command::Open => {
+                self.order = None;
+                let answer = self.guest.open_output();
+                self.report(Report::Opened(answer));
+            }
+            Command::Mute | Command::Pause => {
+                self.order = None;
+                let answer = self.guest.pause();
+                self.stopped = answer.is_ok();
+                self.report(Report::Paused(answer));
+            }
+            Command::Resume => {
+                let answer = self.guest.resume();
+                self.stopped = answer.is_err();
+                self.running_since = Instant::now();
+                self.report(Report::Resumed(answer));
+            }
+            Command::Detach => unreachable!("served by run, which owns the guest"),
+            Command::Quit => return Next::End,
+        }
+        Next::Go
+    }
+
+    /// Waits a slice for the ordered capture's moment; captures when it has come.
+    fn await_moment(&mut self, order: CaptureOrder) -> Result<Command, RecvTimeoutError> {
+        match self.commands.try_recv() {
+            Ok(command) => return Ok(command),
+            Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
+            Err(TryRecvError::Empty) => {}
+        }
+        let now = Instant::now();
+        let earliest = clock::instant(order.earliest);
+        let latest = clock::instant(order.latest).max(earliest);
+        if now < earliest {
+            return self.commands.recv_timeout((earliest - now).min(SLICE));
+        }
+        let due = if now >= latest {
+            true
+        } else if let Some(gather) = order.on_output {
+            match self.gate.wait_output(latest.min(now + SLICE)) {
+                Some(first) => {
+                    // Once output waits, the epoch gathers what comes with it, then ends.
+                    let end = (first + gather).min(latest);
+                    let left = end.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        true
+                    } else {
+                        return self.commands.recv_timeout(left.min(SLICE));
+                    }
+                }
+                None => false,
+            }
+        } else {
+            return self.commands.recv_timeout((latest - now).min(SLICE));
+        };
+        if due {
+            self.order = None;
+            self.capture(order);
+        }
+        Err(RecvTimeoutError::Timeout)
+    }
+
+    fn capture(&mut self, order: CaptureOrder) {
+        let epoch = order.epoch;
+        let mut capture = self.spare.try_recv().unwrap_or_default();
+        let mut parts = PauseParts::default();
+        let ran = self.running_since.elapsed();
+        let first_output = self.gate.wait_output(Instant::now());
+        let began = clock::now();
+        let start = Instant::now();
+        let result = self.capture_paused(order, &mut capture, &mut parts);
+        let resume = Instant::now();
+        // A guest that its owner or the core has stopped stays stopped.
+        let stay = self.stopped || (order.stay_paused && result.is_ok());
+        let resumed = if stay { Ok(()) } else { self.guest.resume() };
+        self.stopped = stay;
+        self.running_since = Instant::now();
+        parts.resume = resume.elapsed();
+        parts.total = start.elapsed();
+        let held_frames = match result.and_then(|held| resumed.map(|()| held)) {
+            Ok(held) => held,
+            Err(error) => {
+                // If the capture was whole and only the resume failed, it will not be sent: its pages come again.
+                let mut set = PageSet::empty(self.dirty.capacity());
+                capture.pages.iter().for_each(|&page| set.insert(page));
+                self.guest.put_back(&set);
+                self.report(Report::CaptureFailed { epoch, error });
+                return;
+            }
+        };
+        let captured = Captured { epoch, capture, parts, ran, began, held_frames, first_output };
+        self.report(Report::Captured(Box::new(captured)));
+    }
+
+    fn capture_paused(
+        &mut self,
+        order: CaptureOrder,
+        capture: &mut Capture,
+        parts: &mut PauseParts,
+    ) -> Result<u64, GuestError> {
+        capture.pages.clear();
+        let start = Instant::now();
+        self.guest.pause()?;
+        parts.stop = start.elapsed();
+        let next = order.epoch + 1;
+        let held = if order.begin_hold {
+            self.guest.hold_output(next)?;
+            0
+        } else {
+            self.gate.seal(next)
+        };
+        match self.guest.capture(capture, parts) {
+            Ok(()) => Ok(held),
+            Err(error) => {
+                // The back end has put the pages back.
+                capture.pages.clear();
+                Err(error)
+            }
+        }
+    }
+
+    /// Stop, arm, run, send everything; then rounds of what was written meanwhile. Tracking is armed again only while
+    /// the guest stands.
+    fn sync(&mut self) -> Result<Next, GuestError> {
+        self.guest.pause()?;
+        let armed = self.guest.arm();
+        let resumed = self.guest.resume();
+        armed?;
+        resumed?;
+        self.running_since = Instant::now();
+        let mut set = PageSet::full(self.dirty.capacity());
+        let mut before = u64::MAX;
+        for round in 1.. {
+            if let Next::End = self.send_round(round, &set)? {
+                return Ok(Next::End);
+            }
+            // Asked before the next harvest: whatever is harvested here is sent here.
+            if round >= MAX_ROUNDS || (round > 1 && set.len() <= SMALL_ROUND) || set.len() >= before {
+                return self.flush();
+            }
+            before = set.len();
+            set.clear();
+            self.guest.pause()?;
+            let harvested = self.guest.harvest(&mut set);
+            let resumed = self.guest.resume();
+            self.running_since = Instant::now();
+            harvested?;
+            if let Err(error) = resumed {
+                self.guest.put_back(&set);
+                return Err(error);
+            }
+        }
+        unreachable!("the rounds are bounded")
+    }
+
+    /// Waits until the encoder has taken every chunk, so that its queue is free for epochs.
+    fn flush(&self) -> Result<Next, GuestError> {
+        let (done, wait) = std::sync::mpsc::channel();
+        // A failed send drops `done`, and the wait fails.
+        let _ = self.chunks.send(encoder::Job::Flush(done));
+        match wait.recv() {
+            Ok(()) => Ok(Next::Go),
+            Err(_) => Err(GuestError::new(GuestErrorKind::Failed, "the standby takes no more of the initial sync")),
+        }
+    }
+
+    fn send_round(&mut self, round: u32, set: &PageSet) -> Result<Next, GuestError> {
+        let pages: Vec<u64> = set.iter().collect();
+        let total = set.len();
+        let mut done = 0;
+        for chunk in pages.chunks(CHUNK_PAGES) {
+            let mut bytes = Vec::new();
+            if let Err(error) = self.guest.read_pages(chunk, &mut bytes) {
+                self.guest.put_back(set);
+                return Err(error);
+            }
+            let job = encoder::Job::Chunk(Chunk { pages: chunk.to_vec(), bytes });
+            if self.chunks.send(job).is_err() {
+                self.guest.put_back(set);
+                return Err(GuestError::new(GuestErrorKind::Failed, "the standby takes no more of the initial sync"));
+            }
+            done += u64::try_from(chunk.len()).expect("a chunk is small");
+            self.report(Report::Syncing { round, done, total });
+            match self.commands.try_recv() {
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return Ok(Next::End),
+                Ok(command) => {
+                    // Whatever it is, it is more urgent than the sync, and is served next.
+                    self.interrupting = Some(command);
+                    self.guest.put_back(set);
+                    return Err(GuestError::new(GuestErrorKind::Failed, "the initial sync was cancelled"));
+                }
+            }
+            for event in self.guest.events() {
+                self.report(Report::Event(event));
+            }
+        }
+        Ok(Next::Go)
+    }
+}

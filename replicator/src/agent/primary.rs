@@ -1,0 +1,495 @@
+//! The VM task of a primary: passes inputs to [`replicator_core::primary::Primary`] and does what it says, in order.
+//!
+//! It never blocks on the guest, on the standby or on the store: the pause thread, the encoder and the asker do. What it
+//! does itself is memory and small synced files.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, SyncSender, TrySendError, channel};
+use std::time::Duration;
+
+use heartbeat_core::ids::{Epoch, Generation, Party};
+use heartbeat_core::store::StoreAnswer;
+use heartbeat_core::time::Time;
+use replicator_core::message::{PeerMessage, clip};
+use replicator_core::primary::{CaptureReport, GuestEvent, Operator, Output, Primary, PrimaryConfig};
+use tokio::sync::{mpsc, oneshot};
+use vmm_hooks::guest::{self, Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, PauseParts};
+
+use super::asker::Asker;
+use super::beats::Beat;
+use super::durable::Durable;
+use super::encoder::{self, Job, Session};
+use super::link::{Link, Received};
+use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
+use super::view::{View, api_state};
+use super::{Request, clock};
+use crate::control::api::{EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, SyncProgress};
+use crate::pages::encode::EncodeStats;
+use crate::pages::shadow::ShadowMode;
+use crate::status::EpochObservation;
+
+/// What a protection is started with.
+pub struct Setup {
+    /// The VM's name.
+    pub name: String,
+    /// The attached guest.
+    pub guest: Box<dyn Guest>,
+    /// How the core works.
+    pub config: PrimaryConfig,
+    /// Bound on the copy of sent pages.
+    pub shadow: ShadowMode,
+    /// The replication connection.
+    pub link: Link,
+    /// The same, for bulk streams.
+    pub connection: quinn::Connection,
+    /// The store, and its answers.
+    pub asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
+    /// What the failure detector says of the standby's node.
+    pub beats: mpsc::UnboundedReceiver<Beat>,
+    /// What operators ask.
+    pub requests: mpsc::Receiver<Request>,
+    /// What this host remembers of the VM.
+    pub durable: Durable,
+    /// What operators see.
+    pub view: Arc<View>,
+}
+
+impl std::fmt::Debug for Setup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Setup").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A captured epoch on its way to its acknowledgement.
+#[derive(Debug)]
+struct Flight {
+    /// Its contents, until they are sent.
+    capture: Option<Capture>,
+    /// Its pages, for a put-back.
+    pages: Vec<u64>,
+    parts: PauseParts,
+    ran: Duration,
+    ended: Time,
+    binding: bool,
+    stats: EncodeStats,
+}
+
+struct Task {
+    name: String,
+    core: Primary,
+    /// Recipe and layout, as the standby reads them.
+    prepare: (Vec<u8>, Vec<u8>),
+    commands: Sender<Command>,
+    gate: Arc<dyn Gate>,
+    fence: Arc<dyn Fence>,
+    jobs: SyncSender<Job>,
+    link: Link,
+    asker: Asker,
+    durable: Durable,
+    view: Arc<View>,
+    flights: BTreeMap<u64, Flight>,
+    holding: bool,
+    ending: Vec<oneshot::Sender<Result<(), ErrorBody>>>,
+    detached: Option<Result<(), GuestError>>,
+    detaching: bool,
+    finished: bool,
+    last_heard: Option<Time>,
+}
+
+/// Runs a protection to its end. Returns when the guest was left, lost or destroyed.
+///
+/// # Errors
+/// If a thread cannot be started; the guest is left as it was found then.
+pub async fn run(setup: Setup) -> Result<(), ErrorBody> {
+    let Setup { name, guest, config, shadow, link, connection, asker, mut beats, mut requests, durable, view } = setup;
+    let (asker, mut answers) = asker;
+    let (commands, inbox) = channel();
+    let (reports, mut pause_reports) = mpsc::unbounded_channel();
+    let (encoder_reports, mut encoded) = mpsc::unbounded_channel();
+    let (spare, spares) = channel();
+    let layout_pages = guest.layout().pages();
+    let gate = guest.gate();
+    let fence = guest.fence();
+    let prepare = (
+        serde_json::to_vec(guest.recipe()).expect("a recipe is plain data"),
+        serde_json::to_vec(guest.layout()).expect("a layout is plain data"),
+    );
+    let session = Session {
+        vm: config.ownership.vm.0,
+        generation: 0,
+        incarnation: config.ownership.me.incarnation.0,
+        layout_pages,
+    };
+    let no_thread = |error: std::io::Error| {
+        ErrorBody::new(ErrorKind::Failed, "a thread could not be started; the VM runs on unprotected").because(&error)
+    };
+    let jobs = encoder::start(session, shadow, connection, spare, encoder_reports).map_err(no_thread)?;
+    let thread = PauseThread::new(guest, inbox, reports, jobs.clone(), spares);
+    std::thread::Builder::new().name("us-pause".into()).spawn(move || thread.run()).map_err(no_thread)?;
+    let mut task = Task {
+        name,
+        core: Primary::new(config),
+        prepare,
+        commands,
+        gate,
+        fence,
+        jobs,
+        link,
+        asker,
+        durable,
+        view,
+        flights: BTreeMap::new(),
+        holding: false,
+        ending: Vec::new(),
+        detached: None,
+        detaching: false,
+        finished: false,
+        last_heard: None,
+    };
+    task.core.handle_start(clock::now());
+    loop {
+        task.outputs();
+        if task.finished && (!task.detaching || task.detached.is_some()) {
+            break;
+        }
+        let deadline = task.core.poll_timeout();
+        tokio::select! {
+            biased;
+            received = task.link.next() => task.received(received),
+            Some(report) = pause_reports.recv() => task.pause_report(report),
+            Some(report) = encoded.recv() => task.encoder_report(report),
+            Some(answer) = answers.recv() => task.answer(&answer),
+            Some(beat) = beats.recv() => task.beat(beat),
+            Some(request) = requests.recv() => task.request(request),
+            () = wait_until(deadline) => task.core.handle_timeout(clock::now()),
+        }
+    }
+    task.end();
+    Ok(())
+}
+
+/// Waits until the core's deadline; for ever if there is none.
+pub async fn wait_until(deadline: Option<Time>) {
+    match deadline {
+        None | Some(Time::MAX) => std::future::pending().await,
+        Some(time) => tokio::time::sleep_until(clock::instant(time).into()).await,
+    }
+}
+
+impl Task {
+    fn command(&self, command: Command) {
+        // The thread ends only after a detach or when it is told to: then there is nothing left to command.
+        let _ = self.commands.send(command);
+    }
+
+    fn outputs(&mut self) {
+        while let Some(output) = self.core.poll_output() {
+            tracing::trace!(vm = self.name, ?output, "core");
+            match output {
+                Output::Prepare { generation } => self.prepare(generation),
+                Output::Sync => self.command(Command::Sync),
+                Output::Capture { epoch, hold, stay_paused, window } => {
+                    if hold {
+                        self.holding = true;
+                        self.view.set_gate(Some(Arc::clone(&self.gate)));
+                    }
+                    self.view.set(|status| status.epoch_current = epoch.0);
+                    self.command(Command::Capture(CaptureOrder {
+                        epoch: epoch.0,
+                        begin_hold: hold,
+                        stay_paused,
+                        earliest: window.earliest,
+                        latest: window.latest,
+                        on_output: window.on_output,
+                    }));
+                }
+                Output::Send { epoch } => self.send(epoch.0),
+                Output::PutBack { epoch } => self.put_back(epoch.0),
+                Output::Release { through } => self.release(through.0),
+                Output::OpenOutput => {
+                    self.holding = false;
+                    self.view.set_gate(None);
+                    self.command(Command::Open);
+                }
+                Output::Mute => {
+                    self.gate.shut();
+                    self.command(Command::Mute);
+                }
+                Output::Resume => self.command(Command::Resume),
+                Output::Fence => self.destroy(),
+                Output::Ask(request) => self.asker.ask(request),
+                Output::Peer(message) => self.link.send(message),
+                Output::PersistGeneration(generation) => self.persist(generation),
+                Output::Close(code) => self.link.close(code, ""),
+                Output::Detach => {
+                    self.detaching = true;
+                    self.command(Command::Detach);
+                }
+                Output::State { state, reason } => self.view.set_state(api_state(state), &reason),
+                Output::Finished => self.finished = true,
+            }
+        }
+    }
+
+    fn prepare(&mut self, generation: Generation) {
+        self.view.set_generation(generation.0);
+        self.job(Job::Begin { generation: generation.0 });
+        let (recipe, layout) = self.prepare.clone();
+        self.link.send(PeerMessage::Prepare {
+            vm: self.core.config().ownership.vm,
+            name: self.name.clone(),
+            generation,
+            recipe,
+            layout,
+        });
+    }
+
+    /// Gives the encoder something to do. Its queue has room: the chunks of the initial sync have been flushed when epochs
+    /// begin, and of those there are fewer than the queue holds.
+    fn job(&self, job: Job) {
+        match self.jobs.try_send(job) {
+            // An encoder that has ended told why, and the core acts on that.
+            Ok(()) | Err(TrySendError::Disconnected(_)) => {}
+            Err(TrySendError::Full(job)) => panic!("the encoder's queue is full at {job:?}: the pipeline is too long for it"),
+        }
+    }
+
+    fn send(&mut self, epoch: u64) {
+        let Some(flight) = self.flights.get_mut(&epoch) else { return };
+        let Some(capture) = flight.capture.take() else { return };
+        let binding = flight.binding;
+        self.job(Job::Epoch { epoch, binding, capture });
+    }
+
+    fn put_back(&mut self, epoch: u64) {
+        let Some(flight) = self.flights.remove(&epoch) else { return };
+        self.job(Job::Forget(flight.pages.clone()));
+        self.command(Command::PutBack(flight.pages));
+    }
+
+    fn release(&mut self, through: u64) {
+        self.gate.release(through);
+        let now = clock::now();
+        let later = self.flights.split_off(&(through + 1));
+        for (epoch, flight) in std::mem::replace(&mut self.flights, later) {
+            self.observe(epoch, &flight, now);
+        }
+    }
+
+    fn observe(&self, epoch: u64, flight: &Flight, now: Time) {
+        let stats = &flight.stats;
+        self.view.observe(&EpochObservation {
+            epoch,
+            length: flight.ran + flight.parts.total,
+            pause: flight.parts,
+            commit: now.since(flight.ended),
+            dirty_pages: u64::try_from(flight.pages.len()).expect("a page count fits"),
+            bytes: EncodedBytes {
+                zero: stats.zero.bytes,
+                same: stats.same.bytes,
+                delta: stats.delta.bytes,
+                lz4: stats.lz4.bytes,
+                raw: stats.raw.bytes,
+                device: stats.device_wire_bytes,
+            },
+            wire_bytes: stats.wire_bytes,
+        });
+    }
+
+    fn destroy(&mut self) {
+        let fence = Arc::clone(&self.fence);
+        let name = self.name.clone();
+        self.command(Command::Quit);
+        tokio::task::spawn_blocking(move || match fence.fence() {
+            Ok(()) => tracing::warn!(vm = name, "this copy was destroyed: the VM runs elsewhere"),
+            Err(error) => tracing::error!(vm = name, %error, "this copy could not be destroyed; it is mute and paused"),
+        });
+    }
+
+    fn persist(&mut self, generation: Generation) {
+        match self.durable.set_generation(generation.0) {
+            Ok(()) => {
+                self.view.set_generation(generation.0);
+                self.core.handle_generation_persisted(clock::now(), generation);
+            }
+            Err(error) => {
+                // Without it nothing may be acted upon: the VM stays as the stricter rule has it.
+                tracing::error!(vm = self.name, %error, "the generation could not be made durable");
+                self.view.set_state(ProtectionState::Error, "this host cannot write its state directory");
+            }
+        }
+    }
+
+    fn received(&mut self, received: Received) {
+        let now = clock::now();
+        match received {
+            Received::Message(PeerMessage::Status { .. }) => {}
+            Received::Message(message) => self.core.handle_peer(now, message),
+            Received::Lost { reason } => self.core.handle_connection_lost(now, &clip(&reason)),
+        }
+    }
+
+    fn pause_report(&mut self, report: pause::Report) {
+        let now = clock::now();
+        match report {
+            pause::Report::Syncing { round, done, total } => {
+                self.view.set_progress(SyncProgress { done_pages: done, total_pages: total, round });
+            }
+            pause::Report::Synced => self.core.handle_synced(now),
+            pause::Report::SyncFailed(error) => self.core.handle_sync_failed(now, &clip(&told(&error))),
+            pause::Report::Captured(captured) => self.captured(now, *captured),
+            pause::Report::CaptureFailed { epoch, error } => {
+                let retryable = error.kind == GuestErrorKind::Failed;
+                self.core.handle_capture_failed(now, Epoch(epoch), retryable, &clip(&told(&error)));
+            }
+            pause::Report::Event(event) => self.guest_event(now, event),
+            pause::Report::Opened(Err(error)) => {
+                tracing::error!(vm = self.name, %error, "output is still held; unprotect the VM to let it pass");
+            }
+            pause::Report::Paused(Err(error)) | pause::Report::Resumed(Err(error)) => {
+                tracing::error!(vm = self.name, %error, advice = error.advice, "the guest did not obey");
+            }
+            pause::Report::Opened(Ok(())) | pause::Report::Paused(Ok(())) | pause::Report::Resumed(Ok(())) => {}
+            pause::Report::Detached(result) => self.detached = Some(result),
+        }
+    }
+
+    fn captured(&mut self, now: Time, captured: Captured) {
+        let Captured { epoch, capture, parts, ran, began, held_frames, first_output } = captured;
+        let pages = u64::try_from(capture.pages.len()).expect("a page count fits");
+        let bytes = u64::try_from(capture.bytes.len() + capture.device.len()).expect("a length fits");
+        let report = CaptureReport {
+            epoch: Epoch(epoch),
+            paused_at: began,
+            pause: parts.total,
+            pages,
+            bytes,
+            held_frames,
+            first_output: first_output.map(clock::time_of),
+        };
+        let flight = Flight {
+            pages: capture.pages.clone(),
+            capture: Some(capture),
+            parts,
+            ran,
+            ended: began + parts.total,
+            binding: self.holding,
+            stats: EncodeStats::default(),
+        };
+        self.flights.insert(epoch, flight);
+        self.core.handle_captured(now, report);
+    }
+
+    fn guest_event(&mut self, now: Time, event: guest::GuestEvent) {
+        tracing::info!(vm = self.name, ?event, "guest");
+        let event = match event {
+            guest::GuestEvent::Shutdown => GuestEvent::Shutdown { gone: self.fence.ended() },
+            guest::GuestEvent::Reset => GuestEvent::Reset,
+            guest::GuestEvent::Paused => GuestEvent::Paused,
+            guest::GuestEvent::Resumed => GuestEvent::Resumed,
+            guest::GuestEvent::Died { how } => GuestEvent::Died { how: clip(&how) },
+            guest::GuestEvent::Changed { what } => GuestEvent::Changed { what: clip(&what) },
+        };
+        self.core.handle_guest_event(now, event);
+    }
+
+    fn encoder_report(&mut self, report: encoder::Report) {
+        let now = clock::now();
+        match report {
+            encoder::Report::Sent { epoch, stats } => {
+                if let Some(flight) = self.flights.get_mut(&epoch) {
+                    flight.stats = stats;
+                }
+                self.core.handle_sent(now, Epoch(epoch));
+            }
+            encoder::Report::Unencodable { error, .. } => {
+                self.core.handle_connection_lost(now, &clip(&error.to_string()));
+            }
+            encoder::Report::Broken { reason } => self.core.handle_connection_lost(now, &clip(&reason)),
+        }
+    }
+
+    fn answer(&mut self, answer: &StoreAnswer) {
+        if self.durable.store().is_none()
+            && let Err(error) = self.durable.set_store(&answer.store.to_string())
+        {
+            // The first store that answers must be remembered before it is believed.
+            tracing::error!(vm = self.name, %error, "the store's identity could not be made durable");
+            return;
+        }
+        self.core.handle_answer(clock::now(), answer);
+    }
+
+    fn beat(&mut self, beat: Beat) {
+        let now = clock::now();
+        match beat {
+            Beat::Suspected { last_heard } => {
+                self.last_heard = last_heard;
+                self.view.failover_began(FailoverCause::Silence, last_heard);
+                self.core.handle_peer_suspected(now);
+            }
+            Beat::Heard => {
+                self.view.failover_ceased();
+                self.core.handle_peer_heard(now);
+            }
+            Beat::Restarted(incarnation) => self.core.handle_peer_restarted(now, incarnation),
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        let now = clock::now();
+        let refused = |message: String| ErrorBody::new(ErrorKind::Refused, message);
+        match request {
+            Request::Unprotect(reply) => match self.core.handle_operator(now, Operator::Unprotect) {
+                Ok(()) => self.ending.push(reply),
+                Err(why) => drop(reply.send(Err(refused(why)))),
+            },
+            Request::Failover { planned: true, reply } => {
+                let answer = self.core.handle_operator(now, Operator::Failover);
+                if answer.is_ok() {
+                    self.view.failover_began(FailoverCause::Planned, None);
+                }
+                // An operator who left does not wait for the answer.
+                let _ = reply.send(answer.map_err(refused));
+            }
+            Request::Failover { planned: false, reply } => {
+                let body = refused(format!("{} runs here, and its host is not lost", self.name))
+                    .advise("use --planned to move it, or ask the standby's agent to take over");
+                let _ = reply.send(Err(body));
+            }
+            Request::Rehearse(reply) => {
+                let body = refused(format!("{} is rehearsed where its copy is", self.name))
+                    .advise("run `understudy rehearse` on the standby's host");
+                let _ = reply.send(Err(body));
+            }
+        }
+    }
+
+    /// The guest was left, lost or destroyed: tell who waits, and end the threads.
+    fn end(mut self) {
+        self.view.set_gate(None);
+        let result = match self.detached.take() {
+            Some(Err(error)) => Err(ErrorBody::from(error)),
+            Some(Ok(())) | None => Ok(()),
+        };
+        if let Err(body) = &result {
+            tracing::error!(vm = self.name, message = body.message, "something was left in the guest");
+        }
+        for reply in self.ending.drain(..) {
+            let _ = reply.send(result.clone());
+        }
+        self.command(Command::Quit);
+        let standby = self.core.config().standby.node;
+        tracing::info!(vm = self.name, %standby, "protection ended");
+    }
+}
+
+fn told(error: &GuestError) -> String {
+    if error.advice.is_empty() { error.message.clone() } else { format!("{}; {}", error.message, error.advice) }
+}
+
+/// The parties of a protection, for its start.
+pub fn standby_party(connection: &heartbeat::quic::Connection) -> Party {
+    Party { node: connection.peer.node, incarnation: connection.incarnation }
+}

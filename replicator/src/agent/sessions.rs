@@ -1,0 +1,350 @@
+//! Protections that begin: on the primary by an operator's request, on the standby by a primary's connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use heartbeat::quic::{Connection, Purpose, read_message};
+use heartbeat::store::WitnessClient;
+use heartbeat::trust::{Peer, Role};
+use heartbeat_core::ids::{Epoch, Generation, Party, VmId};
+use heartbeat_core::ownership::OwnershipConfig;
+use heartbeat_core::store::StoreAnswer;
+use replicator_core::message::{MAX_MESSAGE, PeerMessage};
+use replicator_core::pacing::{AutoPacing, Pacing};
+use replicator_core::primary::PrimaryConfig;
+use replicator_core::standby::StandbyConfig;
+use tokio::sync::mpsc;
+use vmm_hooks::guest::{Guest, Recipe};
+use vmm_hooks::layout::Layout;
+use vmm_hooks::qemu::{self, AttachOptions};
+
+use super::asker::Asker;
+use super::durable::Durable;
+use super::encoder::Session;
+use super::link::{self, Link};
+use super::view::View;
+use super::{Agent, REQUESTS, Vm, primary, standby};
+use crate::control::api::{Accepted, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, Role as VmRole, ShadowPolicy};
+use crate::pages::shadow::ShadowMode;
+
+/// How long one question to the witness may take; the core asks again by itself.
+const ASK_WITHIN: Duration = Duration::from_secs(1);
+
+fn failed(message: impl Into<String>, cause: &dyn std::error::Error) -> ErrorBody {
+    ErrorBody::new(ErrorKind::Failed, message).because(cause)
+}
+
+impl Agent {
+    /// Starts to protect a VM; returns when its task runs.
+    pub(super) async fn protect_vm(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
+        let peer = self.peers.by_name(&request.to).map_err(|error| {
+            ErrorBody::new(ErrorKind::NotFound, error.to_string()).advise("pair with it first: `understudy pair HOST`")
+        })?;
+        if peer.role != Role::Agent {
+            return Err(ErrorBody::new(ErrorKind::Refused, format!("{} is a witness, not a host", peer.name)));
+        }
+        let witness = self.witness(request.witness.as_deref())?;
+        let options = AttachOptions {
+            held_bytes_max: usize::try_from(self.config.gate.bytes).unwrap_or(usize::MAX),
+            held_age_max: self.config.gate.age,
+            tracker: self.config.tracker,
+        };
+        let asked = request.vm.clone();
+        let target = blocking(move || qemu::resolve(&asked)).await??;
+        let name = vm_name(&request.vm, &target);
+        self.forget_ended(&name);
+        if self.vms().contains_key(&name) {
+            return Err(ErrorBody::new(ErrorKind::Busy, format!("{name} is protected already, or stands by here"))
+                .advise("see `understudy status`"));
+        }
+        let guest = blocking(move || qemu::attach(&target, &options)).await??;
+        match self.begin(&name, &request, &peer, &witness, Box::new(guest)).await {
+            Ok(()) => Ok(Accepted { vm: name }),
+            Err((guest, error)) => {
+                if let Some(guest) = guest {
+                    blocking(move || guest.detach()).await??;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn witness(&self, name: Option<&str>) -> Result<Peer, ErrorBody> {
+        let found = match name.or(self.config.witness.as_deref()) {
+            Some(name) => self.peers.by_name(name).ok().filter(|peer| peer.role == Role::Witness),
+            None => self.peers.witness(),
+        };
+        found.ok_or_else(|| {
+            ErrorBody::new(ErrorKind::NotFound, "this agent is paired with no such witness")
+                .advise("run `understudy witness` on a third host and pair with it: without one nobody may go alone")
+        })
+    }
+
+    fn asker(&self, witness: &Peer) -> (Asker, mpsc::UnboundedReceiver<StoreAnswer>) {
+        let client = WitnessClient::new(Arc::clone(&self.control), witness.node, ASK_WITHIN);
+        Asker::new(Arc::new(client), self.metrics.witness(&witness.name))
+    }
+
+    /// A VM whose task has ended leaves its place to a new one.
+    fn forget_ended(&self, name: &str) {
+        let mut vms = self.vms();
+        if vms.get(name).is_some_and(|vm| vm.task.is_finished()) {
+            vms.remove(name);
+        }
+    }
+
+    /// Everything after attaching. On error the guest comes back, to be left as it was.
+    async fn begin(
+        &self,
+        name: &str,
+        request: &ProtectRequest,
+        peer: &Peer,
+        witness: &Peer,
+        guest: Box<dyn Guest>,
+    ) -> Result<(), (Option<Box<dyn Guest>>, ErrorBody)> {
+        let opened = self.open_durable(name, VmId(*uuid::Uuid::new_v4().as_bytes()), false);
+        let (durable, ownership, first_epoch) = match opened {
+            Ok(opened) => opened,
+            Err(error) => return Err((Some(guest), error)),
+        };
+        let connection = match self.bulk.connect(peer.node, Purpose::Replication).await {
+            Ok(mut connection) => match link::greet(&mut connection, self.me(), durable.vm(), true).await {
+                Ok(_) => connection,
+                Err(error) => return Err((Some(guest), failed(format!("{} does not take part", peer.name), &error))),
+            },
+            Err(error) => {
+                let body = ErrorBody::new(ErrorKind::Unavailable, format!("{} cannot be reached", peer.name));
+                return Err((Some(guest), body.because(&error)));
+            }
+        };
+        let config = PrimaryConfig {
+            first_epoch,
+            pacing: self.pacing(request.epoch.unwrap_or(self.config.epoch.policy)),
+            pipeline: usize::try_from(self.config.epoch.pipeline).expect("bounded by the configuration"),
+            acknowledge_within: self.config.heartbeat.unacknowledged,
+            ownership,
+            ..PrimaryConfig::new(durable.vm(), self.me(), primary::standby_party(&connection))
+        };
+        let view = Arc::new(View::new(name, durable.vm(), VmRole::Primary, self.metrics.vm(name)));
+        view.set(|status| {
+            status.peer.clone_from(&peer.name);
+            status.warnings = guest.warnings();
+        });
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        let Connection { send, recv, quic, .. } = connection;
+        let setup = primary::Setup {
+            name: name.to_owned(),
+            guest,
+            config,
+            shadow: shadow(request.shadow.unwrap_or(self.config.epoch.shadow)),
+            link: Link::start(quic.clone(), send, recv),
+            connection: quic,
+            asker: self.asker(witness),
+            beats: self.beats.subscribe(peer.node),
+            requests,
+            durable,
+            view: Arc::clone(&view),
+        };
+        let mut vms = self.vms();
+        if vms.contains_key(name) {
+            let body = ErrorBody::new(ErrorKind::Busy, format!("{name} is being protected already"));
+            return Err((Some(setup.guest), body));
+        }
+        let task = tokio::spawn(async move {
+            let (name, view) = (setup.name.clone(), Arc::clone(&setup.view));
+            if let Err(error) = primary::run(setup).await {
+                tracing::error!(vm = name, %error, "the protection could not begin");
+                view.set_state(crate::control::api::ProtectionState::Error, &error.message);
+            }
+        });
+        vms.insert(name.to_owned(), Vm { view, requests: sender, task });
+        Ok(())
+    }
+
+    /// What this host remembers of a VM, how its core asks, and the session's first epoch. A VM that is not remembered gets
+    /// the identity `vm`; one that is keeps its own, unless its primary says otherwise (`adopt`).
+    fn open_durable(&self, name: &str, vm: VmId, adopt: bool) -> Result<(Durable, OwnershipConfig, Epoch), ErrorBody> {
+        let unusable = |error: std::io::Error| {
+            failed(format!("what this host remembers of {name} cannot be used"), &error)
+                .advise("nothing was changed; see to the state directory")
+        };
+        let mut durable = Durable::open(&self.config.state_dir, name, vm).map_err(unusable)?;
+        if adopt {
+            durable.set_vm(vm).map_err(unusable)?;
+        }
+        let numbers = durable.begin_session().map_err(unusable)?;
+        let ownership = OwnershipConfig {
+            store: durable.store().and_then(|store| store.parse().ok()),
+            generation: Generation(durable.generation()),
+            first_request: numbers.first_request,
+            ..OwnershipConfig::new(durable.vm(), self.me())
+        };
+        Ok((durable, ownership, Epoch(numbers.first_epoch)))
+    }
+
+    fn pacing(&self, policy: EpochPolicy) -> Pacing {
+        match policy {
+            EpochPolicy::Fixed(every) => Pacing::Fixed { every },
+            EpochPolicy::Auto => Pacing::Auto(AutoPacing {
+                busy_share: self.config.epoch.busy_share,
+                idle_share: self.config.epoch.idle_share,
+                longest: self.config.epoch.longest,
+                gather: self.config.epoch.gather,
+            }),
+        }
+    }
+
+    /// A primary has connected: stand by for its VM.
+    pub(super) async fn stand_by(self: Arc<Self>, mut connection: Connection) {
+        let from = connection.peer.name.clone();
+        if let Err(error) = link::greet(&mut connection, self.me(), VmId::default(), false).await {
+            tracing::warn!(from, %error, "a replication connection was refused");
+            return;
+        }
+        let message = read_message(&mut connection.recv, MAX_MESSAGE);
+        let Ok(Ok(PeerMessage::Prepare { vm, name, generation, recipe, layout })) =
+            tokio::time::timeout(PREPARE_WITHIN, message).await
+        else {
+            tracing::warn!(from, "a replication connection did not say what it is for");
+            connection.close(standby::OUT_OF_TURN.code(), "a prepare was expected");
+            return;
+        };
+        let primary = primary::standby_party(&connection);
+        let Connection { send, recv, quic, .. } = connection;
+        let link = Link::start(quic.clone(), send, recv);
+        let asked = Asked { vm, name, generation, recipe, layout, primary };
+        match self.prepare(asked, &from, &link).await {
+            Ok(prepared) => self.start_standby(prepared, link, quic, &from).await,
+            Err(error) => {
+                let reason = if error.advice.is_empty() {
+                    error.message
+                } else {
+                    format!("{}; {}", error.message, error.advice)
+                };
+                standby::refuse(&link, &reason);
+                // The connection stays until the primary has read why; it closes then, or the idle timeout does.
+                quic.closed().await;
+            }
+        }
+    }
+
+    async fn prepare(&self, asked: Asked, from: &str, link: &Link) -> Result<Prepared, ErrorBody> {
+        let Asked { vm, name, generation, recipe, layout, primary } = asked;
+        let unreadable = |error: serde_json::Error| failed("the description of the VM cannot be read", &error);
+        let recipe: Recipe = serde_json::from_slice(&recipe).map_err(unreadable)?;
+        let layout: Layout = serde_json::from_slice(&layout).map_err(unreadable)?;
+        let witness = self.witness(None)?;
+        self.forget_ended(&name);
+        if self.vms().contains_key(&name) {
+            return Err(ErrorBody::new(ErrorKind::Busy, format!("a VM called {name} is known here already"))
+                .advise("see `understudy status` on this host"));
+        }
+        tracing::info!(vm = name, from, rtt = ?link.rtt(), pages = layout.pages(), "prepares a twin");
+        let (durable, ownership, _) = self.open_durable(&name, vm, true)?;
+        let pages = layout.pages();
+        let (twins, twin_name) = (Arc::clone(&self.twins), name.clone());
+        let twin = blocking(move || twins.prepare(&twin_name, &recipe, &layout)).await??;
+        let config = StandbyConfig { ownership, ..StandbyConfig::new(vm, self.me(), primary, generation) };
+        Ok(Prepared { name, config, pages, twin, witness, durable })
+    }
+
+    async fn start_standby(&self, prepared: Prepared, link: Link, connection: quinn::Connection, from: &str) {
+        let Prepared { name, config, pages, twin, witness, durable } = prepared;
+        let view = Arc::new(View::new(&name, durable.vm(), VmRole::Standby, self.metrics.vm(&name)));
+        view.set(|status| from.clone_into(&mut status.peer));
+        view.set_generation(config.generation.0);
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        let session = Session {
+            vm: config.ownership.vm.0,
+            generation: config.generation.0,
+            incarnation: config.primary.incarnation.0,
+            layout_pages: pages,
+        };
+        let setup = standby::Setup {
+            name: name.clone(),
+            config,
+            twin,
+            link,
+            connection,
+            session,
+            staging: usize::try_from(self.config.standby.staging).unwrap_or(usize::MAX),
+            asker: self.asker(&witness),
+            beats: self.beats.subscribe(config.primary.node),
+            requests,
+            durable,
+            view: Arc::clone(&view),
+        };
+        let spare = {
+            let mut vms = self.vms();
+            if vms.contains_key(&name) {
+                Some(setup)
+            } else {
+                let task = tokio::spawn(standby::run(setup));
+                vms.insert(name, Vm { view, requests: sender, task });
+                None
+            }
+        };
+        // Two primaries asked for the same name at once: the first one has the place.
+        if let Some(standby::Setup { twin, link, .. }) = spare {
+            standby::refuse(&link, "a VM of that name was prepared at the same time");
+            if let Err(error) = blocking(move || twin.destroy()).await {
+                tracing::error!(%error, "a twin that is not needed could not be removed");
+            }
+        }
+    }
+}
+
+/// How long a dialer may take to say what its connection is for.
+const PREPARE_WITHIN: Duration = Duration::from_secs(10);
+
+/// A prepare message.
+struct Asked {
+    vm: VmId,
+    name: String,
+    generation: Generation,
+    recipe: Vec<u8>,
+    layout: Vec<u8>,
+    primary: Party,
+}
+
+/// A standby that is ready to begin.
+struct Prepared {
+    name: String,
+    config: StandbyConfig,
+    pages: u64,
+    twin: Box<dyn vmm_hooks::guest::Twin>,
+    witness: Peer,
+    durable: Durable,
+}
+
+/// Runs what blocks beside the runtime.
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ErrorBody> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| failed("the agent could not finish this; its log says why", &error))
+}
+
+fn shadow(policy: ShadowPolicy) -> ShadowMode {
+    match policy {
+        ShadowPolicy::Full => ShadowMode::Full,
+        ShadowPolicy::Size(bytes) => ShadowMode::Bounded { bytes },
+        ShadowPolicy::Off => ShadowMode::Off,
+    }
+}
+
+/// What the VM is called from now on: what QEMU calls it, else what the operator called it.
+fn vm_name(asked: &str, target: &qemu::Target) -> String {
+    let pid = match target {
+        qemu::Target::Pid(pid) => Some(*pid),
+        qemu::Target::QmpSocket(_) => None,
+    };
+    let named = qemu::running().into_iter().find(|(running, _)| Some(*running) == pid).and_then(|(_, name)| name);
+    match (named, pid) {
+        (Some(name), _) => name,
+        (None, Some(pid)) => format!("vm-{pid}"),
+        (None, None) => {
+            let stem = std::path::Path::new(asked).file_stem().and_then(|stem| stem.to_str());
+            stem.unwrap_or("vm").to_owned()
+        }
+    }
+}

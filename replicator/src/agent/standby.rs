@@ -1,0 +1,402 @@
+//! The VM task of a standby: passes inputs to [`replicator_core::standby::Standby`] and does what it says, in order.
+//!
+//! It owns the staged epochs between their arrival and their commit. The twin itself belongs to a thread of its own
+//! ([`super::twin`]), the streams to the intake ([`super::intake`]): this task never waits for either.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use heartbeat_core::ids::{Epoch, Generation, Incarnation};
+use heartbeat_core::store::StoreAnswer;
+use heartbeat_core::time::Time;
+use replicator_core::message::{CloseCode, PeerMessage, RehearsalResult, clip};
+use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use vmm_hooks::guest::{Fence, GuestError, Twin};
+
+use super::asker::Asker;
+use super::beats::Beat;
+use super::durable::{Durable, Mark};
+use super::encoder::Session;
+use super::intake::{self, IntakeEnd, Staged};
+use super::link::{Link, Received};
+use super::primary::wait_until;
+use super::twin::{self, Command};
+use super::view::{View, api_state};
+use super::{Request, clock, wrong_side};
+use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt};
+
+/// How often the waiting twin is looked after.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// What a standby is started with.
+pub struct Setup {
+    /// The VM's name.
+    pub name: String,
+    /// How the core works.
+    pub config: StandbyConfig,
+    /// The waiting twin.
+    pub twin: Box<dyn Twin>,
+    /// The control stream.
+    pub link: Link,
+    /// The connection, for bulk streams.
+    pub connection: quinn::Connection,
+    /// What the primary's streams carry.
+    pub session: Session,
+    /// Bound on staged bytes.
+    pub staging: usize,
+    /// The store, and its answers.
+    pub asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
+    /// What the failure detector says of the primary's node.
+    pub beats: mpsc::UnboundedReceiver<Beat>,
+    /// What operators ask.
+    pub requests: mpsc::Receiver<Request>,
+    /// What this host remembers of the VM.
+    pub durable: Durable,
+    /// What operators see.
+    pub view: Arc<View>,
+}
+
+impl std::fmt::Debug for Setup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Setup").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+type RehearsalReply = oneshot::Sender<Result<RehearsalReport, ErrorBody>>;
+
+struct Task {
+    name: String,
+    core: Standby,
+    link: Link,
+    asker: Asker,
+    durable: Durable,
+    view: Arc<View>,
+    twin: mpsc::UnboundedSender<Command>,
+    fence: Arc<dyn Fence>,
+    staged: BTreeMap<u64, Staged>,
+    rehearsing: Option<u64>,
+    rehearsal_replies: Vec<RehearsalReply>,
+    activating: bool,
+    died: bool,
+    gone: bool,
+    leaving: bool,
+    finished: bool,
+}
+
+/// Runs a standby to its end: its twin was released as the survivor, or destroyed.
+pub async fn run(setup: Setup) {
+    let Setup { name, config, twin, link, connection, session, staging, asker, mut beats, mut requests, durable, view } =
+        setup;
+    let (asker, mut answers) = asker;
+    let fence = twin.fence();
+    let (commands, inbox) = mpsc::unbounded_channel();
+    let (reports, mut twin_reports) = mpsc::unbounded_channel();
+    let (staged_in, mut staged) = mpsc::unbounded_channel();
+    let mut intake: JoinHandle<IntakeEnd> = tokio::spawn(intake::run(connection, session, staging, staged_in));
+    let mut intake_runs = true;
+    let mut task = Task {
+        name,
+        core: Standby::new(config),
+        link,
+        asker,
+        durable,
+        view,
+        twin: commands,
+        fence,
+        staged: BTreeMap::new(),
+        rehearsing: None,
+        rehearsal_replies: Vec::new(),
+        activating: false,
+        died: false,
+        gone: false,
+        leaving: false,
+        finished: false,
+    };
+    let thread = std::thread::Builder::new().name("us-twin".into());
+    match thread.spawn(move || twin::run(twin, inbox, &reports)) {
+        Ok(_) => task.core.handle_prepared(clock::now()),
+        Err(error) => {
+            task.gone = true;
+            task.core.handle_prepare_failed(clock::now(), &clip(&format!("the twin's thread cannot start: {error}")));
+        }
+    }
+    let mut look = tokio::time::interval(LOOK);
+    loop {
+        task.outputs();
+        if task.finished && (task.gone || !task.leaving) {
+            break;
+        }
+        let deadline = task.core.poll_timeout();
+        tokio::select! {
+            biased;
+            received = task.link.next() => task.received(received),
+            Some(report) = twin_reports.recv() => task.twin_report(report),
+            Some(answer) = answers.recv() => task.answer(&answer),
+            Some(epoch) = staged.recv() => task.stage(epoch),
+            Some(beat) = beats.recv() => task.beat(beat),
+            Some(request) = requests.recv() => task.request(request),
+            ended = &mut intake, if intake_runs => {
+                intake_runs = false;
+                task.intake_ended(ended.unwrap_or(IntakeEnd { code: None, reason: "the intake failed".into() }));
+            }
+            () = wait_until(deadline) => task.core.handle_timeout(clock::now()),
+            _ = look.tick() => task.look_after(),
+        }
+    }
+    intake.abort();
+    tracing::info!(vm = task.name, "the standby's part has ended");
+}
+
+fn told(error: &GuestError) -> String {
+    clip(&if error.advice.is_empty() { error.message.clone() } else { format!("{}; {}", error.message, error.advice) })
+}
+
+impl Task {
+    fn command(&self, command: Command) {
+        // The thread ends only when it is told to: then there is nothing left to command.
+        let _ = self.twin.send(command);
+    }
+
+    fn outputs(&mut self) {
+        while let Some(output) = self.core.poll_output() {
+            tracing::trace!(vm = self.name, ?output, "core");
+            match output {
+                Output::Commit { epoch } => {
+                    self.view.set_committed(epoch.0);
+                    if let Some(staged) = self.staged.remove(&epoch.0) {
+                        self.command(Command::Apply(Box::new(staged)));
+                    }
+                }
+                Output::Acknowledge { generation, incarnation, epoch } => self.acknowledge(generation, incarnation, epoch),
+                Output::Discard { epoch } => drop(self.staged.remove(&epoch.0)),
+                Output::Rehearse { epoch } => {
+                    self.rehearsing = Some(epoch.0);
+                    self.command(Command::Rehearse);
+                }
+                Output::Ask(request) => self.asker.ask(request),
+                Output::Peer(message) => self.link.send(message),
+                Output::PersistGeneration(generation) => self.persist(generation),
+                Output::Mark { generation, epoch } => self.mark(generation, epoch),
+                Output::Activate { epoch } => {
+                    // What was staged later was never acknowledged.
+                    tracing::warn!(vm = self.name, epoch = epoch.0, "activating");
+                    self.staged.clear();
+                    self.activating = true;
+                    self.command(Command::Activate);
+                }
+                Output::Release => {
+                    self.leaving = true;
+                    self.command(Command::Release);
+                }
+                Output::Destroy => {
+                    self.staged.clear();
+                    self.leaving = true;
+                    self.command(Command::Destroy);
+                }
+                Output::Close(code) => self.link.close(code, ""),
+                Output::State { state, reason } => self.view.set_state(api_state(state), &reason),
+                Output::Finished => self.finished = true,
+            }
+        }
+    }
+
+    fn acknowledge(&mut self, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
+        self.link.send(PeerMessage::Acknowledge { generation, incarnation, epoch });
+        self.view.set(|status| status.epoch_current = epoch.0 + 1);
+    }
+
+    fn persist(&mut self, generation: Generation) {
+        match self.durable.set_generation(generation.0) {
+            Ok(()) => {
+                self.view.set_generation(generation.0);
+                self.core.handle_generation_persisted(clock::now(), generation);
+            }
+            Err(error) => self.disk_failed(&error),
+        }
+    }
+
+    fn mark(&mut self, generation: Generation, epoch: Epoch) {
+        self.view.granted(generation.0, epoch.0);
+        match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }) {
+            Ok(()) => self.core.handle_marked(clock::now(), generation),
+            Err(error) => self.disk_failed(&error),
+        }
+    }
+
+    /// Without the write nothing may be acted upon: the copy stays as it is, and the operator must see to the disk.
+    fn disk_failed(&self, error: &std::io::Error) {
+        tracing::error!(vm = self.name, %error, "this host cannot write its state directory");
+        self.view.set_state(ProtectionState::Error, "this host cannot write its state directory; the copy is kept");
+    }
+
+    fn received(&mut self, received: Received) {
+        let now = clock::now();
+        match received {
+            Received::Message(message) => {
+                match message {
+                    PeerMessage::GuestDied { .. } => self.view.failover_began(FailoverCause::GuestDied, None),
+                    PeerMessage::Planned { .. } => self.view.failover_began(FailoverCause::Planned, None),
+                    _ => {}
+                }
+                self.core.handle_peer(now, message);
+            }
+            Received::Lost { reason } => {
+                tracing::warn!(vm = self.name, reason, "the replication connection is lost");
+                if self.acts_alone() {
+                    self.view.failover_began(FailoverCause::Silence, None);
+                }
+                self.core.handle_suspected(now, Suspicion::ConnectionLost);
+            }
+        }
+    }
+
+    /// Whether a suspicion now leads to asking for the VM.
+    fn acts_alone(&self) -> bool {
+        self.view.status().state == ProtectionState::Protected
+    }
+
+    fn stage(&mut self, staged: Staged) {
+        if staged.epoch.id().sync {
+            self.command(Command::Apply(Box::new(staged)));
+            return;
+        }
+        let id = *staged.epoch.id();
+        self.staged.insert(id.epoch, staged);
+        let (generation, incarnation) = (Generation(id.generation), Incarnation(id.incarnation));
+        self.core.handle_staged(clock::now(), generation, incarnation, Epoch(id.epoch));
+    }
+
+    fn intake_ended(&mut self, end: IntakeEnd) {
+        tracing::warn!(vm = self.name, reason = end.reason, "nothing more is received");
+        if let Some(code) = end.code {
+            self.link.close(code, &end.reason);
+        }
+        self.core.handle_suspected(clock::now(), Suspicion::ConnectionLost);
+    }
+
+    fn twin_report(&mut self, report: twin::Report) {
+        let now = clock::now();
+        match report {
+            twin::Report::Rehearsed(result) => self.rehearsed(now, result),
+            twin::Report::Activated(Ok(activation)) => {
+                self.view.activated(activation);
+                let runs = ActivationResult::Runs { load: activation.load, resume: activation.resume };
+                self.core.handle_activated(now, runs);
+            }
+            twin::Report::Activated(Err(error)) => {
+                tracing::error!(vm = self.name, %error, advice = error.advice, "the copy does not run");
+                self.activating = false;
+                self.core.handle_activated(now, ActivationResult::Fails { reason: told(&error) });
+            }
+            twin::Report::Released(Ok(survivor)) => {
+                self.view.set_survivor(SurvivorAt { control: survivor.control, pid: survivor.pid });
+                self.gone = true;
+            }
+            twin::Report::Released(Err(error)) | twin::Report::Destroyed(Err(error)) => {
+                tracing::error!(vm = self.name, %error, advice = error.advice, "the twin could not be let go");
+                self.gone = true;
+            }
+            twin::Report::Destroyed(Ok(())) => self.gone = true,
+        }
+    }
+
+    fn rehearsed(&mut self, now: Time, result: Result<vmm_hooks::guest::Rehearsal, GuestError>) {
+        let epoch = self.rehearsing.take().unwrap_or_default();
+        let (report, result) = match result {
+            Ok(rehearsal) => (
+                Ok(RehearsalReport {
+                    epoch,
+                    launch_ms: rehearsal.launch.as_secs_f64() * 1e3,
+                    load_ms: rehearsal.load.as_secs_f64() * 1e3,
+                }),
+                RehearsalResult::Loads { launch: rehearsal.launch, load: rehearsal.load },
+            ),
+            Err(error) => {
+                let reason = told(&error);
+                tracing::error!(vm = self.name, reason, "the copy does not load");
+                (Err(ErrorBody::from(error)), RehearsalResult::Fails { reason })
+            }
+        };
+        for reply in self.rehearsal_replies.drain(..) {
+            let _ = reply.send(report.clone());
+        }
+        self.core.handle_rehearsed(now, result);
+    }
+
+    fn answer(&mut self, answer: &StoreAnswer) {
+        if self.durable.store().is_none()
+            && let Err(error) = self.durable.set_store(&answer.store.to_string())
+        {
+            self.disk_failed(&error);
+            return;
+        }
+        self.core.handle_answer(clock::now(), answer);
+    }
+
+    fn beat(&mut self, beat: Beat) {
+        let now = clock::now();
+        match beat {
+            Beat::Suspected { last_heard } => {
+                if self.acts_alone() {
+                    self.view.failover_began(FailoverCause::Silence, last_heard);
+                }
+                self.core.handle_suspected(now, Suspicion::Silent);
+            }
+            Beat::Heard => {
+                self.view.failover_ceased();
+                self.core.handle_peer_heard(now);
+            }
+            Beat::Restarted(incarnation) => {
+                if incarnation > self.core.config().primary.incarnation {
+                    if self.acts_alone() {
+                        self.view.failover_began(FailoverCause::PeerRestarted, None);
+                    }
+                    self.core.handle_suspected(now, Suspicion::Restarted);
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request) {
+        let now = clock::now();
+        let refused = |why: String| ErrorBody::new(ErrorKind::Refused, why);
+        match request {
+            Request::Rehearse(reply) => match self.core.handle_operator_rehearse(now) {
+                Ok(()) => self.rehearsal_replies.push(reply),
+                Err(why) => drop(reply.send(Err(refused(why)))),
+            },
+            Request::Failover { planned: false, reply } => {
+                let answer = self.core.handle_operator_failover(now);
+                if answer.is_ok() {
+                    self.view.failover_began(FailoverCause::Planned, None);
+                }
+                let _ = reply.send(answer.map_err(refused));
+            }
+            Request::Failover { planned: true, reply } => drop(reply.send(Err(wrong_side(&self.name)))),
+            Request::Unprotect(reply) => match self.core.handle_operator_discard(now) {
+                Ok(()) => drop(reply.send(Ok(()))),
+                Err(why) => drop(reply.send(Err(refused(why)))),
+            },
+        }
+    }
+
+    fn look_after(&mut self) {
+        if !self.died && !self.activating && !self.leaving && self.fence.ended() {
+            self.died = true;
+            self.core.handle_twin_died(clock::now());
+        }
+    }
+}
+
+/// Tells a primary that its VM cannot stand by here, and closes.
+pub fn refuse(link: &Link, reason: &str) {
+    link.send(PeerMessage::Refused { reason: clip(reason) });
+    // The primary closes when it has read it.
+    tracing::warn!(reason, "a VM was refused");
+}
+
+/// The code with which a primary that speaks out of turn is cut off.
+pub const OUT_OF_TURN: CloseCode = CloseCode::Unexpected;

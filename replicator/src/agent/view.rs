@@ -1,0 +1,226 @@
+//! What an operator sees of one VM: filled by its task, read by the control API and the metrics.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use heartbeat_core::ids::VmId;
+use heartbeat_core::time::Time;
+use vmm_hooks::guest::{Activation, Gate};
+
+use super::clock;
+use crate::control::api::{
+    ActivationMs, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, Suspicion, SurvivorAt,
+    SyncProgress, VmStatus,
+};
+use crate::metrics::VmMetrics;
+use crate::status::{EpochObservation, EpochStats};
+
+/// One VM's view. Shared by its task and the control API.
+#[derive(Debug)]
+pub struct View {
+    inner: Mutex<Inner>,
+    metrics: VmMetrics,
+}
+
+#[derive(Debug)]
+struct Inner {
+    status: VmStatus,
+    epochs: EpochStats,
+    gate: Option<Arc<dyn Gate>>,
+    failing: Option<Failing>,
+}
+
+/// A failover under way.
+#[derive(Debug, Clone, Copy)]
+struct Failing {
+    detected: Time,
+    granted: Option<Time>,
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+impl View {
+    /// A view of a VM of which only this is known.
+    pub fn new(name: &str, vm: VmId, role: Role, metrics: VmMetrics) -> Self {
+        metrics.set_role(role);
+        let status = VmStatus::new(name, vm.to_string(), role);
+        Self { inner: Mutex::new(Inner { status, epochs: EpochStats::new(), gate: None, failing: None }), metrics }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the control API answers now.
+    pub fn status(&self) -> VmStatus {
+        let inner = self.lock();
+        let mut status = inner.status.clone();
+        status.epochs = inner.epochs.summary();
+        status.held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
+        status
+    }
+
+    /// The other side's name.
+    pub fn peer(&self) -> String {
+        self.lock().status.peer.clone()
+    }
+
+    /// Changes the plain fields.
+    pub fn set(&self, change: impl FnOnce(&mut VmStatus)) {
+        change(&mut self.lock().status);
+    }
+
+    /// Changes the state, and says so in one log line.
+    pub fn set_state(&self, state: ProtectionState, reason: &str) {
+        let mut inner = self.lock();
+        let before = inner.status.state.word();
+        if before != state.word() || inner.status.reason != reason {
+            tracing::info!(vm = inner.status.name, from = before, to = state.word(), reason, "state");
+        }
+        inner.status.state = state;
+        inner.status.reason = reason.to_owned();
+        self.metrics.set_state(&inner.status.state);
+    }
+
+    /// How far the initial sync is; shown only while it is under way.
+    pub fn set_progress(&self, progress: SyncProgress) {
+        let mut inner = self.lock();
+        if matches!(inner.status.state, ProtectionState::Syncing(_)) {
+            inner.status.state = ProtectionState::Syncing(progress);
+            self.metrics.set_state(&inner.status.state);
+        }
+    }
+
+    /// The gate whose held output is shown, from now on or no more.
+    pub fn set_gate(&self, gate: Option<Arc<dyn Gate>>) {
+        self.lock().gate = gate;
+    }
+
+    /// A generation was read.
+    pub fn set_generation(&self, generation: u64) {
+        self.lock().status.generation = generation;
+        self.metrics.set_generation(generation);
+    }
+
+    /// What the failure detector thinks of the peer.
+    pub fn set_suspicion(&self, suspicion: Option<Suspicion>) {
+        self.lock().status.suspicion = suspicion;
+    }
+
+    /// An epoch was committed (primary).
+    pub fn observe(&self, epoch: &EpochObservation) {
+        let mut inner = self.lock();
+        inner.epochs.observe(epoch);
+        inner.status.epoch_committed = epoch.epoch;
+        let held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
+        drop(inner);
+        self.metrics.observe_epoch(epoch);
+        if let Some(held) = held {
+            self.metrics.set_held(&held);
+        }
+    }
+
+    /// An epoch was committed (standby).
+    pub fn set_committed(&self, epoch: u64) {
+        self.lock().status.epoch_committed = epoch;
+        self.metrics.set_committed(epoch);
+    }
+
+    /// A failover begins here: the peer is suspected, or the operator asked.
+    pub fn failover_began(&self, cause: FailoverCause, last_heard: Option<Time>) {
+        let detected = clock::now();
+        let mut inner = self.lock();
+        if inner.failing.is_some() {
+            return;
+        }
+        let last_heard = last_heard.unwrap_or(detected);
+        inner.failing = Some(Failing { detected, granted: None });
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        inner.status.failover = Some(FailoverReport {
+            cause,
+            generation: inner.status.generation,
+            epoch: inner.status.epoch_committed,
+            detected_unix_ms: u64::try_from(unix.as_millis()).unwrap_or(u64::MAX),
+            last_heard_monotonic_ns: last_heard.0,
+            detected_monotonic_ns: detected.0,
+            granted_monotonic_ns: None,
+            loaded_monotonic_ns: None,
+            running_monotonic_ns: None,
+            detection_ms: ms(detected.since(last_heard)),
+            grant_ms: None,
+            activation_ms: None,
+        });
+    }
+
+    /// The failover that began is off: the peer is heard again and nothing was granted.
+    pub fn failover_ceased(&self) {
+        let mut inner = self.lock();
+        if inner.failing.is_some_and(|failing| failing.granted.is_none()) {
+            inner.failing = None;
+            inner.status.failover = None;
+        }
+    }
+
+    /// The grant was read.
+    pub fn granted(&self, generation: u64, epoch: u64) {
+        let now = clock::now();
+        let mut inner = self.lock();
+        let Some(failing) = inner.failing.as_mut() else { return };
+        failing.granted = Some(now);
+        let detected = failing.detected;
+        if let Some(report) = inner.status.failover.as_mut() {
+            report.generation = generation;
+            report.epoch = epoch;
+            report.granted_monotonic_ns = Some(now.0);
+            report.grant_ms = Some(ms(now.since(detected)));
+        }
+    }
+
+    /// The survivor runs.
+    pub fn activated(&self, activation: Activation) {
+        let now = clock::now();
+        let mut inner = self.lock();
+        let granted = inner.failing.take().and_then(|failing| failing.granted).unwrap_or(now);
+        let Some(report) = inner.status.failover.as_mut() else { return };
+        let loaded = now.saturating_sub(activation.resume);
+        report.loaded_monotonic_ns = Some(loaded.0);
+        report.running_monotonic_ns = Some(now.0);
+        report.activation_ms = Some(ActivationMs {
+            load: ms(activation.load),
+            resume: ms(activation.resume),
+            total: ms(now.since(granted)),
+        });
+        let report = report.clone();
+        inner.status.role = Role::Survivor;
+        drop(inner);
+        self.metrics.set_role(Role::Survivor);
+        self.metrics.observe_failover(&report);
+    }
+
+    /// This side went on alone without activating anything (a primary that lost its standby).
+    pub fn went_alone(&self) {
+        self.lock().failing = None;
+    }
+
+    /// Where the survivor runs.
+    pub fn set_survivor(&self, survivor: SurvivorAt) {
+        self.lock().status.survivor = Some(survivor);
+    }
+}
+
+/// The core's word for the API's.
+pub fn api_state(state: replicator_core::state::ProtectionState) -> ProtectionState {
+    use replicator_core::state::ProtectionState as Core;
+    match state {
+        Core::Unprotected => ProtectionState::Unprotected,
+        Core::Pairing => ProtectionState::Pairing,
+        Core::Syncing => ProtectionState::Syncing(SyncProgress::default()),
+        Core::Protected => ProtectionState::Protected,
+        Core::Degraded => ProtectionState::Degraded,
+        Core::FailingOver => ProtectionState::FailingOver,
+        Core::Fenced => ProtectionState::Fenced,
+        Core::Error => ProtectionState::Error,
+    }
+}
