@@ -9,9 +9,10 @@ use clap::{Args, Parser, Subcommand};
 use super::exit::EXIT_CODES;
 use super::units::{HostPort, Listen};
 use crate::control::policy::{EpochPolicy, ShadowPolicy};
+use crate::demo::DemoArgs;
 
 /// The longest time that a pairing window may stay open.
-pub(super) const MAX_PAIRING: Duration = Duration::from_secs(3_600);
+pub const MAX_PAIRING: Duration = Duration::from_secs(3_600);
 
 /// Makes a running virtual machine survive the death of its host.
 #[derive(Debug, Clone, Parser)]
@@ -49,6 +50,8 @@ pub enum Command {
     Failover(FailoverArgs),
     /// End the protection of a VM and leave it as it was found, running
     Unprotect(VmArgs),
+    /// Show all of it on this machine: two hosts as network namespaces, a VM with Redis, a kill
+    Demo(DemoArgs),
 }
 
 /// `understudy agent`
@@ -115,8 +118,8 @@ pub struct PairArgs {
     /// How long the window stays open
     #[arg(long, default_value = "5m", value_parser = pairing_time, conflicts_with = "host")]
     pub ttl: Duration,
-    /// Open the window on this host's witness instead of its agent
-    #[arg(long, conflicts_with = "host")]
+    /// Open the window on this host's witness instead of its agent; with HOST: expect it to be a witness
+    #[arg(long)]
     pub witness: bool,
 }
 
@@ -181,7 +184,8 @@ pub struct FailoverArgs {
 }
 
 fn pairing_time(text: &str) -> Result<Duration, String> {
-    let time = humantime::parse_duration(text).map_err(|_| "write a time such as `5m`".to_owned())?;
+    let time =
+        humantime::parse_duration(text).map_err(|_| "write a time such as `5m`".to_owned())?;
     if time < Duration::from_secs(1) || time > MAX_PAIRING {
         return Err("a pairing window is open for 1s to 1h".to_owned());
     }
@@ -205,28 +209,57 @@ mod tests {
 
     #[test]
     fn protect_reads_its_policies() {
-        let Command::Protect(args) = parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB").unwrap().command else {
+        let Command::Protect(args) = parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB")
+            .unwrap()
+            .command
+        else {
             panic!("another command");
         };
         assert_eq!((args.vm.as_str(), args.to.as_str()), ("web-1", "host-b"));
-        assert_eq!(args.epoch, Some(EpochPolicy::Fixed(Duration::from_millis(25))));
+        assert_eq!(
+            args.epoch,
+            Some(EpochPolicy::Fixed(Duration::from_millis(25)))
+        );
         assert_eq!(args.shadow, Some(ShadowPolicy::Size(1 << 30)));
     }
 
     #[test]
     fn the_control_socket_may_stand_anywhere() {
-        for line in ["--control /s status", "status --control /s", "status web-1 --control=/s --json"] {
+        for line in [
+            "--control /s status",
+            "status --control /s",
+            "status web-1 --control=/s --json",
+        ] {
             assert_eq!(parse(line).unwrap().control, Some("/s".into()), "{line}");
         }
     }
 
     #[test]
     fn pairing_either_opens_or_joins() {
-        let Command::Pair(open) = parse("pair --ttl 90s --witness").unwrap().command else { panic!() };
-        assert_eq!((open.ttl, open.witness, open.host), (Duration::from_secs(90), true, None));
-        let Command::Pair(join) = parse("pair host-b:99 --code 1-2").unwrap().command else { panic!() };
-        assert_eq!(join.host, Some(HostPort { host: "host-b".into(), port: Some(99) }));
-        for line in ["pair host-b", "pair --code 1", "pair --ttl 2h", "pair --ttl soon", "pair :1 --code 1"] {
+        let Command::Pair(open) = parse("pair --ttl 90s --witness").unwrap().command else {
+            panic!()
+        };
+        assert_eq!(
+            (open.ttl, open.witness, open.host),
+            (Duration::from_secs(90), true, None)
+        );
+        let Command::Pair(join) = parse("pair host-b:99 --code 1-2").unwrap().command else {
+            panic!()
+        };
+        assert_eq!(
+            join.host,
+            Some(HostPort {
+                host: "host-b".into(),
+                port: Some(99)
+            })
+        );
+        for line in [
+            "pair host-b",
+            "pair --code 1",
+            "pair --ttl 2h",
+            "pair --ttl soon",
+            "pair :1 --code 1",
+        ] {
             assert!(parse(line).is_err(), "{line}");
         }
     }
@@ -235,9 +268,15 @@ mod tests {
     fn wrong_lines_say_what_to_write() {
         for (line, expected) in [
             ("protect web-1", "--to <HOST>"),
-            ("protect web-1 --to b --epoch often", "write `auto` or a duration"),
+            (
+                "protect web-1 --to b --epoch often",
+                "write `auto` or a duration",
+            ),
             ("protect web-1 --to b --epoch 1us", "1ms to 10s"),
-            ("protect web-1 --to b --shadow some", "write `full`, `off` or a size"),
+            (
+                "protect web-1 --to b --shadow some",
+                "write `full`, `off` or a size",
+            ),
             ("agent --metrics yes", "write IP:PORT, or `off`"),
             ("agent --listen host-a", "invalid socket address"),
             ("failover web-1 --force", "unexpected argument '--force'"),

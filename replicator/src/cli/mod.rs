@@ -19,7 +19,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub use args::{
-    AgentArgs, Cli, Command, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs, WitnessArgs,
+    AgentArgs, Cli, Command, DoctorArgs, FailoverArgs, MAX_PAIRING, PairArgs, ProtectArgs,
+    StatusArgs, VmArgs, WitnessArgs,
 };
 pub use exit::{CliError, EXIT_CODES, Exit};
 pub use units::{HostPort, HostPortError, Listen, ListenError, Span};
@@ -31,7 +32,7 @@ use crate::control::client::Client;
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(cli) {
-        Ok(exit) => exit.into(),
+        Ok(code) => code,
         Err(error) => {
             // Nothing is left to tell it to if the terminal is gone.
             let _ = std::io::stderr().write_all(error.render().as_bytes());
@@ -40,16 +41,21 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<Exit, CliError> {
-    match cli.command {
+fn run(cli: Cli) -> Result<ExitCode, CliError> {
+    let exit = match cli.command {
         Command::Agent(args) => run_agent(args),
         Command::Witness(args) => run_witness(args),
+        Command::Demo(args) => {
+            logging::start("warn");
+            return Ok(crate::demo::run(args));
+        }
         command => {
             logging::start("warn");
             let control = cli.control;
             block_on(commands::run(command, control))
         }
-    }
+    }?;
+    Ok(exit.into())
 }
 
 fn run_agent(args: AgentArgs) -> Result<Exit, CliError> {
@@ -64,7 +70,12 @@ fn run_agent(args: AgentArgs) -> Result<Exit, CliError> {
     };
     let config = config::agent(args.config.as_deref(), flags)?;
     logging::start("info");
-    Err(CliError::new(Exit::Failed, format!("this build has no agent to run at {}", config.listen)))
+    block_on(async move {
+        crate::agent::run(config)
+            .await
+            .map_err(|error| CliError::of(Exit::Failed, &error))
+    })?;
+    Ok(Exit::Ok)
 }
 
 fn run_witness(args: WitnessArgs) -> Result<Exit, CliError> {

@@ -34,8 +34,9 @@ impl MetricsServer {
     /// # Errors
     /// If the address cannot be bound.
     pub async fn bind(address: SocketAddr, metrics: Metrics) -> Result<Self, MetricsServerError> {
-        let listener =
-            TcpListener::bind(address).await.map_err(|source| MetricsServerError { address, source })?;
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|source| MetricsServerError { address, source })?;
         Ok(Self { listener, metrics })
     }
 
@@ -55,7 +56,13 @@ impl MetricsServer {
         let metrics = self.metrics;
         let page = move || {
             let text = metrics.encode();
-            async move { ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response() }
+            async move {
+                (
+                    [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+                    text,
+                )
+                    .into_response()
+            }
         };
         axum::serve(self.listener, Router::new().route("/metrics", get(page))).await
     }
