@@ -1,5 +1,6 @@
 //! Injection against a busy process of our own, with the injector killed at every step.
 
+mod qemu;
 mod workers;
 
 use std::collections::HashMap;
