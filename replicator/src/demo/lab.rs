@@ -3,9 +3,9 @@
 //! ```text
 //!   namespace us-PID-a      us-PID-b      us-PID-w     us-PID-c
 //!   10.77.0.1               10.77.0.2     10.77.0.3    10.77.0.100
-//!   br0 -- tap0 -- guest    br0 (twin)    up           up
+//!   br0 -- tap0 -- guest    br0 (twin)    uplink       uplink
 //!    |     10.77.0.10        |             |            |
-//!    up                      up            |            |
+//!    uplink                  uplink        |            |
 //!    +------------ br0 in us-PID-s: the switch ---------+
 //! ```
 //!
@@ -126,22 +126,22 @@ impl Lab {
             let name = self.namespace(role);
             ip(&format!("netns add {name}"))?;
             ip(&format!("-n {name} link set lo up"))?;
-            ip(&format!("-n {switch} link add to-{role} type veth peer name up netns {name}"))?;
+            ip(&format!("-n {switch} link add to-{role} type veth peer name uplink netns {name}"))?;
             ip(&format!("-n {switch} link set to-{role} master br0 up"))?;
-            ip(&format!("-n {name} link set up up"))?;
+            ip(&format!("-n {name} link set uplink up"))?;
         }
         for host in [Host::A, Host::B] {
             let name = self.namespace(host.role());
             ip(&format!("-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
-            ip(&format!("-n {name} link set up master br0"))?;
+            ip(&format!("-n {name} link set uplink master br0"))?;
             ip(&format!("-n {name} link set br0 up"))?;
             ip(&format!("-n {name} addr add {}/24 dev br0", host.address()))?;
         }
         let a = self.namespace("a");
         ip(&format!("-n {a} tuntap add dev tap0 mode tap"))?;
         ip(&format!("-n {a} link set tap0 master br0 up"))?;
-        ip(&format!("-n {} addr add {WITNESS}/24 dev up", self.namespace("w")))?;
-        ip(&format!("-n {} addr add 10.77.0.100/24 dev up", self.namespace("c")))
+        ip(&format!("-n {} addr add {WITNESS}/24 dev uplink", self.namespace("w")))?;
+        ip(&format!("-n {} addr add 10.77.0.100/24 dev uplink", self.namespace("c")))
     }
 
     /// The full name of a namespace.
@@ -183,18 +183,14 @@ impl Lab {
         let begun = now_ns();
         let qemu = Path::new("qemu-system-x86_64");
         let mut vm = Daemon::start("the VM", &self.namespace("a"), qemu, &args, &[], &dir.join("qemu.log"))?;
-        until("Redis in the guest to answer PING", BOOT, async || {
-            vm.check()?;
-            Ok(self.ping().await.map_err(|error| format!("{error:#}")))
-        })
-        .await?;
+        let (to, seconds) = (REDIS.to_string(), BOOT.as_secs().to_string());
+        let mut ping = self.helper("the first PING", &["ping", "--to", &to, "--seconds", &seconds])?;
+        tokio::select! {
+            answer = ping.answer::<String>(BOOT + COMMAND) => answer.context("the guest did not boot")?,
+            error = vm.ends_by_itself() => return Err(error),
+        };
         self.vm = Some(vm);
         Ok(Duration::from_nanos(now_ns() - begun))
-    }
-
-    async fn ping(&self) -> Result<()> {
-        let mut helper = self.helper("the first PING", &["ping", "--to", &REDIS.to_string()])?;
-        helper.answer::<String>(COMMAND).await.map(drop)
     }
 
     /// Starts a worker in the client's namespace.

@@ -85,8 +85,10 @@ fn demo(args: &DemoArgs) -> Result<bool> {
     check_means(&args.guest)?;
     for pid in netns::sweep_leftovers().context("looking for what an earlier demo left")? {
         println!("removed what the demo of process {pid} had left");
+        // It is there only if that demo was given the same place, and was killed before it could remove it.
+        let _ = fs::remove_dir_all(work_dir(args, pid));
     }
-    let dir = work_dir(args)?;
+    let dir = make_work_dir(args)?;
     // A release build aborts at a panic: no destructor runs, so the hook removes what is in the kernel.
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -149,10 +151,13 @@ fn check_means(guest: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A new directory that only root can enter. Its path is short: sockets below it must fit in 107 bytes.
-fn work_dir(args: &DemoArgs) -> Result<PathBuf> {
-    let name = format!("us-demo-{}", std::process::id());
-    let dir = args.work_dir.clone().unwrap_or_else(std::env::temp_dir).join(name);
+fn work_dir(args: &DemoArgs, maker: u32) -> PathBuf {
+    args.work_dir.clone().unwrap_or_else(std::env::temp_dir).join(format!("us-demo-{maker}"))
+}
+
+/// A directory that only root can enter. Its path is short: sockets below it must fit in 107 bytes.
+fn make_work_dir(args: &DemoArgs) -> Result<PathBuf> {
+    let dir = work_dir(args, std::process::id());
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
     dir.canonicalize().with_context(|| format!("cannot resolve {}", dir.display()))

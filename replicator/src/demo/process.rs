@@ -73,6 +73,12 @@ impl Daemon {
         }
     }
 
+    /// Waits until it ends, which it should not: the error says how.
+    pub(super) async fn ends_by_itself(&mut self) -> anyhow::Error {
+        let status = self.child.wait().await;
+        anyhow::anyhow!("{} has ended by itself: {status:?}", self.what)
+    }
+
     /// An error if it has ended.
     ///
     /// # Errors

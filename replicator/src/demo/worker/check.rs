@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use super::resp::{Reply, request};
+use super::resp::{Connection, Reply, request};
 use super::{CONNECT, connect, key, say, value};
 
 /// Keys asked for at once.
@@ -28,7 +28,10 @@ pub(in crate::demo) struct Checked {
 /// # Errors
 /// If Redis cannot be asked.
 pub(super) async fn run(to: SocketAddr, tag: &str, acked: u64) -> Result<()> {
-    let mut connection = connect(to).await?;
+    say(&compare(&mut connect(to).await?, tag, acked).await?)
+}
+
+pub(super) async fn compare(connection: &mut Connection, tag: &str, acked: u64) -> Result<Checked> {
     let mut checked = Checked { lost: 0, first_lost: Vec::new() };
     let mut from = 0;
     while from < acked {
@@ -53,5 +56,5 @@ pub(super) async fn run(to: SocketAddr, tag: &str, acked: u64) -> Result<()> {
         }
         from = batch.end;
     }
-    say(&checked)
+    Ok(checked)
 }

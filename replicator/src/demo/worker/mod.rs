@@ -28,11 +28,14 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// The workers.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Worker {
-    /// Ask Redis for a PING once.
+    /// Wait until Redis answers PING.
     Ping {
         /// Redis.
         #[arg(long)]
         to: SocketAddr,
+        /// For how long.
+        #[arg(long)]
+        seconds: u64,
     },
     /// Measure SET throughput.
     Load {
@@ -86,7 +89,7 @@ pub(super) fn run(worker: Worker) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match worker {
-            Worker::Ping { to } => ping(to).await,
+            Worker::Ping { to, seconds } => ping(to, Duration::from_secs(seconds)).await,
             Worker::Load { to, connections, seconds } => load::run(to, connections, Duration::from_secs(seconds)).await,
             Worker::Write { to, tag } => write::run(to, &tag).await,
             Worker::Check { to, tag, acked } => check::run(to, &tag, acked).await,
@@ -109,17 +112,22 @@ async fn connect(to: SocketAddr) -> Result<resp::Connection> {
     }
 }
 
-async fn ping(to: SocketAddr) -> Result<()> {
+/// Asks until Redis answers: it is booting, so every failure is looked over until `bound`.
+async fn ping(to: SocketAddr, bound: Duration) -> Result<()> {
     let mut request = Vec::new();
     resp::request(&mut request, &[b"PING"]);
-    let mut connection = connect(to).await?;
-    match timeout(CONNECT, connection.ask(&request)).await {
-        Ok(reply) => match reply? {
-            resp::Reply::Simple(text) if text == "PONG" => say(&text),
-            other => bail!("Redis answered {other:?} to PING"),
-        },
-        Err(_) => bail!("no answer from {to} within {CONNECT:?}"),
-    }
+    let ask = async || -> Result<resp::Reply> {
+        let mut connection = connect(to).await?;
+        timeout(CONNECT, connection.ask(&request)).await.context("no answer in time")?
+    };
+    super::wait::until("Redis to answer PING", bound, async || {
+        Ok(match ask().await {
+            Ok(resp::Reply::Simple(text)) if text == "PONG" => Ok(()),
+            other => Err(format!("{other:?}")),
+        })
+    })
+    .await?;
+    say(&"PONG")
 }
 
 /// The key of the numbered write `number`.

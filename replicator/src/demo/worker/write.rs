@@ -10,14 +10,14 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use super::resp::{Reply, request};
+use super::resp::{Connection, Reply, request};
 use super::{connect, key, say, value};
 use crate::demo::wait::now_ns;
 
 /// How long one answer may take before the connection counts as broken.
 pub(in crate::demo) const ANSWER: Duration = Duration::from_secs(30);
 /// Gaps between answers that are at least this long are remembered.
-const GAP: Duration = Duration::from_millis(5);
+const GAP: Duration = Duration::from_millis(20);
 /// Bound on remembered gaps: the longest are kept.
 const MAX_GAPS: usize = 10_000;
 /// After this many answers the writer counts as under way.
@@ -56,12 +56,23 @@ impl Written {
 /// If the connection cannot be opened.
 pub(super) async fn run(to: SocketAddr, tag: &str) -> Result<()> {
     let mut connection = connect(to).await?;
-    let (tell, mut told_to_end) = oneshot::channel();
+    let (tell, told_to_end) = oneshot::channel();
     // Ends with its input, or with the process.
     thread::spawn(move || {
         let _ = std::io::stdin().read(&mut [0; 1]);
         let _ = tell.send(());
     });
+    let started = |acked| if acked == UNDER_WAY { say(&Started { acked }) } else { Ok(()) };
+    say(&write(&mut connection, tag, told_to_end, started).await?)
+}
+
+/// Writes until told to end or the connection breaks; tells `progress` how many writes are acknowledged after each.
+async fn write(
+    connection: &mut Connection,
+    tag: &str,
+    mut told_to_end: oneshot::Receiver<()>,
+    mut progress: impl FnMut(u64) -> Result<()>,
+) -> Result<Written> {
     let mut written = Written { acked: 0, broken: None, last_ns: now_ns(), gaps_ns: Vec::new() };
     let mut bytes = Vec::new();
     loop {
@@ -85,12 +96,10 @@ pub(super) async fn run(to: SocketAddr, tag: &str) -> Result<()> {
         }
         written.acked += 1;
         written.last_ns = now;
-        if written.acked == UNDER_WAY {
-            say(&Started { acked: written.acked })?;
-        }
+        progress(written.acked)?;
     }
     note_gap(&mut written, now_ns());
-    say(&written)
+    Ok(written)
 }
 
 fn note_gap(written: &mut Written, now: u64) {
@@ -105,7 +114,107 @@ fn note_gap(written: &mut Written, now: u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::Written;
+    use std::collections::HashMap;
+
+    use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::oneshot;
+
+    use super::super::check::compare;
+    use super::{Connection, Written, write};
+
+    /// Answers SET and MGET like Redis; forgets what `forget` says; closes after `requests`.
+    async fn redis(listener: TcpListener, mut requests: u32, forget: fn(&str) -> bool) {
+        let mut stored: HashMap<String, String> = HashMap::new();
+        loop {
+            let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+            while requests > 0 {
+                let Some(words) = words(&mut stream).await else { break };
+                requests -= 1;
+                let mut answer = String::new();
+                if words[0] == "SET" {
+                    if !forget(&words[1]) {
+                        stored.insert(words[1].clone(), words[2].clone());
+                    }
+                    answer.push_str("+OK\r\n");
+                } else {
+                    answer.push_str(&format!("*{}\r\n", words.len() - 1));
+                    for key in &words[1..] {
+                        match stored.get(key) {
+                            Some(value) => answer.push_str(&format!("${}\r\n{value}\r\n", value.len())),
+                            None => answer.push_str("$-1\r\n"),
+                        }
+                    }
+                }
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+            if requests == 0 {
+                return;
+            }
+        }
+    }
+
+    async fn words(stream: &mut BufReader<TcpStream>) -> Option<Vec<String>> {
+        let mut line = String::new();
+        stream.read_line(&mut line).await.ok().filter(|&read| read > 0)?;
+        let count: usize = line.trim_end()[1..].parse().unwrap();
+        let mut words = Vec::new();
+        for _ in 0..count {
+            line.clear();
+            stream.read_line(&mut line).await.unwrap();
+            let mut word = vec![0; line.trim_end()[1..].parse::<usize>().unwrap() + 2];
+            stream.read_exact(&mut word).await.unwrap();
+            word.truncate(word.len() - 2);
+            words.push(String::from_utf8(word).unwrap());
+        }
+        Some(words)
+    }
+
+    /// Writes 1200 keys to such a Redis and compares.
+    async fn write_and_compare(forget: fn(&str) -> bool) -> (Written, u64, Vec<u64>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(redis(listener, 10_000, forget));
+        let connect = async || Connection::new(TcpStream::connect(address).await.unwrap()).unwrap();
+        let (tell, told) = oneshot::channel();
+        let mut tell = Some(tell);
+        let progress = |acked| {
+            if acked == 1_200 {
+                tell.take().unwrap().send(()).unwrap();
+            }
+            Ok(())
+        };
+        let mut first = connect().await;
+        let written = write(&mut first, "t", told, progress).await.unwrap();
+        drop(first);
+        let checked = compare(&mut connect().await, "t", written.acked).await.unwrap();
+        (written, checked.lost, checked.first_lost)
+    }
+
+    #[tokio::test]
+    async fn what_was_acknowledged_is_found() {
+        let (written, lost, _) = write_and_compare(|_| false).await;
+        assert!(written.acked >= 1_200 && written.broken.is_none(), "{written:?}");
+        assert_eq!(lost, 0);
+    }
+
+    #[tokio::test]
+    async fn a_lost_write_is_counted_and_named() {
+        let (_, lost, first) = write_and_compare(|key| key.ends_with("0000000007") || key.ends_with("0000001003")).await;
+        assert_eq!((lost, first), (2, vec![7, 1_003]));
+    }
+
+    #[tokio::test]
+    async fn a_closed_connection_is_a_broken_one() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(redis(listener, 5, |_| false));
+        let mut connection = Connection::new(TcpStream::connect(address).await.unwrap()).unwrap();
+        let (_tell, told) = oneshot::channel();
+        let written = write(&mut connection, "t", told, |_| Ok(())).await.unwrap();
+        assert_eq!(written.acked, 5);
+        assert!(written.broken.is_some());
+    }
 
     #[test]
     fn the_stall_is_the_longest_gap_that_reaches_past_the_kill() {
