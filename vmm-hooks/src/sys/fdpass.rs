@@ -35,3 +35,35 @@ pub fn send_with_fds(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) 
     let mut stream = stream;
     stream.write_all(&bytes[sent..])
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{IoSliceMut, Read, Seek};
+    use std::os::fd::AsFd;
+
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+    use super::*;
+
+    #[test]
+    fn the_peer_gets_the_bytes_and_the_open_file() {
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        let mut file = tempfile::tempfile().expect("a file");
+        file.write_all(b"inside").expect("room");
+        file.rewind().expect("a file");
+        send_with_fds(&ours, b"take this", &[file.as_fd()]).expect("the peer is there");
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut bytes = [0; 20];
+        let got = recvmsg(&theirs, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC);
+        assert_eq!(&bytes[..got.expect("it was sent").bytes], b"take this");
+        let mut files: Vec<std::fs::File> = Vec::new();
+        for message in control.drain() {
+            let RecvAncillaryMessage::ScmRights(fds) = message else { panic!("other rights") };
+            files.extend(fds.map(std::fs::File::from));
+        }
+        let mut text = String::new();
+        files[0].read_to_string(&mut text).expect("a file");
+        assert_eq!((text.as_str(), files.len()), ("inside", 1));
+    }
+}

@@ -264,3 +264,112 @@ impl TwinMemory for BlockMemory {
         memory.zero(start, PAGE_SIZE);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::layout::Block;
+
+    fn file(memory: &SharedMemory) -> std::fs::File {
+        memory.fd().try_clone_to_owned().expect("a descriptor").into()
+    }
+
+    #[test]
+    fn whole_zeroed_pages_are_given_back() {
+        let memory = SharedMemory::new("test", 64 * PAGE_SIZE as u64).expect("a small one");
+        memory.write(0, &vec![1; 64 * PAGE_SIZE]);
+        let full = file(&memory).metadata().expect("a file").blocks();
+        memory.zero(8 * PAGE_SIZE as u64, 32 * PAGE_SIZE);
+        let less = file(&memory).metadata().expect("a file").blocks();
+        assert!(less <= full / 2, "{full} blocks, then {less}");
+        let mut page = vec![9; PAGE_SIZE];
+        memory.read(20 * PAGE_SIZE as u64, &mut page);
+        assert!(page.iter().all(|&byte| byte == 0));
+    }
+
+    #[test]
+    fn it_outlives_its_mapping_and_cannot_be_resized() {
+        let memory = SharedMemory::new("test", 1).expect("a small one");
+        assert_eq!(memory.length(), PAGE_SIZE as u64);
+        memory.write(77, b"still here");
+        let file = file(&memory);
+        drop(memory);
+        let mut bytes = [0; 10];
+        file.read_exact_at(&mut bytes, 77).expect("it is as long");
+        assert_eq!(&bytes, b"still here");
+        file.set_len(0).expect_err("it is sealed");
+        file.set_len(1 << 20).expect_err("it is sealed");
+    }
+
+    #[test]
+    fn threads_that_write_neighbouring_bytes_do_not_harm_each_other() {
+        let memory = SharedMemory::new("test", 1).expect("a small one");
+        std::thread::scope(|scope| {
+            for lane in 0..8_u8 {
+                let memory = &memory;
+                scope.spawn(move || (0..20_000_u32).for_each(|_| memory.write(lane.into(), &[lane + 1])));
+            }
+        });
+        let mut bytes = [0; 8];
+        memory.read(0, &mut bytes);
+        assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+
+    #[test]
+    fn pages_of_all_blocks_are_apart() {
+        let block = |name: &str, pages| Block { name: name.to_owned(), pages };
+        let layout = Layout::new(vec![block("a", 2), block("none", 0), block("b", 1)]).expect("a good layout");
+        let memory = BlockMemory::new("test", &layout).expect("small ones");
+        for page in 0..memory.pages() {
+            memory.write(page, 3, &[u8::try_from(page).expect("small") + 1]);
+        }
+        memory.zero(1);
+        let first = |page| {
+            let mut bytes = vec![0; PAGE_SIZE];
+            memory.read(page, &mut bytes);
+            bytes[3]
+        };
+        assert_eq!([first(0), first(1), first(2)], [1, 0, 3]);
+        assert!(memory.block(1).is_none());
+        assert_eq!(memory.block(2).map(SharedMemory::length), Some(PAGE_SIZE as u64));
+    }
+
+    #[test]
+    #[should_panic(expected = "leave the page")]
+    fn a_write_past_a_page_panics() {
+        let layout = Layout::new(vec![Block { name: "a".to_owned(), pages: 2 }]).expect("a good layout");
+        BlockMemory::new("test", &layout).expect("a small one").write(0, PAGE_SIZE - 1, &[1, 2]);
+    }
+
+    proptest! {
+        #[test]
+        fn it_behaves_like_a_vector(acts in prop::collection::vec((0_u8..3, 0..3 * PAGE_SIZE, 0..5000_usize, any::<u8>()), 1..30)) {
+            let length = 3 * PAGE_SIZE;
+            let memory = SharedMemory::new("test", length as u64).expect("a small one");
+            let mut model = vec![0_u8; length];
+            for (what, offset, count, value) in acts {
+                let range = offset..(offset + count).min(length);
+                match what {
+                    0 => {
+                        let bytes: Vec<u8> = range.clone().map(|i| value ^ u8::try_from(i % 256).expect("small")).collect();
+                        memory.write(offset as u64, &bytes);
+                        model[range].copy_from_slice(&bytes);
+                    }
+                    1 => {
+                        memory.zero(offset as u64, range.len());
+                        model[range].fill(0);
+                    }
+                    _ => {
+                        let mut bytes = vec![value; range.len()];
+                        memory.read(offset as u64, &mut bytes);
+                        prop_assert!(bytes == model[range]);
+                    }
+                }
+            }
+        }
+    }
+}

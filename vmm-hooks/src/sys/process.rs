@@ -344,3 +344,82 @@ fn advance(rest: &mut &mut [RemoteIoVec], mut moved: usize) {
         skip_empty(rest);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Child, Command, Stdio};
+
+    use super::*;
+
+    fn me() -> PidFd {
+        PidFd::open(std::process::id()).expect("this process lives")
+    }
+
+    /// A process that waits for its standard input.
+    fn child() -> Child {
+        Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("cat is installed")
+    }
+
+    #[test]
+    fn reads_more_scattered_pages_than_one_call_takes() {
+        let count = 2 * MAX_PIECES + 100;
+        let bytes: Vec<u8> = (0..count * 2 * PAGE_SIZE).map(|i| u8::try_from((i / 7 + i / PAGE_SIZE) % 256).expect("small")).collect();
+        let start = bytes.as_ptr() as u64;
+        // Every second page, the last one first.
+        let addresses: Vec<u64> = (0..count as u64).rev().map(|i| start + i * 2 * PAGE_SIZE as u64).collect();
+        let mut into = vec![0; count * PAGE_SIZE];
+        ProcessMemory::new(me()).read_pages(&addresses, &mut into).expect("it is ours");
+        for (index, page) in into.chunks_exact(PAGE_SIZE).enumerate() {
+            let at = (count - 1 - index) * 2 * PAGE_SIZE;
+            assert!(page == &bytes[at..at + PAGE_SIZE], "page {index}");
+        }
+    }
+
+    #[test]
+    fn a_hole_in_the_memory_is_an_error_with_its_address() {
+        let page = [7_u8; PAGE_SIZE];
+        let hole = 0x1000;
+        let mut into = vec![0; 2 * PAGE_SIZE];
+        let result = ProcessMemory::new(me()).read_pages(&[page.as_ptr() as u64, hole], &mut into);
+        assert!(matches!(result, Err(ProcessError::Memory { address, .. }) if address == hole), "{result:?}");
+        let result = ProcessMemory::new(me()).write(hole, &page);
+        assert!(matches!(result, Err(ProcessError::Memory { address, .. }) if address == hole), "{result:?}");
+    }
+
+    #[test]
+    fn a_killed_process_is_confirmed_dead_and_its_memory_gone() {
+        let mut child = child();
+        let process = PidFd::open(child.id()).expect("it lives");
+        assert!(!process.has_exited());
+        assert_eq!(process.command_line().expect("it lives"), ["cat"]);
+        assert_eq!(process.uid().expect("it lives"), me().uid().expect("this process lives"));
+        let same = PidFd::open_same(process.pid(), process.start_time()).expect("it is the same");
+        let other = PidFd::open_same(process.pid(), process.start_time() + 1);
+        assert!(matches!(other, Err(ProcessError::Reused { .. })), "{other:?}");
+        same.kill_confirmed(Duration::from_secs(30)).expect("it can be killed");
+        assert!(process.has_exited(), "also before it is reaped");
+        let mut byte = [0];
+        let read = ProcessMemory::new(process.clone()).read(0x1000, &mut byte);
+        assert!(matches!(read, Err(ProcessError::Gone { .. })), "{read:?}");
+        child.wait().expect("it is our child");
+        process.kill_confirmed(Duration::from_secs(30)).expect("killing the dead is no error");
+        let gone = process.command_line();
+        assert!(matches!(gone, Err(ProcessError::Gone { .. })), "{gone:?}");
+    }
+
+    #[test]
+    fn writes_where_it_is_told() {
+        let child = child();
+        let process = PidFd::open(child.id()).expect("it lives");
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.pid())).expect("it lives");
+        let stack = maps.lines().find(|line| line.ends_with("[stack]") && line.contains("rw-p")).expect("a stack");
+        let start = u64::from_str_radix(stack.split('-').next().expect("a range"), 16).expect("an address");
+        let memory = ProcessMemory::new(process.clone());
+        memory.write(start + 5, b"understudy").expect("its stack can be written");
+        let mut back = [0; 10];
+        memory.read(start + 5, &mut back).expect("its stack can be read");
+        assert_eq!(&back, b"understudy");
+        process.kill_confirmed(Duration::from_secs(30)).expect("it can be killed");
+        drop(child.wait_with_output());
+    }
+}

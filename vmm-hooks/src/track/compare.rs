@@ -94,3 +94,46 @@ impl Tracker for CompareTracker {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{Block, Layout};
+    use crate::sys::memory::SharedMemory;
+    use crate::sys::process::PidFd;
+
+    /// Where `memory` is mapped in this process, found by its name.
+    fn address(name: &str) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("proc");
+        let line = maps.lines().find(|line| line.contains(name)).expect("it is mapped");
+        u64::from_str_radix(line.split('-').next().expect("a range"), 16).expect("an address")
+    }
+
+    #[test]
+    fn finds_each_changed_page_once_and_needs_no_arming_again() {
+        let pages = 2 * CHUNK_PAGES + 3;
+        let memory = SharedMemory::new("compare-test", pages * PAGE_SIZE as u64).expect("a small one");
+        let layout = Layout::new(vec![Block { name: "a".to_owned(), pages }]).expect("a good layout");
+        let map = RangeMap::new(&layout, &[address("compare-test")]).expect("one block");
+        let me = PidFd::open(std::process::id()).expect("this process lives");
+        let mut tracker = CompareTracker::new(ProcessMemory::new(me), map);
+        let mut dirty = PageSet::empty(pages);
+        let early = tracker.harvest(&mut dirty);
+        assert!(matches!(early, Err(TrackError::NotArmed)), "{early:?}");
+        memory.write(5, &[1]);
+        tracker.arm().expect("it can be read");
+        let last = pages - 1;
+        for page in [0, CHUNK_PAGES, last] {
+            memory.write(page * PAGE_SIZE as u64 + 4095, &[7]);
+        }
+        tracker.peek(&mut dirty).expect("it can be read");
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [0, CHUNK_PAGES, last]);
+        dirty.clear();
+        tracker.harvest(&mut dirty).expect("it can be read");
+        assert_eq!(dirty.iter().collect::<Vec<_>>(), [0, CHUNK_PAGES, last]);
+        dirty.clear();
+        tracker.harvest(&mut dirty).expect("it can be read");
+        assert!(dirty.is_empty());
+        tracker.disarm().expect("nothing to leave");
+    }
+}
