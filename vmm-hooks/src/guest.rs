@@ -132,6 +132,11 @@ pub trait Guest: Send {
     /// What the standby needs to build its twin.
     fn recipe(&self) -> &Recipe;
 
+    /// What protection does not hold or cover in it, one sentence each, for its operator.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// The gate in front of its network output. The same one at each call.
     fn gate(&self) -> Arc<dyn Gate>;
 

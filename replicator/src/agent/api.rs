@@ -4,6 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use heartbeat::trust::pairing::{self, ParseCodeError};
 use heartbeat::trust::{self, PairError, Peer, WindowLimits};
 use tokio::sync::oneshot;
 
@@ -169,7 +170,7 @@ impl AgentApi for Agent {
     }
 
     async fn pair_join(&self, request: PairJoinRequest) -> Result<Paired, ErrorBody> {
-        let code = request.code.parse().map_err(|error: trust::ParseCodeError| {
+        let code = request.code.parse().map_err(|error: ParseCodeError| {
             ErrorBody::new(ErrorKind::Invalid, "this is no pairing code").because(&error)
         })?;
         let PairJoinRequest { host, port, .. } = request;
@@ -177,7 +178,7 @@ impl AgentApi for Agent {
         let addresses = blocking(move || resolve(&host, port)).await??;
         let mut last = None;
         for address in addresses {
-            match trust::join(&self.identity, &self.peers, &self.card(), address, &code).await {
+            match pairing::join(&self.identity, &self.peers, &self.card(), address, &code).await {
                 Ok(peer) => {
                     let node_id = peer.node.to_string();
                     return Ok(Paired { name: peer.name, node_id, kind: kind(peer.role) });

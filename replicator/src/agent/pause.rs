@@ -53,12 +53,12 @@ pub enum Command {
     Sync,
     /// Capture an epoch.
     Capture(CaptureOrder),
+    /// The capture that waits for its moment is not wanted: it is reported as failed.
+    Cancel,
     /// These pages were not committed.
     PutBack(Vec<u64>),
     /// Let output pass by itself.
     Open,
-    /// Stop the guest; its gate has been shut.
-    Mute,
     /// Stop the guest and leave it stopped, gate as it is.
     Pause,
     /// Let the guest run.
@@ -98,7 +98,7 @@ pub enum Report {
     Event(GuestEvent),
     /// The answer to [`Command::Open`].
     Opened(Result<(), GuestError>),
-    /// The answer to [`Command::Mute`] and [`Command::Pause`].
+    /// The answer to [`Command::Pause`].
     Paused(Result<(), GuestError>),
     /// The answer to [`Command::Resume`].
     Resumed(Result<(), GuestError>),
@@ -228,6 +228,7 @@ impl PauseThread {
                 Err(error) => self.report(Report::SyncFailed(error)),
             },
             Command::Capture(order) => self.order = Some(order),
+            Command::Cancel => self.cancel(),
             Command::PutBack(pages) => {
                 let mut set = PageSet::empty(self.dirty.capacity());
                 for page in pages {
@@ -236,12 +237,12 @@ impl PauseThread {
                 self.guest.put_back(&set);
             }
             Command::Open => {
-                self.order = None;
+                self.cancel();
                 let answer = self.guest.open_output();
                 self.report(Report::Opened(answer));
             }
-            Command::Mute | Command::Pause => {
-                self.order = None;
+            Command::Pause => {
+                self.cancel();
                 let answer = self.guest.pause();
                 self.stopped = answer.is_ok();
                 self.report(Report::Paused(answer));
@@ -256,6 +257,14 @@ impl PauseThread {
             Command::Quit => return Next::End,
         }
         Next::Go
+    }
+
+    /// Forgets the capture that waits for its moment, and says so.
+    fn cancel(&mut self) {
+        if let Some(CaptureOrder { epoch, .. }) = self.order.take() {
+            let error = GuestError::new(GuestErrorKind::Failed, "the capture was cancelled");
+            self.report(Report::CaptureFailed { epoch, error });
+        }
     }
 
     /// Waits a slice for the ordered capture's moment; captures when it has come.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use heartbeat_core::ids::{Epoch, Generation, Party};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
-use replicator_core::message::{PeerMessage, clip};
+use replicator_core::message::{PeerMessage, RehearsalResult, clip};
 use replicator_core::primary::{CaptureReport, GuestEvent, Operator, Output, Primary, PrimaryConfig};
 use tokio::sync::{mpsc, oneshot};
 use vmm_hooks::guest::{self, Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, PauseParts};
@@ -24,7 +24,7 @@ use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
 use super::view::{View, api_state};
 use super::{Request, clock};
-use crate::control::api::{EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, SyncProgress};
+use crate::control::api::{EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SyncProgress};
 use crate::pages::encode::EncodeStats;
 use crate::pages::shadow::ShadowMode;
 use crate::status::EpochObservation;
@@ -91,6 +91,7 @@ struct Task {
     flights: BTreeMap<u64, Flight>,
     holding: bool,
     ending: Vec<oneshot::Sender<Result<(), ErrorBody>>>,
+    rehearsals: Vec<oneshot::Sender<Result<RehearsalReport, ErrorBody>>>,
     detached: Option<Result<(), GuestError>>,
     detaching: bool,
     finished: bool,
@@ -142,6 +143,7 @@ pub async fn run(setup: Setup) -> Result<(), ErrorBody> {
         flights: BTreeMap::new(),
         holding: false,
         ending: Vec::new(),
+        rehearsals: Vec::new(),
         detached: None,
         detaching: false,
         finished: false,
@@ -212,10 +214,9 @@ impl Task {
                     self.view.set_gate(None);
                     self.command(Command::Open);
                 }
-                Output::Mute => {
-                    self.gate.shut();
-                    self.command(Command::Mute);
-                }
+                // What is held stays held: the core releases nothing more. The gate is shut for good at the fence.
+                Output::Mute => self.command(Command::Pause),
+                Output::Cancel => self.command(Command::Cancel),
                 Output::Resume => self.command(Command::Resume),
                 Output::Fence => self.destroy(),
                 Output::Ask(request) => self.asker.ask(request),
@@ -298,6 +299,7 @@ impl Task {
     }
 
     fn destroy(&mut self) {
+        self.gate.shut();
         let fence = Arc::clone(&self.fence);
         let name = self.name.clone();
         self.command(Command::Quit);
@@ -324,9 +326,34 @@ impl Task {
     fn received(&mut self, received: Received) {
         let now = clock::now();
         match received {
-            Received::Message(PeerMessage::Status { .. }) => {}
-            Received::Message(message) => self.core.handle_peer(now, message),
-            Received::Lost { reason } => self.core.handle_connection_lost(now, &clip(&reason)),
+            Received::Message(message) => {
+                if let PeerMessage::Rehearsed { epoch, result } = &message {
+                    self.rehearsed(epoch.0, result);
+                }
+                self.core.handle_peer(now, message);
+            }
+            Received::Lost { reason } => {
+                tracing::warn!(vm = self.name, reason, "the replication connection is lost");
+                self.core.handle_connection_lost(now, &clip(&reason));
+            }
+        }
+    }
+
+    /// Tells the operators who asked how the rehearsal went.
+    fn rehearsed(&mut self, epoch: u64, result: &RehearsalResult) {
+        let report = match result {
+            RehearsalResult::Loads { launch, load } => Ok(RehearsalReport {
+                epoch,
+                launch_ms: launch.as_secs_f64() * 1e3,
+                load_ms: load.as_secs_f64() * 1e3,
+            }),
+            RehearsalResult::Fails { reason } => {
+                Err(ErrorBody::new(ErrorKind::Failed, format!("the standby's copy does not load: {reason}"))
+                    .advise("the VM runs on here; it is not protected until its copy loads"))
+            }
+        };
+        for reply in self.rehearsals.drain(..) {
+            let _ = reply.send(report.clone());
         }
     }
 
@@ -458,11 +485,10 @@ impl Task {
                     .advise("use --planned to move it, or ask the standby's agent to take over");
                 let _ = reply.send(Err(body));
             }
-            Request::Rehearse(reply) => {
-                let body = refused(format!("{} is rehearsed where its copy is", self.name))
-                    .advise("run `understudy rehearse` on the standby's host");
-                let _ = reply.send(Err(body));
-            }
+            Request::Rehearse(reply) => match self.core.handle_operator(now, Operator::Rehearse) {
+                Ok(()) => self.rehearsals.push(reply),
+                Err(why) => drop(reply.send(Err(refused(why)))),
+            },
         }
     }
 

@@ -86,7 +86,7 @@ impl Agent {
     }
 
     /// A VM whose task has ended leaves its place to a new one.
-    fn forget_ended(&self, name: &str) {
+    pub(super) fn forget_ended(&self, name: &str) {
         let mut vms = self.vms();
         if vms.get(name).is_some_and(|vm| vm.task.is_finished()) {
             vms.remove(name);
