@@ -150,3 +150,42 @@ async fn bulk_data_passes_at_every_mtu() {
         patiently(sending).await.expect("sent");
     }
 }
+
+#[test]
+fn a_restarted_peer_ends_the_connections_of_its_former_life_by_a_reset() {
+    use heartbeat::quic::{Endpoint, EndpointOptions};
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime")
+    };
+    let ours = runtime();
+    let (a, b) = ours.block_on(async { (Node::start("a"), Node::start("b")) });
+    introduce(&a, &b);
+    let first_life = runtime();
+    let options = EndpointOptions { bind: ANY, profile: Profile::Control, mtu: None };
+    let endpoint = first_life
+        .block_on(async { Endpoint::open(b.identity.clone(), b.peers.clone(), options) })
+        .expect("endpoint");
+    let address = endpoint.local_addr().expect("open");
+    let peer = a.peers.by_name("b").expect("b");
+    let dialed = ours
+        .block_on(a.endpoint.connect_to(&peer, address, Purpose::Replication))
+        .expect("connected");
+    // Killed: its tasks and its socket are gone, nothing is said.
+    first_life.shutdown_background();
+    drop(endpoint);
+    let reason = ours.block_on(async {
+        let options = EndpointOptions { bind: address, ..options };
+        let _again = patiently(async {
+            loop {
+                match Endpoint::open(b.identity.clone(), b.peers.clone(), options) {
+                    Ok(endpoint) => return endpoint,
+                    Err(QuicError::Bind { .. }) => tokio::task::yield_now().await,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        })
+        .await;
+        patiently(dialed.quic.closed()).await
+    });
+    assert_eq!(reason, quinn::ConnectionError::Reset);
+}

@@ -41,8 +41,8 @@ pub struct EndpointOptions {
     pub bind: SocketAddr,
     /// What it is tuned for.
     pub profile: Profile,
-    /// The path's UDP payload in bytes if known: interface MTU less 28 (IPv4) or 48 (IPv6).
-    /// Without it QUIC discovers up to what Ethernet carries.
+    /// The path's UDP payload in bytes if known for sure: [`super::mtu_towards`]. A value that the path
+    /// does not carry makes connections fail. Without it QUIC discovers up to what Ethernet carries.
     pub mtu: Option<u16>,
 }
 
@@ -319,10 +319,15 @@ async fn greet_as_dialer(
     })
 }
 
-/// What a broken connection means. TLS alerts travel as transport errors 0x100 to 0x1ff.
+/// TLS alerts by which one side refuses the other's certificate: bad, unsupported, revoked, expired, unknown,
+/// unknown authority, access denied, required. They travel as transport errors from 0x100.
+const CERTIFICATE_ALERTS: [u64; 8] =
+    [0x12a, 0x12b, 0x12c, 0x12d, 0x12e, 0x130, 0x131, 0x174];
+
+/// What a broken connection means.
 fn lost(peer: &Peer, address: SocketAddr, source: ConnectionError) -> QuicError {
     let name = peer.name.clone();
-    let alert = |code: quinn::TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
+    let alert = |code: quinn::TransportErrorCode| CERTIFICATE_ALERTS.contains(&u64::from(code));
     let not_paired = match &source {
         ConnectionError::TransportError(error) => alert(error.code),
         ConnectionError::ConnectionClosed(frame) => alert(frame.error_code),
@@ -350,6 +355,11 @@ async fn accept_all(
 ) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = quic.accept().await {
+        if handshakes.available_permits() < MAX_HANDSHAKES / 2 && incoming.may_retry() {
+            // Under a flood of forged addresses only those who can hear us get a handshake.
+            incoming.retry().expect("may_retry says so");
+            continue;
+        }
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
             incoming.refuse();
             continue;

@@ -16,6 +16,7 @@ pub use endpoint::{Connection, Endpoint, EndpointOptions, QuicError};
 pub use hello::{Purpose, VERSIONS};
 pub use message::{MAX_MESSAGE, MessageError, decode, encode, read_message, write_message};
 pub use profile::Profile;
+pub use socket::mtu_towards;
 
 pub(crate) use endpoint::{certificate_of, open_socket};
 pub(crate) use profile::transport;

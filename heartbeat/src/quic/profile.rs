@@ -13,6 +13,8 @@ use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 
 /// Largest UDP payload accepted: what IPv4 and IPv6 can carry at most without jumbograms.
 pub(crate) const MAX_UDP_PAYLOAD: u16 = 65_527;
+/// Largest MTU used: the UDP payload of the largest IPv4 packet.
+pub(crate) const MAX_MTU: u16 = 65_507;
 /// Smallest MTU that QUIC works on.
 const MIN_MTU: u16 = 1_200;
 /// Highest MTU that discovery tries if the interface's is not known: Ethernet less IPv4 and UDP.
@@ -69,7 +71,7 @@ impl Profile {
 ///
 /// Without this cap a large MTU makes the kernel refuse the call, which looks like loss on the path.
 pub(crate) fn max_segments(mtu: Option<u16>) -> usize {
-    let mtu = usize::from(mtu.unwrap_or(DISCOVER_UP_TO).max(MIN_MTU));
+    let mtu = usize::from(mtu.unwrap_or(DISCOVER_UP_TO).clamp(MIN_MTU, MAX_MTU));
     (MAX_SEND_CALL / mtu).clamp(1, MAX_SEGMENTS)
 }
 
@@ -79,7 +81,7 @@ pub(crate) fn transport(profile: Profile, mtu: Option<u16>) -> Arc<TransportConf
     let mut discovery = MtuDiscoveryConfig::default();
     match mtu {
         Some(mtu) => {
-            let mtu = mtu.clamp(MIN_MTU, MAX_UDP_PAYLOAD);
+            let mtu = mtu.clamp(MIN_MTU, MAX_MTU);
             config.initial_mtu(mtu).min_mtu(MIN_MTU);
             discovery.upper_bound(mtu);
         }
@@ -154,7 +156,7 @@ mod tests {
 
     #[test]
     fn segments_of_a_send_call_stay_below_64_kib() {
-        for mtu in [1_200_u16, 1_472, 1_500, 6_550, 6_551, 8_972, 32_000, 65_507, MAX_UDP_PAYLOAD] {
+        for mtu in [1_200_u16, 1_472, 1_500, 6_550, 6_551, 8_972, 32_000, MAX_MTU, u16::MAX] {
             let segments = max_segments(Some(mtu));
             assert!(segments == 1 || segments * usize::from(mtu) <= MAX_SEND_CALL, "{mtu}");
             assert!((1..=MAX_SEGMENTS).contains(&segments));

@@ -11,7 +11,12 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::profile::{Profile, max_segments};
+use super::profile::{MAX_MTU, Profile, max_segments};
+
+/// Bytes of an IPv4 and a UDP header.
+const IPV4_UDP_HEADERS: u32 = 28;
+/// Bytes of an IPv6 and a UDP header.
+const IPV6_UDP_HEADERS: u32 = 48;
 
 /// Binds a UDP socket to `address` with the buffers of `profile`, for quinn on the current tokio runtime.
 pub(crate) fn bind(
@@ -28,6 +33,23 @@ pub(crate) fn bind(
     socket.set_nonblocking(true)?;
     let inner = TokioRuntime.wrap_udp_socket(socket.into())?;
     Ok(Arc::new(Capped { inner, segments: max_segments(mtu) }))
+}
+
+/// The UDP payload of one packet towards `address`, in bytes: what the kernel knows of the path, which
+/// is the interface's MTU less the headers. `None` if there is no route. Sends nothing.
+#[must_use]
+pub fn mtu_towards(address: SocketAddr) -> Option<u16> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP)).ok()?;
+    // Port 0 cannot be connected to; any other gives the same route.
+    let port = if address.port() == 0 { 9 } else { address.port() };
+    socket.connect(&SocketAddr::new(address.ip(), port).into()).ok()?;
+    let (packet, headers) = if address.is_ipv4() {
+        (rustix::net::sockopt::ip_mtu(&socket).ok()?, IPV4_UDP_HEADERS)
+    } else {
+        (rustix::net::sockopt::ipv6_mtu(&socket).ok()?, IPV6_UDP_HEADERS)
+    };
+    let payload = packet.checked_sub(headers)?.min(u32::from(MAX_MTU));
+    u16::try_from(payload).ok()
 }
 
 /// Asks for buffers of `bytes` each way: past the system's limit as root, up to it otherwise.
@@ -86,5 +108,17 @@ impl AsyncUdpSocket for Capped {
 
     fn may_fragment(&self) -> bool {
         self.inner.may_fragment()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_loopback_interface_carries_more_than_ethernet() {
+        let address = "127.0.0.1:0".parse().expect("address");
+        let mtu = mtu_towards(address).expect("there is a route");
+        assert!((1_472..=MAX_MTU).contains(&mtu), "{mtu}");
     }
 }

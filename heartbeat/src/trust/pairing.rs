@@ -593,4 +593,92 @@ mod tests {
         let code = PairCode::random();
         assert!(!format!("{code:?}").contains(&code.to_string()));
     }
+
+    struct Side {
+        identity: Arc<Identity>,
+        peers: Arc<Peers>,
+        _dir: tempfile::TempDir,
+    }
+
+    fn side(name: &str) -> Side {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let identity = Arc::new(Identity::start(dir.path(), Some(name)).expect("identity"));
+        let peers = Arc::new(Peers::open(&dir.path().join("peers")).expect("peers"));
+        Side { identity, peers, _dir: dir }
+    }
+
+    const LOOPBACK: SocketAddr = SocketAddr::new(IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+    /// Takes one connection as a window would, and passes its words on over a connection of its own.
+    async fn man_in_the_middle(mallory: Side, endpoint: quinn::Endpoint, window: SocketAddr) {
+        let victim = endpoint.accept().await.expect("a victim").await.expect("handshake");
+        let (mut to_victim, mut from_victim) = victim.accept_bi().await.expect("stream");
+        let join: Join = read_message(&mut from_victim, MESSAGE_LIMIT).await.expect("join");
+
+        let verifier = Arc::new(Unpinned { provider: provider() });
+        let tls = client_config(&mallory.identity, verifier, PAIR_ALPN).expect("tls");
+        let config = QuicClientConfig::try_from(tls).expect("suites");
+        let config = quinn::ClientConfig::new(Arc::new(config));
+        let forward = endpoint.connect_with(config, window, SERVER_NAME).expect("dial");
+        let forward = forward.await.expect("handshake");
+        let (mut to_window, mut from_window) = forward.open_bi().await.expect("stream");
+        write_message(&mut to_window, &join).await.expect("forward");
+        let reply: Reply = read_message(&mut from_window, MESSAGE_LIMIT).await.expect("reply");
+        assert_eq!(reply, Reply::WrongCode, "the window saw through it");
+        // Even a forged acceptance, with the victim's own proof thrown back at it, must not help.
+        let forged = Reply::Accepted { proof: join.proof, card: join.card };
+        write_message(&mut to_victim, &forged).await.expect("forge");
+        victim.closed().await;
+    }
+
+    #[tokio::test]
+    async fn a_man_in_the_middle_can_forward_neither_proof() {
+        let (alice, bob, mallory) = (side("alice"), side("bob"), side("mallory"));
+        let card = Card { role: Role::Agent, addresses: vec![LOOPBACK], heartbeat: Vec::new() };
+        let limits = WindowLimits { attempts: 1, ..WindowLimits::default() };
+        let window = PairWindow::open(
+            alice.identity.clone(),
+            alice.peers.clone(),
+            card.clone(),
+            LOOPBACK,
+            limits,
+        )
+        .expect("window");
+        let code = window.code().clone();
+        let at = window.local_addr().expect("bound");
+        let waiting = tokio::spawn(window.wait());
+
+        let verifier = Arc::new(Unpinned { provider: provider() });
+        let tls = server_config(&mallory.identity, verifier, PAIR_ALPN).expect("tls");
+        let server = QuicServerConfig::try_from(tls).expect("suites");
+        let server = quinn::ServerConfig::with_crypto(Arc::new(server));
+        let options = EndpointOptions { bind: LOOPBACK, profile: Profile::Control, mtu: None };
+        let endpoint = open_socket(&mallory.identity, options, Some(server)).expect("socket");
+        let trap = endpoint.local_addr().expect("bound");
+        let attack = tokio::spawn(man_in_the_middle(mallory, endpoint, at));
+
+        let victim = join(&bob.identity, &bob.peers, &card, trap, &code).await;
+        assert!(matches!(victim, Err(PairError::WrongCode)), "{victim:?}");
+        attack.await.expect("the attack ran to its end");
+        let owner = waiting.await.expect("no panic");
+        assert!(matches!(owner, Err(PairError::TooManyAttempts { attempts: 1 })), "{owner:?}");
+        assert!(alice.peers.list().is_empty() && bob.peers.list().is_empty());
+    }
+
+    #[test]
+    fn an_unspecified_address_becomes_the_one_that_is_seen() {
+        let certificate = side("a").identity.certificate().clone();
+        let card = |addresses: &[&str]| WireCard {
+            name: "a".to_owned(),
+            role: Role::Agent,
+            addresses: addresses.iter().map(ToString::to_string).collect(),
+            heartbeat: Vec::new(),
+        };
+        let seen: IpAddr = "10.0.0.7".parse().expect("address");
+        let peer = peer_from(card(&["0.0.0.0:1", "10.0.0.7:1", "10.9.0.7:2"]), certificate.clone(), seen);
+        let expected: Vec<SocketAddr> =
+            ["10.0.0.7:1", "10.9.0.7:2"].iter().map(|text| text.parse().expect("address")).collect();
+        assert_eq!(peer.expect("a good card").addresses, expected);
+        assert!(matches!(peer_from(card(&["host:1"]), certificate, seen), Err(PeersError::Invalid { .. })));
+    }
 }
