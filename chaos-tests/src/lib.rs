@@ -1,1 +1,4 @@
 
+//! How we try to break it: simulator and laboratory.
+
+pub mod sim;

@@ -1,0 +1,111 @@
+//! A simulated host: its guest, gate and agent.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use heartbeat_core::detector::{Detector, DetectorConfig};
+use heartbeat_core::ids::{Epoch, Generation, Incarnation, NodeId, Party};
+use heartbeat_core::time::Time;
+use replicator_core::pacing::Window;
+use replicator_core::primary::Primary;
+use replicator_core::standby::Standby;
+
+use super::history::State;
+
+/// A virtual machine.
+#[derive(Debug)]
+pub(super) struct Guest {
+    pub(super) state: State,
+    /// Its vCPUs run.
+    pub(super) running: bool,
+}
+
+/// Frames that wait, with the epoch they are tagged with.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    pub(super) holding: bool,
+    /// The tag of what comes.
+    pub(super) epoch: Epoch,
+    pub(super) held: VecDeque<(Epoch, State)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Capture {
+    pub(super) epoch: Epoch,
+    pub(super) hold: bool,
+    pub(super) stay_paused: bool,
+    pub(super) window: Window,
+    /// The state that was captured and when, once the guest was paused.
+    pub(super) begun: Option<(State, Time)>,
+}
+
+#[derive(Debug)]
+pub(super) struct Host {
+    pub(super) alive: bool,
+    pub(super) incarnation: Incarnation,
+    /// The whole host stands still until then.
+    pub(super) frozen_until: Time,
+    /// The agent stands still until then.
+    pub(super) agent_frozen_until: Time,
+    pub(super) guest: Option<Guest>,
+    pub(super) gate: Gate,
+    pub(super) primary: Option<Primary>,
+    pub(super) standby: Option<Standby>,
+    /// The first request id of the next machine.
+    pub(super) next_request: u64,
+    pub(super) next_epoch: Epoch,
+    pub(super) generation: Generation,
+    pub(super) detector: Detector,
+    pub(super) suspects: bool,
+    pub(super) checks: bool,
+    pub(super) capture: Option<Capture>,
+    /// Captured and not acknowledged, by epoch.
+    pub(super) captured: BTreeMap<Epoch, State>,
+    /// As a standby: whole epochs.
+    pub(super) staged: BTreeMap<Epoch, State>,
+    /// Told to mute: a capture that ends leaves the guest paused.
+    pub(super) muted: bool,
+    /// Only the wiring's mutants look at these.
+    pub(super) asking_since: Option<Time>,
+}
+
+impl Host {
+    pub(super) fn new(guest: Option<Guest>) -> Self {
+        Self {
+            alive: true,
+            incarnation: Incarnation(1),
+            frozen_until: Time::ZERO,
+            agent_frozen_until: Time::ZERO,
+            guest,
+            gate: Gate::default(),
+            primary: None,
+            standby: None,
+            next_request: 1,
+            next_epoch: Epoch(1),
+            generation: Generation(0),
+            detector: Detector::new(DetectorConfig::default()),
+            suspects: false,
+            checks: false,
+            capture: None,
+            captured: BTreeMap::new(),
+            staged: BTreeMap::new(),
+            muted: false,
+            asking_since: None,
+        }
+    }
+
+    /// Ids for one more machine: none is used twice.
+    pub(super) fn take_requests(&mut self) -> u64 {
+        let first = self.next_request;
+        self.next_request += 1 << 32;
+        first
+    }
+}
+
+/// The name of a host.
+pub(super) fn node(host: usize) -> NodeId {
+    NodeId([u8::try_from(host + 1).expect("two hosts"); 16])
+}
+
+pub(super) fn party(host: usize, incarnation: Incarnation) -> Party {
+    Party { node: node(host), incarnation }
+}

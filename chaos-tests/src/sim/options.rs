@@ -1,0 +1,148 @@
+//! What a seed decides before it runs: the swarm options and the faults.
+
+use std::time::Duration;
+
+use heartbeat_core::time::Time;
+
+use super::rng::Rng;
+
+/// How the simulator joins the cores to the simulated world. All but the first are deliberately wrong: the checkers must find each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wiring {
+    /// As it should be.
+    Faithful,
+    /// The driver releases output when the epoch is sent, not when it is acknowledged.
+    ReleaseOnSent,
+    /// The standby's driver goes on acknowledging after its grant.
+    AcknowledgeAfterGrant,
+    /// The primary's driver takes a refused ask for a grant.
+    RefusalIsGrant,
+    /// Frames emitted after a capture are tagged as before it.
+    SealLate,
+    /// The primary's driver takes silence of the witness for a grant, after a while.
+    SilenceIsGrant,
+    /// The witness answers before its record is durable, and loses it.
+    WitnessForgets,
+}
+
+/// What goes wrong, or is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A host loses power for good.
+    Kill(usize),
+    /// A host stands still.
+    PauseHost(usize, Duration),
+    /// An agent stands still, its guest runs on.
+    PauseAgent(usize, Duration),
+    /// Nothing passes from one end to the other (hosts 0 and 1, witness 2).
+    Cut(usize, usize, Duration),
+    /// As [`Fault::Cut`], both ways.
+    CutBoth(usize, usize, Duration),
+    /// The replication connection breaks.
+    BreakConnection,
+    /// The standby's agent restarts and has forgotten everything.
+    RestartStandby,
+    /// The guest's process dies.
+    GuestDies,
+    /// The guest shuts down; its process ends too if true.
+    GuestShutsDown(bool),
+    /// A device was added.
+    GuestChanged,
+    /// The operator ends the protection.
+    Unprotect,
+    /// The operator moves the VM.
+    Planned,
+    /// The operator asks the standby to take over.
+    TakeOver,
+    /// The operator protects the VM, where it runs, with the other host.
+    Protect,
+}
+
+/// Everything a seed decided.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Messages lost, of 1000.
+    pub loss: u64,
+    /// Messages doubled, of 1000.
+    pub doubled: u64,
+    /// Messages that are much later than others, of 1000.
+    pub straggle: u64,
+    /// Captures that fail, of 1000.
+    pub capture_failures: u64,
+    /// Activations that fail, of 1000.
+    pub activation_failures: u64,
+    /// The longest delay of an ordinary message, in microseconds.
+    pub delay: u64,
+    /// Epochs by `auto`, not fixed.
+    pub auto: bool,
+    /// How long the replication connection lives without a sign of the other side.
+    pub connection_timeout: Duration,
+    /// When what goes wrong.
+    pub faults: Vec<(Time, Fault)>,
+    /// When all is healed but what is dead.
+    pub healed: Time,
+    /// When the run ends.
+    pub end: Time,
+}
+
+/// Bound on the faults of one run.
+const MAX_FAULTS: u64 = 5;
+
+impl Options {
+    /// What this seed decides. Swarm: each seed leaves some kinds of trouble out, so that others meet undisturbed.
+    pub fn draw(rng: &mut Rng) -> Self {
+        let mut dial = |most: u64| if rng.chance(500) { 0 } else { rng.below(most + 1) };
+        let (loss, doubled, straggle) = (dial(200), dial(200), dial(100));
+        let (capture_failures, activation_failures) = (dial(30), dial(500));
+        let mut faults = Vec::new();
+        let mut killed = false;
+        for _ in 0..rng.below(MAX_FAULTS + 1) {
+            let at = Time::from_start(rng.micros(100_000, 2_200_000));
+            let host = rng.index(2);
+            let long = rng.micros(10_000, 1_500_000);
+            let fault = match rng.below(20) {
+                0..=2 if !killed => {
+                    killed = true;
+                    Fault::Kill(host)
+                }
+                0..=3 => Fault::PauseHost(host, long),
+                4 => Fault::PauseAgent(host, long),
+                5 | 6 => Fault::Cut(rng.index(3), rng.index(3), long),
+                7 => Fault::CutBoth(host, 2, long),
+                8..=10 => Fault::CutBoth(0, 1, long),
+                11 => Fault::BreakConnection,
+                12 => Fault::RestartStandby,
+                13 => Fault::GuestDies,
+                14 => Fault::GuestShutsDown(rng.chance(500)),
+                15 => Fault::GuestChanged,
+                16 => Fault::Unprotect,
+                17 => Fault::Planned,
+                18 => Fault::TakeOver,
+                _ => Fault::Protect,
+            };
+            faults.push((at, fault));
+            // Trouble seldom comes alone: a second fault shortly after the first meets it half way.
+            if rng.chance(300) {
+                let soon = at + rng.micros(100, 60_000);
+                faults.push((soon, Fault::CutBoth(rng.index(2), 2, long)));
+            }
+            if rng.chance(200) {
+                faults.push((at + rng.micros(300_000, 1_000_000), Fault::Protect));
+            }
+        }
+        faults.sort_by_key(|&(at, _)| at);
+        Self {
+            loss,
+            doubled,
+            straggle,
+            capture_failures,
+            activation_failures,
+            delay: if rng.chance(800) { 3_000 } else { 40_000 },
+            auto: rng.chance(500),
+            connection_timeout: rng.micros(100_000, 2_000_000),
+            faults,
+            healed: Time::from_start(Duration::from_millis(2_800)),
+            end: Time::from_start(Duration::from_millis(9_000)),
+        }
+    }
+}
