@@ -33,14 +33,26 @@ pub enum Command {
     Agent(AgentArgs),
     /// Run a witness: keeps who owns each VM; on a third host
     Witness(WitnessArgs),
+    /// Those that ask a running agent.
+    #[command(flatten)]
+    Ask(AskCommand),
+    /// Show all of it on this machine: two hosts as network namespaces, a VM with Redis, a kill
+    Demo(DemoArgs),
+}
+
+/// The subcommands that are clients of the control API.
+#[derive(Debug, Clone, Subcommand)]
+pub enum AskCommand {
     /// Pair with another node, or let one pair with this one
     ///
-    /// Without HOST this opens a pairing window and prints a one-time code; run `understudy pair HOST --code CODE` on the
-    /// other host then.
+    /// Without HOST this opens a pairing window and prints a one-time code; run `understudy pair
+    /// HOST --code CODE` on the other host then.
     Pair(PairArgs),
     /// Say what would stop protection here, and what to do about it
     Doctor(DoctorArgs),
     /// Protect a running VM: keep a copy of it ready on another host
+    ///
+    /// Shows progress until the VM is protected. Interrupting it does not end the work.
     Protect(ProtectArgs),
     /// Show VMs, their protection, and peers
     Status(StatusArgs),
@@ -50,8 +62,6 @@ pub enum Command {
     Failover(FailoverArgs),
     /// End the protection of a VM and leave it as it was found, running
     Unprotect(VmArgs),
-    /// Show all of it on this machine: two hosts as network namespaces, a VM with Redis, a kill
-    Demo(DemoArgs),
 }
 
 /// `understudy agent`
@@ -209,9 +219,10 @@ mod tests {
 
     #[test]
     fn protect_reads_its_policies() {
-        let Command::Protect(args) = parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB")
-            .unwrap()
-            .command
+        let Command::Ask(AskCommand::Protect(args)) =
+            parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB")
+                .unwrap()
+                .command
         else {
             panic!("another command");
         };
@@ -236,14 +247,18 @@ mod tests {
 
     #[test]
     fn pairing_either_opens_or_joins() {
-        let Command::Pair(open) = parse("pair --ttl 90s --witness").unwrap().command else {
+        let Command::Ask(AskCommand::Pair(open)) =
+            parse("pair --ttl 90s --witness").unwrap().command
+        else {
             panic!()
         };
         assert_eq!(
             (open.ttl, open.witness, open.host),
             (Duration::from_secs(90), true, None)
         );
-        let Command::Pair(join) = parse("pair host-b:99 --code 1-2").unwrap().command else {
+        let Command::Ask(AskCommand::Pair(join)) =
+            parse("pair host-b:99 --code 1-2").unwrap().command
+        else {
             panic!()
         };
         assert_eq!(

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::args::{Command, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
+use super::args::{
+    AskCommand, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs,
+};
 use super::exit::{CliError, Exit};
 use super::progress::{Goal, follow};
 use super::{client, config};
@@ -21,19 +23,16 @@ use crate::status::render;
 /// Time between two drawings of `status --watch`.
 const DRAW_EVERY: Duration = Duration::from_secs(1);
 
-/// Runs one of them. `agent` and `witness` are not among them.
-pub(super) async fn run(command: Command, control: Option<PathBuf>) -> Result<Exit, CliError> {
+/// Runs one of them.
+pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result<Exit, CliError> {
     match command {
-        Command::Agent(_) | Command::Witness(_) => {
-            unreachable!("daemons are started by the caller")
-        }
-        Command::Pair(args) => pair(args, control).await,
-        Command::Doctor(args) => doctor_command(args, &client(control)).await,
-        Command::Protect(args) => protect(args, &client(control)).await,
-        Command::Status(args) => status(args, &client(control)).await,
-        Command::Rehearse(args) => rehearse(args, &client(control)).await,
-        Command::Failover(args) => failover(args, &client(control)).await,
-        Command::Unprotect(args) => unprotect(args, &client(control)).await,
+        AskCommand::Pair(args) => pair(args, control).await,
+        AskCommand::Doctor(args) => doctor_command(args, &client(control)).await,
+        AskCommand::Protect(args) => protect(args, &client(control)).await,
+        AskCommand::Status(args) => status(args, &client(control)).await,
+        AskCommand::Rehearse(args) => rehearse(args, &client(control)).await,
+        AskCommand::Failover(args) => failover(args, &client(control)).await,
+        AskCommand::Unprotect(args) => unprotect(args, &client(control)).await,
     }
 }
 

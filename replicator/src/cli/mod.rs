@@ -19,8 +19,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub use args::{
-    AgentArgs, Cli, Command, DoctorArgs, FailoverArgs, MAX_PAIRING, PairArgs, ProtectArgs,
-    StatusArgs, VmArgs, WitnessArgs,
+    AgentArgs, AskCommand, Cli, Command, DoctorArgs, FailoverArgs, MAX_PAIRING, PairArgs,
+    ProtectArgs, StatusArgs, VmArgs, WitnessArgs,
 };
 pub use exit::{CliError, EXIT_CODES, Exit};
 pub use units::{HostPort, HostPortError, Listen, ListenError, Span};
@@ -49,10 +49,9 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
             logging::start("warn");
             return Ok(crate::demo::run(args));
         }
-        command => {
+        Command::Ask(command) => {
             logging::start("warn");
-            let control = cli.control;
-            block_on(commands::run(command, control))
+            block_on(commands::run(command, cli.control))
         }
     }?;
     Ok(exit.into())
