@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use super::super::process::{PidFd, ProcessError, ProcessMemory};
 use super::frame::{self, Place, Resume};
+use super::seccomp::{self, Call, Instruction};
 use super::tracee::{Registers, Stop, SyscallStop, Tracee};
 use super::victim::{self, Code};
 use super::{InjectError, Observer, Unsuitable};
@@ -72,6 +73,7 @@ pub(super) struct Session<'a> {
     code: Code,
     place: Place,
     resume: Resume,
+    filters: Vec<Vec<Instruction>>,
     observer: &'a mut Observer<'a>,
 }
 
@@ -97,9 +99,9 @@ impl<'a> Session<'a> {
         stop(&tracee, pid, observer)?;
         observer("stopped");
         match prepare(&tracee, pid, tid, &memory, code) {
-            Ok((place, resume)) => {
+            Ok((place, resume, filters)) => {
                 observer("frame laid");
-                Ok(Self { tracee, pid, memory, code, place, resume, observer })
+                Ok(Self { tracee, pid, memory, code, place, resume, filters, observer })
             }
             Err(error) => {
                 tracee.detach(0).map_err(step)?;
@@ -120,8 +122,20 @@ impl<'a> Session<'a> {
         Ok(self.place.argument)
     }
 
+    /// Checks that the process may make this call, and come back from it, without being ended for it.
+    pub(super) fn check(&self, number: u64, arguments: [u64; 3]) -> Result<(), InjectError> {
+        let r = &self.resume.regs;
+        let [rdi, rsi, rdx] = arguments;
+        let arguments = [rdi, rsi, rdx, r.r10, r.r8, r.r9];
+        let call = Call { number, ip: self.code.syscall + SYSCALL_BYTES, arguments };
+        let back = Call { number: RT_SIGRETURN, ip: self.code.restored_at, arguments };
+        let allowed = [call, back].iter().all(|call| seccomp::allows(&self.filters, call));
+        if allowed { Ok(()) } else { Err(InjectError::Seccomp { pid: self.pid }) }
+    }
+
     /// Runs one system call and returns what it returned. Afterwards the thread stands where it stood, itself again.
     pub(super) fn call(&mut self, number: u64, arguments: [u64; 3]) -> Result<i64, InjectError> {
+        self.check(number, arguments)?;
         let mut registers = Registers(self.resume.regs);
         let r = &mut registers.0;
         [r.rdi, r.rsi, r.rdx] = arguments;
@@ -236,7 +250,7 @@ fn prepare(
     tid: u32,
     memory: &ProcessMemory,
     code: Code,
-) -> Result<(Place, Resume), SessionError> {
+) -> Result<(Place, Resume, Vec<Vec<Instruction>>), SessionError> {
     let step = |source| SessionError::Failed(InjectError::Trace { pid, source });
     let regs = tracee.registers().map_err(step)?.0;
     if regs.cs != USER_CS {
@@ -246,6 +260,11 @@ fn prepare(
     if features.is_some_and(|features| features.split_whitespace().any(|feature| feature == "shstk")) {
         return Err(InjectError::ShadowStack { pid }.into());
     }
+    let filters = match victim::status(&format!("/proc/{pid}/task/{tid}/status"), "Seccomp").as_deref() {
+        None | Some("0") => Vec::new(),
+        Some("2") => tracee.seccomp_filters().map_err(|source| InjectError::SeccompUnknown { pid, source })?,
+        Some(_) => return Err(InjectError::Seccomp { pid }.into()),
+    };
     if in_rseq(tracee, memory, regs.rip).map_err(step)? {
         return Err(SessionError::Unsuitable(Unsuitable::RestartableSequence));
     }
@@ -268,7 +287,7 @@ fn prepare(
     let mut laid = vec![0; bytes.len()];
     memory.read(place.frame, &mut laid)?;
     assert!(laid == bytes, "memory of a stopped thread's stack reads other than it was written");
-    Ok((place, resume))
+    Ok((place, resume, filters))
 }
 
 /// The registers as they are to be restored: an interrupted system call is made again, as the kernel would have it when no

@@ -13,6 +13,7 @@
 
 mod chain;
 mod frame;
+mod seccomp;
 mod tracee;
 mod victim;
 
@@ -110,6 +111,21 @@ pub enum InjectError {
     ShadowStack {
         /// The process.
         pid: u32,
+    },
+    /// Its seccomp filter does not allow a call that is needed.
+    #[error("the seccomp filter of process {pid} forbids a call that tracking needs (userfaultfd, ioctl, close)")]
+    Seccomp {
+        /// The process.
+        pid: u32,
+    },
+    /// It has a seccomp filter that cannot be read.
+    #[error("process {pid} has a seccomp filter that cannot be read, so it is not known what it forbids")]
+    SeccompUnknown {
+        /// The process.
+        pid: u32,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
     },
     /// It is stopped by job control.
     #[error("process {pid} is stopped by a signal; continue it (kill -CONT {pid}) and try again")]
@@ -285,6 +301,8 @@ impl Calls<'_, '_> {
     }
 
     fn open(&mut self) -> Result<u32, InjectError> {
+        // What could not be closed again is not opened.
+        self.session.check(SYS_CLOSE, [0; 3])?;
         let result = self.session.call(SYS_USERFAULTFD, [UFFD_FLAGS, 0, 0])?;
         let fd = self.checked(result, || "a userfaultfd".to_owned())?;
         Ok(u32::try_from(fd).expect("descriptors are small"))

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use libc::{c_int, c_long, c_uint, c_void};
 
+use super::seccomp::{Instruction, MAX_INSTRUCTIONS};
+
 /// The general registers, within one page: the kernel reads them register by register, and a page that went missing half way
 /// would leave half of them set.
 #[repr(C, align(256))]
@@ -61,6 +63,7 @@ struct RseqConfiguration {
 }
 
 const NT_X86_XSTATE: usize = 0x202;
+const PTRACE_SECCOMP_GET_FILTER: c_uint = 0x420c;
 const PTRACE_GETSIGMASK: c_uint = 0x420a;
 const PTRACE_GET_SYSCALL_INFO: c_uint = 0x420e;
 const PTRACE_GET_RSEQ_CONFIGURATION: c_uint = 0x420f;
@@ -68,6 +71,9 @@ const PTRACE_EVENT_STOP: c_int = 128;
 
 /// Bound on the XSAVE image that is read; with AMX it has 11 KiB.
 const MAX_XSTATE: usize = 64 << 10;
+
+/// Bound on the seccomp filters of one thread.
+const MAX_FILTERS: usize = 64;
 
 /// How long a wait spins before it sleeps between looks.
 const SPIN: Duration = Duration::from_micros(200);
@@ -200,6 +206,21 @@ impl Tracee {
             2 => SyscallStop::Exit { ip: info.ip, sp: info.sp, result: info.values[0].cast_signed() },
             _ => SyscallStop::Other,
         })
+    }
+
+    /// Its seccomp filters. Needs CAP_SYS_ADMIN.
+    pub(super) fn seccomp_filters(&self) -> io::Result<Vec<Vec<Instruction>>> {
+        let mut filters = Vec::new();
+        for index in 0..MAX_FILTERS {
+            let mut room = Box::new([Instruction::default(); MAX_INSTRUCTIONS]);
+            // SAFETY: SECCOMP_GET_FILTER writes one filter, at most BPF_MAXINSNS instructions, for which there is room.
+            match unsafe { self.with(PTRACE_SECCOMP_GET_FILTER, index, &mut *room) } {
+                Ok(count) => filters.push(room[..count].to_vec()),
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(filters),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::Error::other("too many seccomp filters"))
     }
 
     /// Where its `struct rseq` lies; `None` if it registered none.

@@ -39,6 +39,8 @@ pub(super) struct Code {
     pub syscall: u64,
     /// Address of a signal restorer.
     pub restorer: u64,
+    /// Address after its `syscall` instruction.
+    pub restored_at: u64,
 }
 
 /// A userfaultfd in the process.
@@ -113,9 +115,14 @@ pub(super) fn find_code(memory: &ProcessMemory, maps: &[Mapping]) -> Result<Opti
             let find = |pattern: &[u8]| bytes.windows(pattern.len()).position(|window| window == pattern);
             let at = |index: usize| start + index as u64;
             syscall = syscall.or_else(|| find(SYSCALL).map(at));
-            restorer = restorer.or_else(|| find(RESTORER).or_else(|| find(SHORT_RESTORER)).map(at));
-            if let (Some(syscall), Some(restorer)) = (syscall, restorer) {
-                return Ok(Some(Code { syscall, restorer }));
+            let mut find_restorer = |pattern: &[u8]| {
+                let found = find(pattern).map(|index| (at(index), at(index + pattern.len())));
+                restorer = restorer.or(found);
+            };
+            find_restorer(RESTORER);
+            find_restorer(SHORT_RESTORER);
+            if let (Some(syscall), Some((restorer, restored_at))) = (syscall, restorer) {
+                return Ok(Some(Code { syscall, restorer, restored_at }));
             }
             searched += CHUNK;
             start += CHUNK;
