@@ -214,10 +214,16 @@ fn seize(pid: u32, tid: u32) -> Result<Tracee, SessionError> {
         Some(libc::ESRCH) => SessionError::Unsuitable(Unsuitable::Ended),
         Some(libc::EPERM) => match victim::tracer(pid) {
             Some(tracer) => InjectError::Traced { pid, tracer }.into(),
+            // A main thread that has ended stays as a zombie while the others run.
+            None if zombie(pid, tid) => SessionError::Unsuitable(Unsuitable::Ended),
             None => InjectError::NotAllowed { pid, source }.into(),
         },
         _ => InjectError::Trace { pid, source }.into(),
     })
+}
+
+fn zombie(pid: u32, tid: u32) -> bool {
+    victim::status(&format!("/proc/{pid}/task/{tid}/status"), "State").is_none_or(|state| state.starts_with(['Z', 'X']))
 }
 
 /// Waits until the thread stands on our demand; signals that come first are passed on.

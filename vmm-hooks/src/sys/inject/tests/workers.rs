@@ -60,11 +60,28 @@ fn receive(fd: libc::c_int) -> u8 {
     byte
 }
 
+/// The signal mask and the alternate signal stack of this thread.
+fn signal_state() -> (Vec<bool>, usize, libc::c_int, usize) {
+    // SAFETY: all bits zero are a valid `sigset_t`.
+    let mut mask: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: writes the mask; sets none.
+    assert_eq!(unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut mask) }, 0);
+    // SAFETY: `mask` is a valid set.
+    let blocked = (1..=64).map(|signal| unsafe { libc::sigismember(&raw const mask, signal) } == 1).collect();
+    // SAFETY: all bits zero are a valid `stack_t`.
+    let mut stack: libc::stack_t = unsafe { std::mem::zeroed() };
+    // SAFETY: writes the stack; sets none.
+    assert_eq!(unsafe { libc::sigaltstack(std::ptr::null(), &raw mut stack) }, 0);
+    (blocked, stack.ss_sp as usize, stack.ss_flags, stack.ss_size)
+}
+
 /// Holds known values in all vector registers and in the red zone while it spins, and looks whether they are still there.
 fn registers(progress: &AtomicU64) {
     let pattern: Vec<u8> = (0..512_usize).map(|i| u8::try_from(i % 251).expect("small") ^ 0x5a).collect();
     let mut after = vec![0_u8; 512];
     let wide = std::is_x86_feature_detected!("avx");
+    let signals = signal_state();
+    assert!(signals.0[usize::try_from(signal_number()).expect("small") - 1] && signals.1 != 0);
     while running() {
         after.fill(0);
         let red: u64;
@@ -94,6 +111,7 @@ fn registers(progress: &AtomicU64) {
             assert_eq!(after, pattern, "vector registers were changed");
             assert_eq!(red, 0x123_4567 + 0x765_4321, "the red zone was changed");
         }
+        assert_eq!(signal_state(), signals, "the signal mask or the alternate stack was changed");
         let sum: f64 = (1..2000).map(|i| f64::from(i).sqrt().sin()).sum();
         let again: f64 = (1..2000).map(|i| f64::from(i).sqrt().sin()).sum();
         assert!(sum.to_bits() == again.to_bits(), "floating point went wrong");
@@ -176,11 +194,12 @@ fn turns(progress: &AtomicU64, turn: &Turn, parity: u64) {
 /// Queues signals to the process; each must be handled just once.
 fn signals(progress: &AtomicU64) -> u64 {
     let mut sent = 0;
+    let pid = libc::pid_t::try_from(std::process::id()).expect("a pid");
     while running() {
         if sent < HANDLED.load(Ordering::Relaxed) + 50 {
             let value = libc::sigval { sival_ptr: std::ptr::null_mut() };
             // SAFETY: sends a queued signal, which has a handler, to this process.
-            let result = unsafe { libc::sigqueue(libc::getpid(), signal_number(), value) };
+            let result = unsafe { libc::sigqueue(pid, signal_number(), value) };
             assert_eq!(result, 0);
             sent += 1;
             progress.fetch_add(1, Ordering::Relaxed);
