@@ -122,6 +122,7 @@ impl World {
             }
             Output::OpenOutput => self.open_gate(host),
             Output::Mute => {
+                self.counts.muted += 1;
                 let state = &mut self.hosts[host];
                 state.muted = true;
                 state.gate.holding = true;
@@ -133,7 +134,7 @@ impl World {
                 }
             }
             Output::Resume => {
-                self.hosts[host].muted = false;
+                self.counts.given_back += u64::from(std::mem::replace(&mut self.hosts[host].muted, false));
                 if let Some(guest) = &mut self.hosts[host].guest {
                     guest.running = true;
                 }
@@ -172,7 +173,7 @@ impl World {
         match output {
             Output::Commit { epoch } => {
                 let state = self.hosts[host].staged[&epoch];
-                self.hosts[host].staged.retain(|&known, _| known >= epoch);
+                self.hosts[host].staged.retain(|&known, _| known.next() >= epoch);
                 self.checker.holds(host, Some(state));
                 self.counts.epochs += 1;
             }
@@ -302,10 +303,12 @@ impl World {
         }
         guest.running = false;
         capture.begun = Some((guest.state, now));
-        let next = if self.wiring == Wiring::SealLate { capture.epoch } else { capture.epoch.next() };
-        if capture.hold {
+        let next = if self.wiring == Wiring::SealEarly { capture.epoch } else { capture.epoch.next() };
+        let late = self.wiring == Wiring::HoldLate;
+        if capture.hold && !late || late && state.gate.begin_late {
             state.gate.holding = true;
         }
+        state.gate.begin_late = capture.hold;
         if state.gate.holding {
             state.gate.epoch = next;
         }
@@ -448,7 +451,9 @@ impl World {
 
     pub(super) fn activated(&mut self, host: usize, epoch: Epoch, runs: bool) {
         let now = self.now;
-        let state = self.hosts[host].staged[&epoch];
+        let staged = &self.hosts[host].staged;
+        let older = staged.range(..epoch).next_back().filter(|_| self.wiring == Wiring::ActivateOlder);
+        let state = older.map_or(staged[&epoch], |(_, &state)| state);
         let result = if runs {
             self.counts.activations += 1;
             self.hosts[host].guest = Some(Guest { state, running: true });

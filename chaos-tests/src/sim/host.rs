@@ -26,6 +26,8 @@ pub(super) struct Gate {
     /// The tag of what comes.
     pub(super) epoch: Epoch,
     pub(super) held: VecDeque<(Epoch, State)>,
+    /// Only [`super::options::Wiring::HoldLate`] looks at it.
+    pub(super) begin_late: bool,
 }
 
 #[derive(Clone, Copy, Debug)]

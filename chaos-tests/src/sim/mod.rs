@@ -11,6 +11,8 @@ mod host;
 mod network;
 pub mod options;
 pub mod rng;
+#[cfg(test)]
+mod tests;
 mod world;
 
 use std::fmt;
@@ -40,10 +42,10 @@ pub struct Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { epochs, pairings, activations, fenced, opened } = self.counts;
+        let Counts { epochs, pairings, activations, fenced, opened, muted, given_back } = self.counts;
         write!(
             f,
-            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened}",
+            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back}",
             self.seed,
             self.violation.as_deref().unwrap_or("ok"),
             self.heard
@@ -80,6 +82,8 @@ pub fn run_many(first: u64, seeds: u64, wiring: Wiring) -> (Counts, Option<Outco
         sums.activations += outcome.counts.activations;
         sums.fenced += outcome.counts.fenced;
         sums.opened += outcome.counts.opened;
+        sums.muted += outcome.counts.muted;
+        sums.given_back += outcome.counts.given_back;
     }
     (sums, None)
 }

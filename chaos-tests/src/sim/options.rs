@@ -17,8 +17,12 @@ pub enum Wiring {
     AcknowledgeAfterGrant,
     /// The primary's driver takes a refused ask for a grant.
     RefusalIsGrant,
-    /// Frames emitted after a capture are tagged as before it.
-    SealLate,
+    /// Frames emitted after a capture are tagged as before it: an early release.
+    SealEarly,
+    /// Holding begins one capture later than it should.
+    HoldLate,
+    /// The standby's driver activates the epoch before the last acknowledged one.
+    ActivateOlder,
     /// The primary's driver takes silence of the witness for a grant, after a while.
     SilenceIsGrant,
     /// The witness answers before its record is durable, and loses it.
@@ -93,7 +97,7 @@ impl Options {
     pub fn draw(rng: &mut Rng) -> Self {
         let mut dial = |most: u64| if rng.chance(500) { 0 } else { rng.below(most + 1) };
         let (loss, doubled, straggle) = (dial(200), dial(200), dial(100));
-        let (capture_failures, activation_failures) = (dial(30), dial(500));
+        let (capture_failures, activation_failures) = (dial(30), dial(900));
         let mut faults = Vec::new();
         let mut killed = false;
         for _ in 0..rng.below(MAX_FAULTS + 1) {

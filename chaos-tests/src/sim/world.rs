@@ -118,6 +118,10 @@ pub struct Counts {
     pub fenced: u64,
     /// Times that a primary opened its output.
     pub opened: u64,
+    /// Times that a primary fell mute.
+    pub muted: u64,
+    /// Muted guests that resumed.
+    pub given_back: u64,
 }
 
 pub(super) struct World {

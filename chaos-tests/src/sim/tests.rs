@@ -1,0 +1,98 @@
+//! 500 seeds hold, the same seed gives the same bytes, and the checkers find every deliberate mistake in the wiring.
+
+use std::fmt::Write as _;
+
+use super::options::Wiring;
+use super::{Outcome, run, run_many};
+
+/// Seeds of the everyday test.
+const SEEDS: u64 = 500;
+/// Within this many seeds each mutant is found.
+const SEEDS_TO_FIND: u64 = 1_000;
+
+fn report(outcome: &Outcome) -> String {
+    let mut text = String::new();
+    for line in &outcome.trace {
+        writeln!(text, "{line}").expect("a string takes it");
+    }
+    write!(text, "{outcome}").expect("a string takes it");
+    text
+}
+
+#[test]
+fn five_hundred_seeds_hold_and_meet_what_they_should() {
+    let (sums, failed) = run_many(1, SEEDS, Wiring::Faithful);
+    if let Some(outcome) = failed {
+        panic!("{}", report(&outcome));
+    }
+    // A simulator in which nothing happens proves nothing.
+    assert!(sums.epochs > 10_000 && sums.pairings > 300, "{sums:?}");
+    assert!(sums.activations > 50 && sums.fenced > 30 && sums.opened > 100, "{sums:?}");
+    assert!(sums.muted > 30 && sums.given_back > 0, "{sums:?}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bytes() {
+    for seed in [1, 7, 38, 1234] {
+        assert_eq!(report(&run(seed, Wiring::Faithful, true)), report(&run(seed, Wiring::Faithful, true)));
+    }
+    assert_ne!(report(&run(1, Wiring::Faithful, false)), report(&run(2, Wiring::Faithful, false)));
+}
+
+#[test]
+fn tracing_changes_nothing() {
+    for seed in 1..20 {
+        let (quiet, traced) = (run(seed, Wiring::Faithful, false), run(seed, Wiring::Faithful, true));
+        assert_eq!(quiet, Outcome { trace: Vec::new(), ..traced });
+    }
+}
+
+fn found(wiring: Wiring, what: &str) {
+    let (_, failed) = run_many(1, SEEDS_TO_FIND, wiring);
+    let outcome = failed.unwrap_or_else(|| panic!("{wiring:?} was not found in {SEEDS_TO_FIND} seeds"));
+    let violation = outcome.violation.as_deref().expect("it failed");
+    assert!(violation.starts_with(what), "{wiring:?} was found as: {violation}");
+    assert!(!outcome.trace.is_empty(), "a failing seed prints what happened");
+    // The same seed is clean when the wiring is as it should be.
+    assert_eq!(run(outcome.seed, Wiring::Faithful, false).violation, None);
+}
+
+#[test]
+fn finds_a_driver_that_releases_on_sent() {
+    found(Wiring::ReleaseOnSent, "output before commit");
+}
+
+#[test]
+fn finds_a_standby_that_acknowledges_after_its_grant() {
+    found(Wiring::AcknowledgeAfterGrant, "");
+}
+
+#[test]
+fn finds_a_driver_that_takes_a_refusal_for_a_grant() {
+    found(Wiring::RefusalIsGrant, "");
+}
+
+#[test]
+fn finds_a_driver_that_takes_silence_for_a_grant() {
+    found(Wiring::SilenceIsGrant, "output before commit");
+}
+
+#[test]
+fn finds_frames_that_are_tagged_too_early() {
+    found(Wiring::SealEarly, "output before commit");
+}
+
+#[test]
+fn finds_a_witness_that_answers_before_it_writes() {
+    found(Wiring::WitnessForgets, "");
+}
+
+#[test]
+fn finds_a_primary_that_holds_one_epoch_too_late() {
+    found(Wiring::HoldLate, "");
+}
+
+#[test]
+fn finds_a_standby_that_activates_an_epoch_it_did_not_acknowledge_last() {
+    found(Wiring::ActivateOlder, "two audible copies");
+}
