@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, Twin, TwinHost, TwinMemory};
+use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, TwinHost, TwinMemory};
 use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 use vmm_hooks::qemu::{
     AttachOptions, CheckLevel, QemuGuest, QemuTwinHost, Target, TrackerChoice, TwinHostOptions, attach, doctor, resolve,
@@ -51,7 +51,7 @@ impl Qemu {
             .spawn()
             .expect("QEMU starts");
         let qemu = Self { child, dir };
-        wait_for("the QMP socket", || qemu.socket().exists());
+        wait_for("the QMP socket", || std::os::unix::net::UnixStream::connect(qemu.socket()).is_ok());
         Some(qemu)
     }
 

@@ -440,13 +440,12 @@ impl Guest for QemuGuest {
         self.resumed_behind_us = false;
         let asked = self.qmp.send("stop", json!({}));
         let asked = self.judge(asked)?;
-        // The STOP event that comes before the reply is ours.
-        self.paused = true;
         let stopped = self.qmp.collect(asked);
-        if stopped.is_err() {
-            self.paused = false;
-        }
-        self.judge(stopped).map(drop)
+        self.judge(stopped)?;
+        // The STOP event came before the reply and is ours.
+        self.paused = true;
+        self.take_events();
+        Ok(())
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

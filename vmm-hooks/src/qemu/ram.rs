@@ -195,7 +195,15 @@ fn read_heap(pid: u32, maps: &[Mapping]) -> Result<Vec<u8>, RamError> {
         }
         let old = heap.len();
         heap.resize(old + usize::try_from(length).expect("bounded above"), 0);
-        mem.read_exact_at(&mut heap[old..], map.start).map_err(failed)?;
+        // The heap may have shrunk since the maps were read; what is gone holds no record.
+        let mut read = old;
+        while read < heap.len() {
+            match mem.read_at(&mut heap[read..], map.start + (read - old) as u64) {
+                Ok(0) | Err(_) => break,
+                Ok(length) => read += length,
+            }
+        }
+        heap.truncate(read);
     }
     Ok(heap)
 }

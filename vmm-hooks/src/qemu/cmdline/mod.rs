@@ -10,7 +10,7 @@ mod rewrite;
 use std::path::PathBuf;
 
 use options::Keys;
-pub(super) use rewrite::{Backend, Network, Plan, rewrite};
+pub(super) use rewrite::{Backend, Network, Plan, qmp_path, rewrite};
 
 /// Why a command line cannot be carried over.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

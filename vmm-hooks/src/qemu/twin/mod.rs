@@ -1,0 +1,370 @@
+//! Twins on the standby: a QEMU made from the primary's command line that waits for its device state.
+//!
+//! Promise: the committed memory is ours. Guest RAM lies in memfds that the twin maps shared, all other blocks beside it, so that
+//! neither a twin that dies while loading nor a rehearsal harms it. Nothing is emitted before [`Twin::activate`].
+
+mod machine;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use self::machine::{Launch, Machine, TwinFence};
+use super::cmdline::{Backend, Network, Plan, qmp_path, rewrite};
+use super::recipe::QemuRecipe;
+use super::state::is_loadable;
+use super::tap::Tap;
+use crate::guest::{
+    Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
+};
+use crate::layout::{Layout, PAGE_SIZE};
+use crate::sys::memory::BlockMemory;
+
+/// How often a twin that dies while loading is launched again.
+const RELAUNCHES_MAX: u32 = 3;
+
+/// Bound on directories of the same name.
+const DIRS_MAX: u32 = 1000;
+
+/// Where and how twins are made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TwinHostOptions {
+    /// Where each twin gets a directory of its own for its sockets and logs. Keep it short: a socket's path has at most 107 bytes.
+    pub run_dir: PathBuf,
+    /// The QEMU program to use instead of the one that the primary runs.
+    pub binary: Option<PathBuf>,
+    /// Bridge of the primary's host to bridge of this host; one that is not listed keeps its name.
+    pub bridges: BTreeMap<String, String>,
+}
+
+impl Default for TwinHostOptions {
+    fn default() -> Self {
+        Self { run_dir: PathBuf::from("/run/understudy/twins"), binary: None, bridges: BTreeMap::new() }
+    }
+}
+
+/// Makes twins of QEMU guests on this host.
+#[derive(Debug)]
+pub struct QemuTwinHost {
+    options: TwinHostOptions,
+}
+
+impl QemuTwinHost {
+    /// A twin host with these options; does nothing yet.
+    #[must_use]
+    pub fn new(options: TwinHostOptions) -> Self {
+        Self { options }
+    }
+}
+
+impl TwinHost for QemuTwinHost {
+    fn prepare(&self, name: &str, recipe: &Recipe, layout: &Layout) -> Result<Box<dyn Twin>, GuestError> {
+        let recipe = QemuRecipe::unpack(recipe)?;
+        for backend in &recipe.backends {
+            if !layout.blocks().iter().any(|block| block.name == backend.block) {
+                let message = format!("the memory block {} is not in the layout", backend.block);
+                return Err(GuestError::new(GuestErrorKind::Refused, message));
+            }
+        }
+        let binary = find_binary(self.options.binary.as_deref().unwrap_or(&recipe.exe))?;
+        let memory = BlockMemory::new(name, layout)
+            .map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
+        let run_dir = RunDir::make(&self.options.run_dir, name)?;
+        let mut taps = Vec::new();
+        for tap in &recipe.taps {
+            let bridge = tap.bridge.as_ref().map(|bridge| self.options.bridges.get(bridge).unwrap_or(bridge).as_str());
+            taps.extend(Tap::ensure(&tap.ifname, bridge, tap.mtu)?);
+        }
+        let mut twin = QemuTwin {
+            name: name.to_owned(),
+            recipe,
+            binary,
+            bridges: self.options.bridges.clone(),
+            memory: Arc::new(memory),
+            machine: None,
+            taps,
+            fence: Arc::new(TwinFence::default()),
+            activated: false,
+            rehearsals: 0,
+            run_dir,
+        };
+        twin.machine = Some(twin.launch()?);
+        Ok(Box::new(twin))
+    }
+}
+
+/// A directory that is removed with all that is in it, unless it is kept.
+#[derive(Debug)]
+struct RunDir {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl RunDir {
+    fn make(parent: &Path, name: &str) -> Result<Self, GuestError> {
+        let refused = |path: &Path, error| {
+            GuestError::new(GuestErrorKind::Refused, format!("cannot make the directory {}: {error}", path.display()))
+        };
+        let mut builder = fs::DirBuilder::new();
+        builder.mode(0o700);
+        builder.recursive(true).create(parent).map_err(|error| refused(parent, error))?;
+        builder.recursive(false);
+        let plain: String =
+            name.chars().map(|char| if char.is_ascii_alphanumeric() || "-_".contains(char) { char } else { '_' }).take(40).collect();
+        for number in 0..DIRS_MAX {
+            let path = parent.join(if number == 0 { plain.clone() } else { format!("{plain}.{number}") });
+            match builder.create(&path) {
+                Ok(()) => return Ok(Self { path, keep: false }),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(refused(&path, error)),
+            }
+        }
+        Err(GuestError::new(GuestErrorKind::Refused, format!("{} is full of directories called {plain}", parent.display())))
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        if !self.keep {
+            if let Err(error) = fs::remove_dir_all(&self.path) {
+                tracing::warn!(path = %self.path.display(), %error, "a twin's directory was left behind");
+            }
+        }
+    }
+}
+
+/// A QEMU that waits to go on where the primary stood. Dropping it ends it, unless it was activated.
+#[derive(Debug)]
+struct QemuTwin {
+    name: String,
+    recipe: QemuRecipe,
+    binary: PathBuf,
+    bridges: BTreeMap<String, String>,
+    memory: Arc<BlockMemory>,
+    /// `None` only while it is launched again.
+    machine: Option<Machine>,
+    taps: Vec<Tap>,
+    fence: Arc<TwinFence>,
+    activated: bool,
+    rehearsals: u32,
+    /// Removed last.
+    run_dir: RunDir,
+}
+
+impl QemuTwin {
+    fn launch(&self) -> Result<Machine, GuestError> {
+        let taps = self.recipe.taps.iter().map(|tap| (tap.netdev.clone(), tap.ifname.clone())).collect();
+        let network = Network::Same { taps, bridges: self.bridges.clone() };
+        self.launch_in(&self.run_dir.path, network, true, Some(&self.fence))
+    }
+
+    fn launch_in(&self, run_dir: &Path, network: Network, share: bool, fence: Option<&TwinFence>) -> Result<Machine, GuestError> {
+        let layout = self.memory.layout();
+        let backends: Vec<Backend> = self.recipe.backends.iter().filter_map(|backend| self.backend(&backend.id, &backend.block)).collect();
+        let plan = Plan {
+            argv: &self.recipe.argv,
+            cwd: &self.recipe.cwd,
+            machine: &self.recipe.machine,
+            memory: &backends,
+            share,
+            network,
+            run_dir,
+        };
+        let rewritten = rewrite(&plan).map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
+        if let Some(missing) = rewritten.needs.iter().find(|path| !path.exists()) {
+            let message = format!("this host has no {}, which the primary's QEMU uses", missing.display());
+            return Err(GuestError::new(GuestErrorKind::Refused, message).advise("copy it here from the primary's host"));
+        }
+        let launch = Launch {
+            name: &self.name,
+            binary: &self.binary,
+            arguments: &rewritten.arguments,
+            run_dir,
+            version: &self.recipe.version,
+            layout,
+        };
+        Machine::launch(&launch, fence)
+    }
+
+    /// The file of a memory backend. QEMU opens it through our descriptor and then has a mapping of its own.
+    fn backend(&self, id: &str, block: &str) -> Option<Backend> {
+        let layout = self.memory.layout();
+        let index = layout.blocks().iter().position(|known| known.name == block)?;
+        let fd = self.memory.block(index)?.fd().as_raw_fd();
+        let path = format!("/proc/{}/fd/{fd}", std::process::id());
+        Some(Backend { id: id.to_owned(), size: layout.blocks()[index].pages * PAGE_SIZE as u64, path })
+    }
+
+    fn is_shared(&self, block: &str) -> bool {
+        self.recipe.backends.iter().any(|backend| backend.block == block)
+    }
+
+    fn check_state(&self, device: &[u8]) -> Result<(), GuestError> {
+        if is_loadable(device, &self.recipe.machine) {
+            return Ok(());
+        }
+        let message = format!("the device state of {} is not whole ({} bytes)", self.name, device.len());
+        Err(GuestError::new(GuestErrorKind::Failed, message))
+    }
+
+    /// Loads into the machine that waits, launching one if there is none.
+    fn load(&mut self, device: &[u8]) -> Result<(), GuestError> {
+        let mut machine = match self.machine.take().filter(|machine| !machine.process().has_exited()) {
+            Some(machine) => machine,
+            None => self.launch()?,
+        };
+        machine.load(device)?;
+        machine.write_blocks(&self.memory, |block| self.is_shared(block))?;
+        self.machine = Some(machine);
+        Ok(())
+    }
+}
+
+impl Twin for QemuTwin {
+    fn memory(&self) -> Arc<dyn TwinMemory> {
+        Arc::clone(&self.memory) as Arc<dyn TwinMemory>
+    }
+
+    fn rehearse(&mut self, device: &[u8]) -> Result<Rehearsal, GuestError> {
+        self.check_state(device)?;
+        self.rehearsals += 1;
+        let run_dir = RunDir::make(&self.run_dir.path, &format!("r{}", self.rehearsals))?;
+        let started = Instant::now();
+        let mut scratch = self.launch_in(&run_dir.path, Network::Null, false, None)?;
+        let launch = started.elapsed();
+        let loading = Instant::now();
+        scratch.load(device)?;
+        scratch.write_blocks(&self.memory, |block| self.is_shared(block))?;
+        let load = loading.elapsed();
+        scratch.end()?;
+        Ok(Rehearsal { launch, load })
+    }
+
+    fn activate(&mut self, device: &[u8]) -> Result<Activation, GuestError> {
+        if self.activated {
+            return Err(GuestError::new(GuestErrorKind::Failed, format!("{} was activated before", self.name)));
+        }
+        self.check_state(device)?;
+        let started = Instant::now();
+        let mut relaunched = 0;
+        loop {
+            let had_one = self.alive();
+            match self.load(device) {
+                Ok(()) => {
+                    relaunched += u32::from(!had_one);
+                    break;
+                }
+                Err(error) if relaunched < RELAUNCHES_MAX && !self.fence.asked() => {
+                    tracing::warn!(twin = self.name, %error, "loading failed, launching the twin again");
+                    relaunched += 1;
+                }
+                Err(error) => return Err(GuestError { kind: GuestErrorKind::Failed, ..error }),
+            }
+        }
+        let load = started.elapsed();
+        let resuming = Instant::now();
+        let Some(machine) = &mut self.machine else {
+            return Err(GuestError::new(GuestErrorKind::Failed, format!("{} is gone", self.name)));
+        };
+        machine.cont()?;
+        let resume = resuming.elapsed();
+        self.activated = true;
+        self.run_dir.keep = true;
+        // It runs; that the network learns of it only by its own frames is no failure.
+        if let Err(error) = machine.announce() {
+            tracing::warn!(twin = self.name, %error, "cannot announce the guest to the network");
+        }
+        Ok(Activation { load, resume, relaunched })
+    }
+
+    fn alive(&mut self) -> bool {
+        self.machine.as_ref().is_some_and(|machine| !machine.process().has_exited())
+    }
+
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::clone(&self.fence) as Arc<dyn Fence>
+    }
+
+    fn destroy(mut self: Box<Self>) -> Result<(), GuestError> {
+        self.run_dir.keep = false;
+        let mut result = self.machine.take().map_or(Ok(()), Machine::end);
+        for tap in self.taps.drain(..) {
+            result = result.and(tap.remove());
+        }
+        result
+    }
+
+    fn release(mut self: Box<Self>) -> Result<Survivor, GuestError> {
+        let alive = self.alive();
+        match self.machine.take().filter(|_| self.activated && alive) {
+            Some(machine) => {
+                let pid = machine.process().pid();
+                machine.let_go();
+                self.taps.drain(..).for_each(Tap::keep);
+                let control = qmp_path(&self.run_dir.path).to_string_lossy().into_owned();
+                Ok(Survivor { pid, control })
+            }
+            None => Err(GuestError::new(GuestErrorKind::Failed, format!("{} does not run, so it cannot be let go", self.name))),
+        }
+    }
+}
+
+impl Drop for QemuTwin {
+    fn drop(&mut self) {
+        if self.activated {
+            if let Some(machine) = self.machine.take() {
+                machine.let_go();
+            }
+            self.taps.drain(..).for_each(Tap::keep);
+        }
+    }
+}
+
+/// The program at this path, or of this name in the usual places.
+fn find_binary(wanted: &Path) -> Result<PathBuf, GuestError> {
+    // A program that was replaced while it ran has this behind its path.
+    let wanted = wanted.to_string_lossy();
+    let wanted = Path::new(wanted.trim_end_matches(" (deleted)"));
+    let name = wanted.file_name().unwrap_or_default();
+    let installed = ["/usr/bin", "/usr/local/bin", "/usr/libexec"].map(|dir| Path::new(dir).join(name));
+    [wanted.to_owned()]
+        .into_iter()
+        .chain(installed)
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            GuestError::new(GuestErrorKind::Refused, format!("this host has no {}", wanted.display()))
+                .advise("install the same QEMU as on the primary's host")
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_of_the_same_name_do_not_meet_and_vanish() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let first = RunDir::make(parent.path(), "web/1").expect("room");
+        let second = RunDir::make(parent.path(), "web/1").expect("room");
+        assert_eq!(first.path, parent.path().join("web_1"));
+        assert_ne!(first.path, second.path);
+        let gone = first.path.clone();
+        drop(first);
+        assert!(!gone.exists() && second.path.exists());
+    }
+
+    #[test]
+    fn a_missing_program_is_refused_by_name() {
+        let error = find_binary(Path::new("/opt/none/qemu-system-z80")).expect_err("nobody has it");
+        assert!(error.message.contains("qemu-system-z80"), "{error}");
+        assert_eq!(find_binary(Path::new("/bin/sh (deleted)")).expect("there"), Path::new("/bin/sh"));
+    }
+}
