@@ -7,6 +7,7 @@
 //! | [`process`] | a handle on another process that a reused pid cannot fool; reading and writing its memory |
 //! | [`memory`] | shared memory in a memfd, without a reference into it |
 //! | [`pagemap`] | which pages of another process were written (`PAGEMAP_SCAN`) |
+//! | [`inject`] | a userfaultfd in another process, which is unharmed whenever we die |
 //! | [`fdpass`] | descriptors sent over a Unix socket |
 //! | [`sched`] | a thread that is scheduled before ordinary ones |
 #![allow(unsafe_code)]

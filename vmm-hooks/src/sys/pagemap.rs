@@ -173,7 +173,7 @@ impl Pagemap {
     }
 }
 
-/// Whether this kernel has `PAGEMAP_SCAN`, by trying it on this process.
+/// Whether this kernel has `PAGEMAP_SCAN`, by trying it on this process. Tracking also needs [`super::inject::kernel_supports`].
 #[must_use]
 pub fn supported() -> bool {
     let Ok(mut pagemap) = PidFd::open(std::process::id()).and_then(|me| Pagemap::open(&me)) else { return false };

@@ -363,7 +363,8 @@ mod tests {
     #[test]
     fn reads_more_scattered_pages_than_one_call_takes() {
         let count = 2 * MAX_PIECES + 100;
-        let bytes: Vec<u8> = (0..count * 2 * PAGE_SIZE).map(|i| u8::try_from((i / 7 + i / PAGE_SIZE) % 256).expect("small")).collect();
+        let byte = |i: usize| u8::try_from((i / 7 + i / PAGE_SIZE) % 256).expect("small");
+        let bytes: Vec<u8> = (0..count * 2 * PAGE_SIZE).map(byte).collect();
         let start = bytes.as_ptr() as u64;
         // Every second page, the last one first.
         let addresses: Vec<u64> = (0..count as u64).rev().map(|i| start + i * 2 * PAGE_SIZE as u64).collect();

@@ -9,8 +9,9 @@
 //!    pinned and writes them without a page fault: a page that is write-protected in that time is changed and never found. While
 //!    the guest runs, only [`Tracker::peek`] may look; what it finds stays dirty.
 //!
-//! What discards memory without writing it (`MADV_DONTNEED` by a balloon or by free page reporting) is not found by
-//! [`PagemapTracker`]; a guest with such a device is tracked by [`CompareTracker`] or refused.
+//! Memory that is discarded instead of written (`MADV_DONTNEED` by a balloon or by free page reporting) is not found by
+//! [`PagemapTracker`], as it is not by QEMU's own migration: the standby keeps the bytes from before, and the guest may not
+//! expect anything of such a page until it writes it again.
 
 mod compare;
 mod ledger;

@@ -12,6 +12,9 @@ use crate::sys::pagemap::{Pagemap, ScanError};
 use crate::sys::process::PidFd;
 
 /// Finds written pages by `PAGEMAP_SCAN`.
+///
+/// Dropped while armed, it leaves the userfaultfd in the process: the next arming, by an agent that was started again, takes
+/// it over.
 #[derive(Debug)]
 pub struct PagemapTracker {
     process: PidFd,

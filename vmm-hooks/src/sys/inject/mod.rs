@@ -1,15 +1,15 @@
 //! Gives an unmodified, running process a userfaultfd that write-tracks its memory, and takes it away again.
 //!
-//! Promise: the process is unharmed, whatever happens, also if we are killed at any step. No byte of its code is changed. One of
-//! its threads is stopped by ptrace for some tenths of a millisecond and makes the calls itself ([`chain`] tells how it comes back to
-//! itself without us): `userfaultfd`, `ioctl` (`UFFDIO_API`, then `UFFDIO_REGISTER` for each range), and later `close`. An attachment
+//! Promise: the process is unharmed, whatever happens, also if we are killed at any step. No byte of its code is changed. One
+//! of its threads is stopped by ptrace for a moment and makes the calls itself (`chain.rs` tells how it comes back to itself
+//! without us): `userfaultfd`, `ioctl` (`UFFDIO_API`, then `UFFDIO_REGISTER` for each range), and later `close`. An attachment
 //! that is cut off leaves at most one idle userfaultfd, which the next one takes over.
 //!
 //! What a program may notice is what any debugger causes: calls that Linux does not restart after a stop (`epoll_wait`,
 //! `KVM_RUN`) return `EINTR` once in that one thread.
 //!
-//! The userfaultfd is made with `UFFD_USER_MODE_ONLY`: any process may have such a one, and asynchronous write-tracking needs no more,
-//! for the kernel resolves the faults itself, those of its own accesses included.
+//! The userfaultfd is made with `UFFD_USER_MODE_ONLY`: any process may have such a one, and asynchronous write-tracking needs
+//! no more, for the kernel resolves the faults itself, those of its own accesses included.
 
 mod chain;
 mod frame;
@@ -23,6 +23,7 @@ mod tests;
 use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use super::process::{PidFd, ProcessError};
@@ -223,6 +224,23 @@ pub fn detach(process: &PidFd, injected: &Injected) -> Result<(), InjectError> {
 /// [`InjectError::ForeignUserfaultfd`] if the process has one of its own.
 pub fn find_existing(process: &PidFd) -> Result<Option<Injected>, InjectError> {
     Ok(survey(process)?.first().map(|&(fd, _)| Injected { fd, reused: true }))
+}
+
+/// Whether this kernel gives asynchronous write-tracking to an ordinary process, by trying it on this one.
+///
+/// # Errors
+/// The kernel's reason why not: `ENOSYS` without userfaultfd, `EINVAL` before Linux 6.7.
+pub fn kernel_supports() -> io::Result<()> {
+    let flags = libc::c_long::try_from(UFFD_FLAGS).expect("small");
+    // SAFETY: userfaultfd takes one number and touches no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0).ok_or_else(io::Error::last_os_error)?;
+    // SAFETY: the descriptor was just made, and nobody else knows of it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut api = [UFFD_API, victim::FEATURES, 0];
+    // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, three 64-bit words, through the pointer: `api`, alive and ours.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Our userfaultfds in the process (descriptor, whether it was set up).

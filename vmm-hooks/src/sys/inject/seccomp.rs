@@ -1,7 +1,7 @@
 //! Whether the seccomp filters of a thread would let a system call pass: the filters themselves are asked.
 //!
-//! Pure: runs the classic BPF programs that ptrace hands out on the `struct seccomp_data` of a call that is about to be made. A filter
-//! may kill the process for a call it does not like, so this is asked before, not after.
+//! Pure: runs the classic BPF programs that ptrace hands out on the `struct seccomp_data` of a call that is about to be made.
+//! A filter may kill the process for a call it does not like, so this is asked before, not after.
 
 /// Instructions of one filter as the kernel has them (`struct sock_filter`).
 #[repr(C)]

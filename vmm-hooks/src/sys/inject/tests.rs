@@ -248,6 +248,8 @@ fn refuses_what_it_cannot_do_safely() {
 
 #[test]
 fn tracks_writes_of_the_program_and_of_the_kernel_in_its_name() {
+    kernel_supports().expect("Linux 6.7 or newer");
+    assert!(crate::sys::pagemap::supported(), "Linux 6.7 or newer");
     let mut victim = Victim::start();
     let process = victim.process();
     let pages = workers::ARENA_PAGES as u64;

@@ -1,7 +1,7 @@
 //! One thread of another process, under ptrace: each request checked, each wait bounded.
 //!
-//! A tracee must be used from the thread that seized it. When that thread ends, or its process is killed, the kernel lets the tracee
-//! run on by itself (no `PTRACE_O_EXITKILL`).
+//! A tracee must be used from the thread that seized it. When that thread ends, or its process is killed, the kernel lets the
+//! tracee run on by itself (no `PTRACE_O_EXITKILL`).
 
 use std::io;
 use std::time::{Duration, Instant};
