@@ -1,5 +1,6 @@
 //! `cargo xtask demo | test | sim`: what they call, in which order.
 
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -22,7 +23,10 @@ pub(crate) fn demo(args: &[String]) -> Result<ExitCode> {
     command.arg("demo").arg("--guest").arg(guest).args(args);
     // The demo takes our place, so that signals reach it and its exit code is ours.
     let error = std::os::unix::process::CommandExt::exec(&mut command);
-    bail!("cannot run {}: {error}", shell::target().join("release/understudy").display())
+    bail!(
+        "cannot run {}: {error}",
+        shell::target().join("release/understudy").display()
+    )
 }
 
 /// Runs the simulator with `args`; its exit code is ours.
@@ -31,9 +35,22 @@ pub(crate) fn demo(args: &[String]) -> Result<ExitCode> {
 /// If cargo cannot be started.
 pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
     let mut command = shell::cargo();
-    command.args(["run", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]).args(args);
+    command
+        .args([
+            "run",
+            "--quiet",
+            "--package",
+            "chaos-tests",
+            "--bin",
+            "sim",
+            "--",
+        ])
+        .args(args);
     let status = command.status()?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(status
+        .code()
+        .and_then(|code| u8::try_from(code).ok())
+        .map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// How a lane ended.
@@ -70,25 +87,50 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Err(why) => Outcome::Skipped(why),
     });
     lane("lints", &|| match component("clippy") {
-        Ok(()) => outcome(shell::run(
-            shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]),
-        )),
+        Ok(()) => outcome(shell::run(shell::cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ]))),
         Err(why) => Outcome::Skipped(why),
     });
     lane("pure cores build alone", &|| {
-        outcome(shell::run(
-            shell::cargo().args(["check", "--lib", "--package", "heartbeat-core", "--package", "replicator-core"]),
-        ))
+        outcome(shell::run(shell::cargo().args([
+            "check",
+            "--lib",
+            "--package",
+            "heartbeat-core",
+            "--package",
+            "replicator-core",
+        ])))
     });
-    lane("tests", &|| outcome(shell::run(shell::cargo().args(["test", "--workspace", "--no-fail-fast"]))));
+    lane("tests", &|| {
+        outcome(shell::run(shell::cargo().args([
+            "test",
+            "--workspace",
+            "--no-fail-fast",
+        ])))
+    });
     lane("demo on a real VM", &|| match means.demo() {
-        Ok(_) => outcome(demo_lane(if all { "20" } else { "1" })),
+        Ok(guest) => outcome(demo_lane(&guest, if all { "20" } else { "1" })),
         Err(why) => Outcome::Skipped(why),
     });
     if all {
         lane("simulator, 20000 seeds", &|| {
             let mut command = shell::cargo();
-            command.args(["run", "--release", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]);
+            command.args([
+                "run",
+                "--release",
+                "--quiet",
+                "--package",
+                "chaos-tests",
+                "--bin",
+                "sim",
+                "--",
+            ]);
             outcome(shell::run(command.args(["--seeds", "20000"])))
         });
     }
@@ -97,7 +139,11 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         println!("{line}");
     }
     let failed = summary.iter().any(|&(failed, _)| failed);
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    Ok(if failed {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
 }
 
 fn outcome(result: Result<()>) -> Outcome {
@@ -110,15 +156,23 @@ fn outcome(result: Result<()>) -> Outcome {
 /// Whether `cargo NAME` is installed.
 fn component(name: &str) -> Result<(), String> {
     let mut command = shell::cargo();
-    command.args([name, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .args([name, "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     match command.status() {
         Ok(status) if status.success() => Ok(()),
-        _ => Err(format!("`cargo {name}` is not installed: rustup component add {name}")),
+        _ => Err(format!(
+            "`cargo {name}` is not installed: rustup component add {name}"
+        )),
     }
 }
 
-/// The demo in a process of its own, since it takes the place of the one that calls it.
-fn demo_lane(rounds: &str) -> Result<()> {
-    let mut command = Command::new(std::env::current_exe()?);
-    shell::run(command.args(["demo", "--rounds", rounds]).stdin(Stdio::null()))
+/// The demo of the build that was just tested, with its assertions on, and short throughput measurements.
+fn demo_lane(guest: &Path, rounds: &str) -> Result<()> {
+    shell::run(shell::cargo().args(["build", "--package", "replicator"]))?;
+    let mut command = Command::new(shell::target().join("debug/understudy"));
+    command.arg("demo").arg("--guest").arg(guest);
+    command.args(["--rounds", rounds, "--load-seconds", "3"]);
+    shell::run(command.stdin(Stdio::null()))
 }

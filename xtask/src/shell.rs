@@ -10,7 +10,9 @@ use anyhow::{Context, Result, bail};
 /// The workspace's root directory.
 pub(crate) fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.parent().expect("xtask lies in the workspace").to_path_buf()
+    here.parent()
+        .expect("xtask lies in the workspace")
+        .to_path_buf()
 }
 
 /// Cargo's build directory: `CARGO_TARGET_DIR`, or `target` in the workspace.
@@ -31,7 +33,8 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 /// Whether we are the superuser.
 pub(crate) fn is_root() -> bool {
     // The owner of our own /proc entry is our effective user.
-    std::fs::metadata("/proc/self").is_ok_and(|meta| std::os::unix::fs::MetadataExt::uid(&meta) == 0)
+    std::fs::metadata("/proc/self")
+        .is_ok_and(|meta| std::os::unix::fs::MetadataExt::uid(&meta) == 0)
 }
 
 /// This cargo.
@@ -44,7 +47,9 @@ pub(crate) fn cargo() -> Command {
 /// Runs `command` with our own output; an exit code other than 0 is an error.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let shown = show(command);
-    let status = command.status().with_context(|| format!("cannot start `{shown}`"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start `{shown}`"))?;
     if !status.success() {
         bail!("`{shown}` ended with {status}");
     }

@@ -40,20 +40,28 @@ pub(super) fn ip(words: &str) -> Result<()> {
         .output()
         .context("cannot start `ip` (Debian package iproute2)")?;
     if !output.status.success() {
-        bail!("`ip {words}` failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        bail!(
+            "`ip {words}` failed: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
     }
     Ok(())
 }
 
 /// The processes whose network namespace is `name`. None if there is no such namespace.
 pub(super) fn processes_in(name: &str) -> Vec<Pid> {
-    let Ok(namespace) = fs::metadata(Path::new(NAMES).join(name)) else { return Vec::new() };
-    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(namespace) = fs::metadata(Path::new(NAMES).join(name)) else {
+        return Vec::new();
+    };
+    let Ok(all) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     all.filter_map(|entry| {
         let entry = entry.ok()?;
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let its = fs::metadata(entry.path().join("ns/net")).ok()?;
-        ((its.dev(), its.ino()) == (namespace.dev(), namespace.ino())).then(|| Pid::from_raw(pid))?
+        ((its.dev(), its.ino()) == (namespace.dev(), namespace.ino()))
+            .then(|| Pid::from_raw(pid))?
     })
     .collect()
 }
@@ -101,7 +109,11 @@ pub(super) fn sweep(maker: u32) {
 /// # Errors
 /// If the names cannot be listed.
 pub(super) fn sweep_leftovers() -> io::Result<Vec<u32>> {
-    let mut dead: Vec<u32> = names()?.iter().filter_map(|name| maker(name)).filter(|&pid| !is_maker(pid)).collect();
+    let mut dead: Vec<u32> = names()?
+        .iter()
+        .filter_map(|name| maker(name))
+        .filter(|&pid| !is_maker(pid))
+        .collect();
     dead.sort_unstable();
     dead.dedup();
     for &pid in &dead {
@@ -112,7 +124,9 @@ pub(super) fn sweep_leftovers() -> io::Result<Vec<u32>> {
 
 fn names() -> io::Result<Vec<String>> {
     match fs::read_dir(NAMES) {
-        Ok(all) => all.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
+        Ok(all) => all
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }

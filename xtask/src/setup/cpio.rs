@@ -32,7 +32,12 @@ pub(crate) fn write(out: &mut impl Write, entries: &[(String, Entry)]) -> io::Re
 }
 
 fn record(out: &mut impl Write, inode: u32, path: &str, mode: u32, bytes: &[u8]) -> io::Result<()> {
-    let too_long = |_| io::Error::new(io::ErrorKind::InvalidInput, format!("{path} is too long for an archive"));
+    let too_long = |_| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{path} is too long for an archive"),
+        )
+    };
     let length = u32::try_from(bytes.len()).map_err(too_long)?;
     let name = u32::try_from(path.len() + 1).map_err(too_long)?;
     // Inode, mode, owner, group, links, time, length, four device numbers, name's length with its end, checksum.
