@@ -11,7 +11,10 @@ use std::path::{Path, PathBuf};
 /// Suffix of a file that is being written; a left-over one means nothing.
 pub const TEMPORARY: &str = ".tmp";
 
-/// Makes `dir` and its parents, open to the owner alone.
+/// Makes `dir` and its parents, open to the owner alone; its entry is durable when it returns.
+///
+/// # Errors
+/// The system's reason.
 ///
 /// # Errors
 /// The system's.
@@ -26,6 +29,9 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
 /// Syncs a directory, so that renames in it are durable.
 ///
 /// # Errors
+/// The system's reason.
+///
+/// # Errors
 /// The system's.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
@@ -34,6 +40,9 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// Replaces `path` by `bytes` (mode 0600); durable when it returns.
 ///
 /// One writer at a time per `path`: the caller sees to that.
+///
+/// # Errors
+/// The system's reason. After an error of the last sync nobody knows which text a power loss would leave.
 ///
 /// # Errors
 /// The system's; `path` is as it was then, or already new.
@@ -49,6 +58,9 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Removes `path`; durable when it returns. A file that is not there is no error.
+///
+/// # Errors
+/// The system's reason.
 ///
 /// # Errors
 /// The system's.

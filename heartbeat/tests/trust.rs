@@ -122,6 +122,29 @@ async fn a_removed_peer_is_refused() {
     assert!(matches!(unknown, Err(QuicError::UnknownPeer(_))), "{unknown:?}");
 }
 
+#[tokio::test]
+async fn an_endpoint_on_the_unspecified_ipv6_address_speaks_ipv4_too() {
+    use heartbeat::quic::{Endpoint, EndpointOptions};
+    let bind = "[::]:0".parse().expect("address");
+    if std::net::UdpSocket::bind(bind).is_err() {
+        println!("skipped: this machine has no IPv6");
+        return;
+    }
+    let (a, b) = (Node::start("a"), Node::start("b"));
+    introduce(&a, &b);
+    let options = EndpointOptions { bind, profile: Profile::Control, mtu: None };
+    let both = Endpoint::open(a.identity.clone(), a.peers.clone(), options).expect("endpoint");
+    both.connect(b.identity.node(), Purpose::Witness).await.expect("out by IPv4");
+    let port = both.local_addr().expect("open").port();
+    let peer = b.peers.by_name("a").expect("a");
+    for address in [format!("127.0.0.1:{port}"), format!("[::1]:{port}")] {
+        let address: std::net::SocketAddr = address.parse().expect("address");
+        let options = EndpointOptions { bind: if address.is_ipv4() { ANY } else { bind }, ..options };
+        let from = Endpoint::open(b.identity.clone(), b.peers.clone(), options).expect("endpoint");
+        from.connect_to(&peer, address, Purpose::Witness).await.expect("in by both");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bulk_data_passes_at_every_mtu() {
     const BYTES: usize = 8 << 20;

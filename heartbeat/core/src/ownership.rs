@@ -1,6 +1,6 @@
 //! The node's side of one VM's record: what it wants of it, what it asked, what it knows.
 //!
-//! Promises (`docs/protocol.md` P5, P6): a lost answer is no answer; older answers never replace newer ones; a change that may still be
+//! Promises (`docs/protocol.md` P6, P8): a lost answer is no answer; older answers never replace newer ones; a change that may still be
 //! applied is never taken for one that failed; a generation is durable here before anything is done about it.
 
 use alloc::collections::VecDeque;
@@ -458,3 +458,6 @@ impl Ownership {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -136,3 +136,100 @@ pub fn permitted(asker: Party, old: Option<&Owner>, new: &Owner) -> Result<(), R
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::ids::{Incarnation, NodeId};
+    use std::vec::Vec;
+
+    fn party(node: u8, incarnation: u64) -> Party {
+        Party { node: NodeId([node; 16]), incarnation: Incarnation(incarnation) }
+    }
+
+    /// Every party of a small world: three nodes, two lives each.
+    fn parties() -> Vec<Party> {
+        (1..=3).flat_map(|node| (1..=2).map(move |life| party(node, life))).collect()
+    }
+
+    /// Every owner that can be written with them.
+    fn owners() -> Vec<Owner> {
+        let mut owners = Vec::new();
+        for &node in &parties() {
+            owners.push(Owner::Stopped { node });
+            for &other in &parties() {
+                owners.push(Owner::Paired { primary: node, standby: other });
+                for activated in [false, true] {
+                    owners.push(Owner::Solo { node, activated, other: Some(other) });
+                }
+            }
+            for activated in [false, true] {
+                owners.push(Owner::Solo { node, activated, other: None });
+            }
+        }
+        owners
+    }
+
+    /// P2, over every asker, old and new owner of the small world.
+    #[test]
+    fn nobody_writes_anothers_cause() {
+        let (mut allowed, mut refused) = (0, 0);
+        for asker in parties() {
+            for old in owners() {
+                for new in owners() {
+                    if permitted(asker, Some(&old), &new).is_err() {
+                        refused += 1;
+                        continue;
+                    }
+                    allowed += 1;
+                    match old {
+                        // Only the exact parties end a pair, and never for another.
+                        Owner::Paired { primary, standby } => {
+                            assert!(asker == primary || asker == standby);
+                            match new {
+                                Owner::Solo { node, activated, other } => {
+                                    assert_eq!(node, asker);
+                                    assert!(other == Some(if asker == primary { standby } else { primary }));
+                                    assert!(asker == primary || !activated, "a standby cannot have run before its grant");
+                                }
+                                Owner::Stopped { node } => assert!(node == asker && asker == primary),
+                                Owner::Paired { .. } => panic!("a pair replaced a pair"),
+                            }
+                        }
+                        Owner::Solo { node, activated, other } => {
+                            assert_eq!(node.node, asker.node, "only the owner changes what is owned alone");
+                            if let Owner::Solo { node: to, .. } = new
+                                && to != asker
+                            {
+                                assert!(!activated && other == Some(to) && node == asker, "a give-back, and nothing else");
+                            }
+                        }
+                        Owner::Stopped { node } => assert_eq!(node.node, asker.node),
+                    }
+                    if let Owner::Paired { primary, standby } = new {
+                        assert!(primary == asker && standby.node != asker.node);
+                    }
+                }
+            }
+        }
+        assert!(allowed > 100 && refused > allowed, "{allowed} {refused}");
+    }
+
+    #[test]
+    fn the_generation_grows_unless_the_same_node_only_says_that_it_runs() {
+        let (a, b) = (party(1, 1), party(2, 1));
+        let store = StoreId([1; 16]);
+        let change = |old: &Record, owner| Record::changed(store, Some(old), owner);
+        let pair = Record::changed(store, None, Owner::Paired { primary: a, standby: b });
+        assert_eq!((pair.revision, pair.generation), (Revision(1), Generation(1)));
+        let solo = change(&pair, Owner::Solo { node: b, activated: false, other: Some(a) });
+        assert_eq!((solo.revision, solo.generation), (Revision(2), Generation(2)));
+        let runs = change(&solo, Owner::Solo { node: b, activated: true, other: Some(a) });
+        assert_eq!((runs.revision, runs.generation), (Revision(3), Generation(2)));
+        let back = change(&solo, Owner::Solo { node: a, activated: false, other: Some(b) });
+        assert_eq!(back.generation, Generation(3));
+        let stopped = change(&runs, Owner::Stopped { node: b });
+        assert_eq!((stopped.revision, stopped.generation), (Revision(4), Generation(3)));
+    }
+}

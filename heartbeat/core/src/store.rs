@@ -1,6 +1,6 @@
 //! What is asked of an ownership store and what it answers.
 //!
-//! An answer always shows the durable record after the request was handled (`docs/protocol.md` P4). `applied: false` is a refusal and
+//! An answer always shows the durable record after the request was handled (`docs/protocol.md` P6, P8). `applied: false` is a refusal and
 //! proves nothing but what the record in it says; no answer proves nothing at all.
 
 use bincode::{Decode, Encode};

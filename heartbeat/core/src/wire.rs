@@ -62,3 +62,64 @@ pub fn decode<const LIMIT: usize, T: Decode<()>>(bytes: &[u8]) -> Result<T, Wire
         extra => Err(WireError::Trailing { extra }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Generation, Incarnation, NodeId, Party, Revision, StoreId, VmId};
+    use crate::record::{Owner, Record};
+    use crate::store::{StoreAnswer, StoreOp, StoreRequest};
+    use proptest::prelude::*;
+
+    fn party() -> impl Strategy<Value = Party> {
+        (any::<[u8; 16]>(), any::<u64>())
+            .prop_map(|(node, life)| Party { node: NodeId(node), incarnation: Incarnation(life) })
+    }
+
+    fn owner() -> impl Strategy<Value = Owner> {
+        prop_oneof![
+            (party(), party()).prop_map(|(primary, standby)| Owner::Paired { primary, standby }),
+            (party(), any::<bool>(), proptest::option::of(party()))
+                .prop_map(|(node, activated, other)| Owner::Solo { node, activated, other }),
+            party().prop_map(|node| Owner::Stopped { node }),
+        ]
+    }
+
+    fn record() -> impl Strategy<Value = Record> {
+        (any::<[u8; 16]>(), any::<u64>(), any::<u64>(), owner()).prop_map(|(store, revision, generation, owner)| Record {
+            store: StoreId(store),
+            revision: Revision(revision),
+            generation: Generation(generation),
+            owner,
+        })
+    }
+
+    proptest! {
+        /// P30.
+        #[test]
+        fn store_messages_come_back_as_they_were(
+            id in any::<u64>(), vm in any::<[u8; 16]>(), asker in party(), record in proptest::option::of(record()),
+            owner in owner(), read in any::<bool>(), applied in any::<bool>()
+        ) {
+            let expect = record.map(|record| (record.store, record.revision));
+            let op = if read { StoreOp::Read } else { StoreOp::Change { expect, owner } };
+            let request = StoreRequest { id, vm: VmId(vm), asker, op };
+            let bytes = encode::<MAX_STORE_MESSAGE, _>(&request).expect("fits");
+            prop_assert_eq!(decode::<MAX_STORE_MESSAGE, StoreRequest>(&bytes), Ok(request));
+            let answer = StoreAnswer { id, vm: VmId(vm), store: StoreId([3; 16]), record, applied };
+            let mut bytes = encode::<MAX_STORE_MESSAGE, _>(&answer).expect("fits");
+            prop_assert_eq!(decode::<MAX_STORE_MESSAGE, StoreAnswer>(&bytes), Ok(answer));
+            prop_assert_eq!(decode::<MAX_STORE_MESSAGE, StoreAnswer>(&bytes[..bytes.len() - 1]), Err(WireError::Malformed));
+            bytes.push(0);
+            prop_assert_eq!(decode::<MAX_STORE_MESSAGE, StoreAnswer>(&bytes), Err(WireError::Trailing { extra: 1 }));
+        }
+
+        #[test]
+        fn no_bytes_panic_or_allocate_without_bound(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            let message = decode::<MAX_STORE_MESSAGE, StoreAnswer>(&bytes);
+            prop_assert!(bytes.len() <= MAX_STORE_MESSAGE || matches!(message, Err(WireError::TooLong { .. })));
+            let list = decode::<MAX_STORE_MESSAGE, Vec<u64>>(&[0xff; 8]);
+            prop_assert_eq!(list, Err(WireError::Malformed));
+        }
+    }
+}

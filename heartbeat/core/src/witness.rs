@@ -1,6 +1,6 @@
 //! The witness's machine: one record per VM, changed by compare-and-set, durable before any answer.
 //!
-//! Promise (`docs/protocol.md` P4, P8): an answer, of a read too, shows durable state only. A request that arrives while a
+//! Promise (`docs/protocol.md` P6, P8): an answer, of a read too, shows durable state only. A request that arrives while a
 //! persist of its VM is in flight waits for it. A failed persist latches: that VM answers nothing more until restart, since nobody
 //! knows which of two records a restart will find.
 
@@ -236,5 +236,146 @@ impl Witness {
 impl Slot {
     fn writes(&self, token: u64) -> bool {
         matches!(self.disk, Disk::Writing { token: mine, .. } if mine == token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::ids::{Incarnation, Party, Revision};
+    use crate::record::Owner;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap as Map;
+    use std::vec::Vec;
+
+    const STORE: StoreId = StoreId([7; 16]);
+
+    fn party(node: u8) -> Party {
+        Party { node: NodeId([node; 16]), incarnation: Incarnation(1) }
+    }
+
+    fn request(id: u64, vm: u8, node: u8, op: StoreOp) -> StoreRequest {
+        StoreRequest { id, vm: VmId([vm; 16]), asker: party(node), op }
+    }
+
+    fn pair() -> Owner {
+        Owner::Paired { primary: party(1), standby: party(2) }
+    }
+
+    fn outputs(witness: &mut Witness) -> Vec<WitnessOutput> {
+        core::iter::from_fn(|| witness.poll_output()).collect()
+    }
+
+    /// P8: a read that arrives while a write is under way waits for it; a failed write latches.
+    #[test]
+    fn reads_wait_for_the_write_and_a_failed_write_latches() {
+        let mut witness = Witness::new(STORE, []);
+        witness.handle_request(party(1).node, 0, request(1, 9, 1, StoreOp::Change { expect: None, owner: pair() }));
+        witness.handle_request(party(2).node, 0, request(2, 9, 2, StoreOp::Read));
+        let token = match outputs(&mut witness)[..] {
+            [WitnessOutput::Persist { token, .. }] => token,
+            ref other => panic!("{other:?}"),
+        };
+        witness.handle_persisted(token);
+        let answers = outputs(&mut witness);
+        assert!(matches!(answers[..], [WitnessOutput::Answer { answer: StoreAnswer { id: 1, applied: true, record: Some(_), .. }, .. },
+            WitnessOutput::Answer { answer: StoreAnswer { id: 2, applied: false, record: Some(_), .. }, .. }]), "{answers:?}");
+
+        let expect = Some((STORE, Revision(1)));
+        let solo = Owner::Solo { node: party(2), activated: false, other: Some(party(1)) };
+        witness.handle_request(party(2).node, 0, request(3, 9, 2, StoreOp::Change { expect, owner: solo }));
+        witness.handle_request(party(1).node, 0, request(4, 9, 1, StoreOp::Read));
+        let [WitnessOutput::Persist { token, .. }] = outputs(&mut witness)[..] else { panic!("no write") };
+        witness.handle_persist_failed(token);
+        witness.handle_request(party(1).node, 0, request(5, 9, 1, StoreOp::Read));
+        assert_eq!(outputs(&mut witness), []);
+        // Another VM is served all the same.
+        witness.handle_request(party(1).node, 0, request(6, 8, 1, StoreOp::Read));
+        assert!(matches!(outputs(&mut witness)[..], [WitnessOutput::Answer { .. }]));
+    }
+
+    /// P33.
+    #[test]
+    fn a_false_name_gets_no_answer() {
+        let mut witness = Witness::new(STORE, []);
+        witness.handle_request(party(2).node, 0, request(1, 9, 1, StoreOp::Change { expect: None, owner: pair() }));
+        assert_eq!(outputs(&mut witness), []);
+        assert_eq!(witness.stats().dropped, 1);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Ask { node: u8, change: Option<(u8, bool)> },
+        Persisted,
+        Restart,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            6 => (1_u8..=2, proptest::option::of((0_u8..6, any::<bool>()))).prop_map(|(node, change)| Step::Ask { node, change }),
+            4 => Just(Step::Persisted),
+            1 => Just(Step::Restart),
+        ];
+        prop::collection::vec(step, 0..80)
+    }
+
+    proptest! {
+        /// P8 and P2: every answer shows what is on disk, each applied change follows the one before, and a restart loses nothing that
+        /// was answered.
+        #[test]
+        fn answers_show_durable_records_in_one_order(steps in steps()) {
+            let vm = VmId([9; 16]);
+            let mut disk: Map<VmId, Record> = Map::new();
+            let mut witness = Witness::new(STORE, []);
+            let mut writing: Option<(u64, Record)> = None;
+            let mut newest_answered = Revision(0);
+            let mut id = 0;
+            for step in steps {
+                match step {
+                    Step::Ask { node, change } => {
+                        id += 1;
+                        let (me, other) = (party(node), party(3 - node));
+                        let op = change.map_or(StoreOp::Read, |(kind, stale)| {
+                            let known = if stale { None } else { disk.get(&vm) };
+                            let owner = match kind {
+                                0 => Owner::Paired { primary: me, standby: other },
+                                1 => Owner::Solo { node: me, activated: false, other: Some(other) },
+                                2 => Owner::Solo { node: me, activated: true, other: Some(other) },
+                                3 => Owner::Solo { node: other, activated: false, other: Some(me) },
+                                4 => Owner::Stopped { node: me },
+                                _ => Owner::Solo { node: me, activated: false, other: None },
+                            };
+                            StoreOp::Change { expect: known.map(|record| (record.store, record.revision)), owner }
+                        });
+                        witness.handle_request(me.node, 0, request(id, 9, node, op));
+                    }
+                    Step::Persisted => if let Some((token, record)) = writing.take() {
+                        disk.insert(vm, record);
+                        witness.handle_persisted(token);
+                    },
+                    Step::Restart => {
+                        witness = Witness::new(STORE, disk.clone());
+                        writing = None;
+                    }
+                }
+                while let Some(output) = witness.poll_output() {
+                    match output {
+                        WitnessOutput::Persist { record, token, .. } => {
+                            prop_assert!(writing.is_none(), "two writes of one VM at once");
+                            let before = disk.get(&vm).map_or(Revision(0), |record| record.revision);
+                            prop_assert_eq!(record.revision, before.next());
+                            writing = Some((token, record));
+                        }
+                        WitnessOutput::Answer { answer, .. } => {
+                            prop_assert_eq!(answer.record, disk.get(&vm).copied());
+                            let revision = answer.record.map_or(Revision(0), |record| record.revision);
+                            prop_assert!(revision >= newest_answered);
+                            newest_answered = revision;
+                        }
+                    }
+                }
+            }
+        }
     }
 }

@@ -26,7 +26,8 @@ pub(crate) fn bind(
 ) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
-        socket.set_only_v6(true)?;
+        // `[::]` serves IPv4 too.
+        socket.set_only_v6(false)?;
     }
     grow_buffers(&socket, profile.socket_buffer());
     socket.bind(&address.into())?;

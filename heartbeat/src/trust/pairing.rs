@@ -543,7 +543,7 @@ fn peer_from(
                 what: format!("{text:?} is no address with a port"),
             })?;
             if address.ip().is_unspecified() {
-                address.set_ip(seen);
+                address.set_ip(seen.to_canonical());
             }
             if !known.contains(&address) {
                 known.push(address);

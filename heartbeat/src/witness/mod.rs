@@ -14,7 +14,6 @@ use std::sync::Arc;
 pub use heartbeat_core::witness::WitnessStats;
 use heartbeat_core::ids::{StoreId, VmId};
 use heartbeat_core::record::Record;
-use tokio::signal::unix::{SignalKind, signal};
 
 pub use disk::DiskError;
 
@@ -49,9 +48,6 @@ pub enum WitnessError {
     /// It cannot listen.
     #[error("the witness cannot listen")]
     Quic(#[from] QuicError),
-    /// Signals cannot be caught.
-    #[error("the witness cannot catch signals")]
-    Signal(#[source] std::io::Error),
 }
 
 /// One line of a witness's status.
@@ -161,24 +157,4 @@ impl WitnessDaemon {
         self.endpoint.close(close::DONE, "the witness stops");
         self.endpoint.wait_idle().await;
     }
-}
-
-/// Runs a witness until SIGTERM or SIGINT. `started` gets it once it serves, for a control socket.
-///
-/// # Errors
-/// [`WitnessError`].
-pub async fn run(
-    config: &WitnessConfig,
-    started: impl FnOnce(&Arc<WitnessDaemon>),
-) -> Result<(), WitnessError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(WitnessError::Signal)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(WitnessError::Signal)?;
-    let daemon = Arc::new(WitnessDaemon::start(config)?);
-    started(&daemon);
-    tokio::select! {
-        _ = terminate.recv() => tracing::info!("SIGTERM: the witness stops"),
-        _ = interrupt.recv() => tracing::info!("SIGINT: the witness stops"),
-    }
-    daemon.stop().await;
-    Ok(())
 }
