@@ -28,3 +28,27 @@ pub fn lock_memory() -> io::Result<()> {
     // On fault: untouched reserves (stacks, arenas) are not filled in.
     Ok(rustix::mm::mlockall(Flags::CURRENT | Flags::FUTURE | Flags::ONFAULT)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_calling_thread_alone_becomes_a_real_time_one() {
+        let policy = || {
+            // SAFETY: asks about the calling thread; touches no memory.
+            unsafe { libc::sched_getscheduler(0) }
+        };
+        let before = policy();
+        let thread = std::thread::spawn(move || match realtime() {
+            Ok(()) => assert_eq!(policy() & !libc::SCHED_RESET_ON_FORK, libc::SCHED_RR),
+            // Not root: the thread goes on as it was.
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+                assert_eq!(policy(), before);
+            }
+        });
+        thread.join().expect("it does not panic");
+        assert_eq!(policy(), before);
+    }
+}

@@ -216,7 +216,7 @@ fn attaching_many_times_leaves_nothing() {
 
 #[test]
 fn refuses_what_it_cannot_do_safely() {
-    let victim = Victim::start();
+    let mut victim = Victim::start();
     let process = victim.process();
     let unmapped = 0x1000..0x2000;
     let refused = attach(&process, std::slice::from_ref(&unmapped)).expect_err("nothing is mapped there");
@@ -240,6 +240,15 @@ fn refuses_what_it_cannot_do_safely() {
     assert!(matches!(stopped, InjectError::Stopped { .. }), "{stopped:?}");
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGCONT).expect("it lives");
     assert_eq!(userfaultfds(&process), 0);
+
+    let no_thread = attach_observed(&process, &[], Some(u32::MAX >> 2), &mut |_| {}).expect_err("there is none");
+    let ended = BTreeSet::from([Unsuitable::Ended]);
+    assert!(matches!(&no_thread, InjectError::NoThread { reasons, .. } if *reasons == ended), "{no_thread:?}");
+
+    victim.tell("userfaultfd");
+    let foreign = attach(&process, &[]).expect_err("it has one of its own");
+    assert!(matches!(foreign, InjectError::ForeignUserfaultfd { .. }), "{foreign:?}");
+    assert_eq!(userfaultfds(&process), 1, "which is left alone");
     victim.end();
 
     let gone = attach(&process, &[]).expect_err("it has ended");

@@ -321,6 +321,15 @@ pub(super) fn live() {
                 let count = unsafe { libc::read(zero.as_raw_fd(), place(arena, page).cast(), 8) };
                 assert_eq!(count, 8);
             }
+            // A userfaultfd of the program's own, set up without any feature.
+            ["userfaultfd"] => {
+                // SAFETY: touches no memory.
+                let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, 1) };
+                let mut api = [0xaa_u64, 0, 0];
+                let fd = libc::c_int::try_from(fd).expect("a descriptor");
+                // SAFETY: UFFDIO_API reads and writes these three words.
+                assert_eq!(unsafe { libc::ioctl(fd, 0xc018_aa3f, api.as_mut_ptr()) }, 0);
+            }
             // Every worker goes on: each counter must move.
             ["check"] => {
                 let before: Vec<u64> = progress.iter().map(|(_, p)| p.load(Ordering::Relaxed)).collect();
