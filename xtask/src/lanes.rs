@@ -23,10 +23,7 @@ pub(crate) fn demo(args: &[String]) -> Result<ExitCode> {
     command.arg("demo").arg("--guest").arg(guest).args(args);
     // The demo takes our place, so that signals reach it and its exit code is ours.
     let error = std::os::unix::process::CommandExt::exec(&mut command);
-    bail!(
-        "cannot run {}: {error}",
-        shell::target().join("release/understudy").display()
-    )
+    bail!("cannot run {}: {error}", shell::target().join("release/understudy").display())
 }
 
 /// Runs the simulator with `args`; its exit code is ours.
@@ -35,22 +32,9 @@ pub(crate) fn demo(args: &[String]) -> Result<ExitCode> {
 /// If cargo cannot be started.
 pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
     let mut command = shell::cargo();
-    command
-        .args([
-            "run",
-            "--quiet",
-            "--package",
-            "chaos-tests",
-            "--bin",
-            "sim",
-            "--",
-        ])
-        .args(args);
+    command.args(["run", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]).args(args);
     let status = command.status()?;
-    Ok(status
-        .code()
-        .and_then(|code| u8::try_from(code).ok())
-        .map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
 /// How a lane ended.
@@ -87,14 +71,9 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Err(why) => Outcome::Skipped(why),
     });
     lane("lints", &|| match component("clippy") {
-        Ok(()) => outcome(shell::run(shell::cargo().args([
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ]))),
+        Ok(()) => {
+            outcome(shell::run(shell::cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))
+        }
         Err(why) => Outcome::Skipped(why),
     });
     lane("pure cores build alone", &|| {
@@ -107,13 +86,7 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
             "replicator-core",
         ])))
     });
-    lane("tests", &|| {
-        outcome(shell::run(shell::cargo().args([
-            "test",
-            "--workspace",
-            "--no-fail-fast",
-        ])))
-    });
+    lane("tests", &|| outcome(shell::run(shell::cargo().args(["test", "--workspace", "--no-fail-fast"]))));
     lane("demo on a real VM", &|| match means.demo() {
         Ok(guest) => outcome(demo_lane(&guest, if all { "20" } else { "1" })),
         Err(why) => Outcome::Skipped(why),
@@ -121,16 +94,7 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
     if all {
         lane("simulator, 20000 seeds", &|| {
             let mut command = shell::cargo();
-            command.args([
-                "run",
-                "--release",
-                "--quiet",
-                "--package",
-                "chaos-tests",
-                "--bin",
-                "sim",
-                "--",
-            ]);
+            command.args(["run", "--release", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]);
             outcome(shell::run(command.args(["--seeds", "20000"])))
         });
     }
@@ -139,11 +103,7 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         println!("{line}");
     }
     let failed = summary.iter().any(|&(failed, _)| failed);
-    Ok(if failed {
-        ExitCode::FAILURE
-    } else {
-        ExitCode::SUCCESS
-    })
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn outcome(result: Result<()>) -> Outcome {
@@ -156,15 +116,10 @@ fn outcome(result: Result<()>) -> Outcome {
 /// Whether `cargo NAME` is installed.
 fn component(name: &str) -> Result<(), String> {
     let mut command = shell::cargo();
-    command
-        .args([name, "--version"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
+    command.args([name, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
     match command.status() {
         Ok(status) if status.success() => Ok(()),
-        _ => Err(format!(
-            "`cargo {name}` is not installed: rustup component add {name}"
-        )),
+        _ => Err(format!("`cargo {name}` is not installed: rustup component add {name}")),
     }
 }
 

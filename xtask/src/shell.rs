@@ -10,9 +10,7 @@ use anyhow::{Context, Result, bail};
 /// The workspace's root directory.
 pub(crate) fn root() -> PathBuf {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    here.parent()
-        .expect("xtask lies in the workspace")
-        .to_path_buf()
+    here.parent().expect("xtask lies in the workspace").to_path_buf()
 }
 
 /// Cargo's build directory: `CARGO_TARGET_DIR`, or `target` in the workspace.
@@ -33,8 +31,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
 /// Whether we are the superuser.
 pub(crate) fn is_root() -> bool {
     // The owner of our own /proc entry is our effective user.
-    std::fs::metadata("/proc/self")
-        .is_ok_and(|meta| std::os::unix::fs::MetadataExt::uid(&meta) == 0)
+    std::fs::metadata("/proc/self").is_ok_and(|meta| std::os::unix::fs::MetadataExt::uid(&meta) == 0)
 }
 
 /// This cargo.
@@ -47,9 +44,7 @@ pub(crate) fn cargo() -> Command {
 /// Runs `command` with our own output; an exit code other than 0 is an error.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let shown = show(command);
-    let status = command
-        .status()
-        .with_context(|| format!("cannot start `{shown}`"))?;
+    let status = command.status().with_context(|| format!("cannot start `{shown}`"))?;
     if !status.success() {
         bail!("`{shown}` ended with {status}");
     }
@@ -59,10 +54,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// Runs `command` and returns what it printed; its error output is part of the error.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let shown = show(command);
-    let result = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("cannot start `{shown}`"))?;
+    let result = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{shown}`"))?;
     if !result.status.success() {
         let said = String::from_utf8_lossy(&result.stderr);
         bail!("`{shown}` ended with {}: {}", result.status, said.trim());
@@ -71,9 +63,7 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 }
 
 fn show(command: &Command) -> String {
-    let words: Vec<_> = std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(OsStr::to_string_lossy)
-        .collect();
+    let words: Vec<_> =
+        std::iter::once(command.get_program()).chain(command.get_args()).map(OsStr::to_string_lossy).collect();
     words.join(" ")
 }

@@ -25,9 +25,7 @@ impl Apt {
 
     fn get() -> Command {
         let mut command = Command::new("apt-get");
-        command
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .args(["-q", "-o", "Dpkg::Use-Pty=0"]);
+        command.env("DEBIAN_FRONTEND", "noninteractive").args(["-q", "-o", "Dpkg::Use-Pty=0"]);
         command
     }
 
@@ -58,9 +56,7 @@ impl Apt {
         self.update()?;
         println!("setup: apt-get install {}", packages.join(" "));
         let mut command = Self::get();
-        command
-            .args(["install", "-y", "--no-install-recommends"])
-            .args(packages);
+        command.args(["install", "-y", "--no-install-recommends"]).args(packages);
         shell::output(&mut command).map(drop)
     }
 
@@ -82,16 +78,8 @@ impl Apt {
     pub(crate) fn depends(&mut self, packages: &[String]) -> Result<Vec<String>> {
         self.with_fresh_lists(|| {
             let mut command = Command::new("apt-cache");
-            command.args([
-                "depends",
-                "--no-recommends",
-                "--no-suggests",
-                "--no-conflicts",
-                "--no-breaks",
-            ]);
-            command
-                .args(["--no-replaces", "--no-enhances"])
-                .args(packages);
+            command.args(["depends", "--no-recommends", "--no-suggests", "--no-conflicts", "--no-breaks"]);
+            command.args(["--no-replaces", "--no-enhances"]).args(packages);
             let text = shell::output(&mut command)?;
             if text.is_empty() {
                 bail!("apt does not know {}", packages.join(", "));
@@ -114,10 +102,7 @@ impl Apt {
             below.retain(|name| name.starts_with("lib") && !all.contains(name));
             all.extend_from_slice(&below);
             if all.len() > MAX_CLOSURE {
-                bail!(
-                    "more than {MAX_CLOSURE} packages below {}",
-                    packages.join(", ")
-                );
+                bail!("more than {MAX_CLOSURE} packages below {}", packages.join(", "));
             }
             layer = below;
         }
@@ -132,17 +117,11 @@ impl Apt {
         self.with_fresh_lists(|| {
             let mut command = Self::get();
             // Not as the user _apt, who may not write here.
-            command
-                .args(["-o", "APT::Sandbox::User=root", "download"])
-                .args(packages)
-                .current_dir(dir);
+            command.args(["-o", "APT::Sandbox::User=root", "download"]).args(packages).current_dir(dir);
             shell::output(&mut command)
         })?;
         let mut files = Vec::new();
-        for entry in dir
-            .read_dir()
-            .with_context(|| format!("cannot list {}", dir.display()))?
-        {
+        for entry in dir.read_dir().with_context(|| format!("cannot list {}", dir.display()))? {
             let file = entry?.path();
             if file.extension().is_some_and(|ext| ext == "deb") {
                 files.push(file);
@@ -159,13 +138,8 @@ fn first_alternatives(text: &str) -> Vec<String> {
     let mut inside_group = false;
     for line in text.lines() {
         let line = line.trim_start();
-        let (more, rest) = line
-            .strip_prefix('|')
-            .map_or((false, line), |rest| (true, rest));
-        let Some(name) = rest
-            .strip_prefix("Depends: ")
-            .or_else(|| rest.strip_prefix("PreDepends: "))
-        else {
+        let (more, rest) = line.strip_prefix('|').map_or((false, line), |rest| (true, rest));
+        let Some(name) = rest.strip_prefix("Depends: ").or_else(|| rest.strip_prefix("PreDepends: ")) else {
             continue;
         };
         if !inside_group && !name.starts_with('<') {

@@ -32,12 +32,7 @@ pub(crate) fn write(out: &mut impl Write, entries: &[(String, Entry)]) -> io::Re
 }
 
 fn record(out: &mut impl Write, inode: u32, path: &str, mode: u32, bytes: &[u8]) -> io::Result<()> {
-    let too_long = |_| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("{path} is too long for an archive"),
-        )
-    };
+    let too_long = |_| io::Error::new(io::ErrorKind::InvalidInput, format!("{path} is too long for an archive"));
     let length = u32::try_from(bytes.len()).map_err(too_long)?;
     let name = u32::try_from(path.len() + 1).map_err(too_long)?;
     // Inode, mode, owner, group, links, time, length, four device numbers, name's length with its end, checksum.
@@ -64,10 +59,8 @@ mod tests {
 
     #[test]
     fn headers_and_data_are_aligned_and_carry_lengths() {
-        let entries = [
-            ("etc".to_owned(), Entry::Directory),
-            ("etc/x".to_owned(), Entry::File(b"hello".to_vec(), true)),
-        ];
+        let entries =
+            [("etc".to_owned(), Entry::Directory), ("etc/x".to_owned(), Entry::File(b"hello".to_vec(), true))];
         let mut bytes = Vec::new();
         write(&mut bytes, &entries).expect("a vector takes everything");
         assert_eq!(bytes.len() % 4, 0);

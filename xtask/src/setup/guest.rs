@@ -33,13 +33,11 @@ const MODULES: [&str; 9] = [
     "virtio_net",
     "virtio_blk",
 ];
-const APPLETS: [&str; 11] = [
-    "sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff",
-];
+const APPLETS: [&str; 11] =
+    ["sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff"];
 const INIT: &str = include_str!("init.sh");
 /// Boots in two to three seconds under emulation.
-const CMDLINE: &str =
-    "console=ttyS0 quiet mitigations=off nokaslr ipv6.disable=1 nowatchdog panic=-1";
+const CMDLINE: &str = "console=ttyS0 quiet mitigations=off nokaslr ipv6.disable=1 nowatchdog panic=-1";
 const LIBRARY_DIRS: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 const LOADER: &str = "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 const REDIS: &str = "usr/bin/redis-server";
@@ -62,9 +60,7 @@ pub(crate) fn build(apt: &mut Apt, refresh: bool) -> Result<Result<PathBuf, Stri
     }
     for program in ["apt-get", "apt-cache", "dpkg-deb"] {
         if shell::find(program).is_none() {
-            return Ok(Err(format!(
-                "the guest image is built from Debian packages, and {program} is not here"
-            )));
+            return Ok(Err(format!("the guest image is built from Debian packages, and {program} is not here")));
         }
     }
     // A directory of this process, so that two set-ups at once do not meet.
@@ -77,9 +73,7 @@ pub(crate) fn build(apt: &mut Apt, refresh: bool) -> Result<Result<PathBuf, Stri
             cleaned.with_context(|| format!("cannot remove {}", work.display()))?;
             Ok(Ok(dir))
         }
-        Err(error) => Ok(Err(format!(
-            "the guest image could not be built: {error:#}"
-        ))),
+        Err(error) => Ok(Err(format!("the guest image could not be built: {error:#}"))),
     }
 }
 
@@ -110,17 +104,13 @@ fn make(apt: &mut Apt, work: &Path, rules: &str) -> Result<PathBuf> {
     for dir in [&debs, &tree, &image] {
         fs::create_dir_all(dir)?;
     }
-    println!(
-        "setup: downloading {} packages for the guest",
-        packages.len()
-    );
+    println!("setup: downloading {} packages for the guest", packages.len());
     let files = apt.download(&packages, &debs)?;
     let mut manifest = format!("{rules}\n");
     for file in &files {
         shell::output(Command::new("dpkg-deb").arg("-x").arg(file).arg(&tree))?;
         let mut ask = Command::new("dpkg-deb");
-        ask.args(["--show", "--showformat", "${Package} ${Version}\n"])
-            .arg(file);
+        ask.args(["--show", "--showformat", "${Package} ${Version}\n"]).arg(file);
         manifest.push_str(&shell::output(&mut ask)?);
     }
     let kernel = only_file_starting_with(&tree.join("boot"), "vmlinuz-")?;
@@ -131,18 +121,12 @@ fn make(apt: &mut Apt, work: &Path, rules: &str) -> Result<PathBuf> {
     fs::write(image.join("initrd.img"), &archive)?;
     fs::write(image.join("cmdline"), format!("{CMDLINE}\n"))?;
     fs::write(image.join("manifest"), manifest)?;
-    println!(
-        "setup: built the guest image, initrd of {} KiB",
-        archive.len() / 1024
-    );
+    println!("setup: built the guest image, initrd of {} KiB", archive.len() / 1024);
     Ok(image)
 }
 
 fn only_file_starting_with(dir: &Path, prefix: &str) -> Result<PathBuf> {
-    for entry in dir
-        .read_dir()
-        .with_context(|| format!("cannot list {}", dir.display()))?
-    {
+    for entry in dir.read_dir().with_context(|| format!("cannot list {}", dir.display()))? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with(prefix) {
             return Ok(entry.path());
@@ -153,20 +137,10 @@ fn only_file_starting_with(dir: &Path, prefix: &str) -> Result<PathBuf> {
 
 /// The files of the initramfs, parents first.
 fn entries(tree: &Path) -> Result<Vec<(String, Entry)>> {
-    let mut entries: Vec<(String, Entry)> = [
-        "bin",
-        "dev",
-        "lib",
-        "lib/modules",
-        "lib/x86_64-linux-gnu",
-        "lib64",
-        "proc",
-        "sys",
-        "usr",
-        "usr/bin",
-    ]
-    .map(|dir| (dir.to_owned(), Entry::Directory))
-    .into();
+    let mut entries: Vec<(String, Entry)> =
+        ["bin", "dev", "lib", "lib/modules", "lib/x86_64-linux-gnu", "lib64", "proc", "sys", "usr", "usr/bin"]
+            .map(|dir| (dir.to_owned(), Entry::Directory))
+            .into();
     let mut file = |path: &str, from: &Path, executable: bool| -> Result<()> {
         let bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         entries.push((path.to_owned(), Entry::File(bytes, executable)));
@@ -181,34 +155,22 @@ fn entries(tree: &Path) -> Result<Vec<(String, Entry)>> {
     let mut modules = BTreeMap::new();
     find_modules(&tree.join("lib/modules"), &mut modules)?;
     for name in MODULES {
-        let path = modules
-            .get(name)
-            .with_context(|| format!("the kernel package has no module {name}"))?;
+        let path = modules.get(name).with_context(|| format!("the kernel package has no module {name}"))?;
         file(&format!("lib/modules/{name}.ko"), path, false)?;
     }
-    entries.push((
-        "lib/modules/order".to_owned(),
-        Entry::File(MODULES.join("\n").into_bytes(), false),
-    ));
+    entries.push(("lib/modules/order".to_owned(), Entry::File(MODULES.join("\n").into_bytes(), false)));
     for applet in APPLETS {
         entries.push((format!("bin/{applet}"), Entry::Link("busybox".to_owned())));
     }
-    entries.push((
-        "init".to_owned(),
-        Entry::File(INIT.as_bytes().to_vec(), true),
-    ));
+    entries.push(("init".to_owned(), Entry::File(INIT.as_bytes().to_vec(), true)));
     Ok(entries)
 }
 
 /// The shared libraries of Redis, by the name they are asked for, as the unpacked loader itself finds them.
 fn libraries(tree: &Path) -> Result<Vec<(String, PathBuf)>> {
-    let path = LIBRARY_DIRS
-        .map(|dir| tree.join(dir).display().to_string())
-        .join(":");
+    let path = LIBRARY_DIRS.map(|dir| tree.join(dir).display().to_string()).join(":");
     let mut loader = Command::new(tree.join(LOADER));
-    loader
-        .args(["--inhibit-cache", "--library-path", &path, "--list"])
-        .arg(tree.join(REDIS));
+    loader.args(["--inhibit-cache", "--library-path", &path, "--list"]).arg(tree.join(REDIS));
     let mut found = Vec::new();
     for line in shell::output(&mut loader)?.lines() {
         // `name => path (address)`; the loader itself and the kernel's own page are not wanted.
@@ -232,10 +194,7 @@ fn libraries(tree: &Path) -> Result<Vec<(String, PathBuf)>> {
 
 /// All kernel modules below `dir`, by name.
 fn find_modules(dir: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<()> {
-    for entry in dir
-        .read_dir()
-        .with_context(|| format!("cannot list {}", dir.display()))?
-    {
+    for entry in dir.read_dir().with_context(|| format!("cannot list {}", dir.display()))? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
             find_modules(&entry.path(), found)?;

@@ -14,10 +14,7 @@ use anyhow::Result;
 use crate::shell;
 
 /// Programs the real lanes call, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 2] = [
-    ("qemu-system-x86_64", "qemu-system-x86"),
-    ("ip", "iproute2"),
-];
+const PROGRAMS: [(&str, &str); 2] = [("qemu-system-x86_64", "qemu-system-x86"), ("ip", "iproute2")];
 
 /// What this machine can do, after the set-up.
 #[derive(Debug)]
@@ -47,9 +44,7 @@ impl Means {
     pub(crate) fn print(&self) {
         match self.demo() {
             Ok(dir) => println!("setup: complete, the guest image is in {}", dir.display()),
-            Err(reasons) => println!(
-                "setup: the demo and the lanes on a real VM will be skipped here: {reasons}"
-            ),
+            Err(reasons) => println!("setup: the demo and the lanes on a real VM will be skipped here: {reasons}"),
         }
     }
 }
@@ -66,26 +61,16 @@ pub(crate) fn run(refresh: bool) -> Result<Means> {
 }
 
 fn programs(apt: &mut apt::Apt) -> Vec<String> {
-    let absent = || {
-        PROGRAMS
-            .iter()
-            .filter(|(program, _)| shell::find(program).is_none())
-    };
+    let absent = || PROGRAMS.iter().filter(|(program, _)| shell::find(program).is_none());
     let packages: Vec<_> = absent().map(|&(_, package)| package).collect();
     if packages.is_empty() {
-        println!(
-            "setup: programs are there: {}",
-            PROGRAMS.map(|(program, _)| program).join(", ")
-        );
+        println!("setup: programs are there: {}", PROGRAMS.map(|(program, _)| program).join(", "));
         return Vec::new();
     }
     let outcome = apt.install(&packages);
     absent()
         .map(|(program, package)| {
-            let why = outcome
-                .as_ref()
-                .err()
-                .map_or_else(String::new, |error| format!(": {error:#}"));
+            let why = outcome.as_ref().err().map_or_else(String::new, |error| format!(": {error:#}"));
             format!("{program} (Debian package {package}) is missing{why}")
         })
         .collect()

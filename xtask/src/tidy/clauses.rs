@@ -19,8 +19,7 @@ const NO_CLAUSES: [&str; 4] = ["P50", "P90", "P95", "P99"];
 /// # Errors
 /// If the document cannot be read.
 pub(super) fn check(sources: &[Source], document: &Path) -> Result<Vec<String>> {
-    let text = fs::read_to_string(document)
-        .with_context(|| format!("cannot read {}", document.display()))?;
+    let text = fs::read_to_string(document).with_context(|| format!("cannot read {}", document.display()))?;
     Ok(breaches(sources, &text))
 }
 
@@ -29,25 +28,16 @@ fn breaches(sources: &[Source], document: &str) -> Vec<String> {
     let mut defined = BTreeSet::new();
     for (number, line) in document.lines().enumerate() {
         let line = line.trim_start_matches(['#', '-', '*', '|', ' ']);
-        if let Some(clause) = clauses(line)
-            .next()
-            .filter(|clause| line.starts_with(clause))
+        if let Some(clause) = clauses(line).next().filter(|clause| line.starts_with(clause))
             && !defined.insert(clause)
         {
-            breaches.push(format!(
-                "docs/protocol.md:{}: clause {clause} is defined twice",
-                number + 1
-            ));
+            breaches.push(format!("docs/protocol.md:{}: clause {clause} is defined twice", number + 1));
         }
     }
     for source in sources {
         for (number, line) in source.text.lines().enumerate() {
             for clause in clauses(line).filter(|clause| !defined.contains(clause)) {
-                breaches.push(format!(
-                    "{}:{}: docs/protocol.md has no clause {clause}",
-                    source.path,
-                    number + 1
-                ));
+                breaches.push(format!("{}:{}: docs/protocol.md has no clause {clause}", source.path, number + 1));
             }
         }
     }
@@ -65,9 +55,7 @@ fn is_clause(word: &str) -> bool {
         return false;
     };
     let mut parts = numbers.split('.');
-    let all = parts.all(|part| {
-        !part.is_empty() && part.len() <= 2 && part.bytes().all(|b| b.is_ascii_digit())
-    });
+    let all = parts.all(|part| !part.is_empty() && part.len() <= 2 && part.bytes().all(|b| b.is_ascii_digit()));
     all && numbers.split('.').count() <= 2
 }
 
@@ -84,26 +72,12 @@ mod tests {
     #[test]
     fn finds_citations_of_clauses_that_are_not_there_and_numbers_given_twice() {
         let document = format!("# Protocol\n## P{0}\n- **P{0}.1** x\n| P{0}.2 | y |\n", 3);
-        let source = |text: String| {
-            [Source {
-                path: "a/src/lib.rs".to_owned(),
-                text,
-            }]
-        };
+        let source = |text: String| [Source { path: "a/src/lib.rs".to_owned(), text }];
         assert!(breaches(&source(cite("3")), &document).is_empty());
         assert!(breaches(&source(cite("3.2")), &document).is_empty());
         assert_eq!(breaches(&source(cite("3.4")), &document).len(), 1);
         assert_eq!(breaches(&source(cite("4")), &document).len(), 1);
-        assert_eq!(
-            breaches(&source(cite("3")), &format!("{document}## P{}\n", 3)).len(),
-            1
-        );
-        assert!(
-            breaches(
-                &source("//! the p99, HTTP2, P99, IP4 and P2P\n".to_owned()),
-                &document
-            )
-            .is_empty()
-        );
+        assert_eq!(breaches(&source(cite("3")), &format!("{document}## P{}\n", 3)).len(), 1);
+        assert!(breaches(&source("//! the p99, HTTP2, P99, IP4 and P2P\n".to_owned()), &document).is_empty());
     }
 }

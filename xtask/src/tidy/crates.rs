@@ -11,25 +11,8 @@ const MAY_IMPORT: [(&str, &[&str]); 7] = [
     ("vmm-hooks", &[]),
     ("replicator-core", &["heartbeat-core"]),
     ("heartbeat", &["heartbeat-core"]),
-    (
-        "replicator",
-        &[
-            "heartbeat-core",
-            "vmm-hooks",
-            "replicator-core",
-            "heartbeat",
-        ],
-    ),
-    (
-        "chaos-tests",
-        &[
-            "heartbeat-core",
-            "vmm-hooks",
-            "replicator-core",
-            "heartbeat",
-            "replicator",
-        ],
-    ),
+    ("replicator", &["heartbeat-core", "vmm-hooks", "replicator-core", "heartbeat"]),
+    ("chaos-tests", &["heartbeat-core", "vmm-hooks", "replicator-core", "heartbeat", "replicator"]),
     ("xtask", &[]),
 ];
 
@@ -42,34 +25,23 @@ const PURE_MAY_USE: [&str; 2] = ["bincode", "thiserror"];
 /// # Errors
 /// If cargo cannot be asked.
 pub(super) fn metadata() -> Result<Value> {
-    let text = shell::output(shell::cargo().args([
-        "metadata",
-        "--no-deps",
-        "--offline",
-        "--format-version",
-        "1",
-    ]))?;
+    let text = shell::output(shell::cargo().args(["metadata", "--no-deps", "--offline", "--format-version", "1"]))?;
     serde_json::from_str(&text).context("cargo metadata printed no JSON")
 }
 
 /// Returns all breaches.
 pub(super) fn check(metadata: &Value) -> Vec<String> {
     let mut breaches = Vec::new();
-    let packages = metadata["packages"]
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or_default();
+    let packages = metadata["packages"].as_array().map(Vec::as_slice).unwrap_or_default();
     for package in packages {
         let name = package["name"].as_str().unwrap_or_default();
         let Some((_, allowed)) = MAY_IMPORT.iter().find(|(known, _)| *known == name) else {
-            breaches.push(format!("{name}/Cargo.toml: a crate that the house rules do not know (xtask/src/tidy/crates.rs)"));
+            breaches.push(format!(
+                "{name}/Cargo.toml: a crate that the house rules do not know (xtask/src/tidy/crates.rs)"
+            ));
             continue;
         };
-        for dependency in package["dependencies"]
-            .as_array()
-            .map(Vec::as_slice)
-            .unwrap_or_default()
-        {
+        for dependency in package["dependencies"].as_array().map(Vec::as_slice).unwrap_or_default() {
             let used = dependency["name"].as_str().unwrap_or_default();
             let is_ours = MAY_IMPORT.iter().any(|(known, _)| *known == used);
             if is_ours && !allowed.contains(&used) {
@@ -78,25 +50,16 @@ pub(super) fn check(metadata: &Value) -> Vec<String> {
             let for_tests = dependency["kind"].as_str() == Some("dev");
             if PURE.contains(&name) && !is_ours && !for_tests {
                 if !PURE_MAY_USE.contains(&used) {
-                    breaches.push(format!(
-                        "{name}/Cargo.toml: the pure core {name} may not use {used}"
-                    ));
+                    breaches.push(format!("{name}/Cargo.toml: the pure core {name} may not use {used}"));
                 } else if dependency["uses_default_features"].as_bool() != Some(false) {
-                    breaches.push(format!(
-                        "{name}/Cargo.toml: {used} must be used without default features (std)"
-                    ));
+                    breaches.push(format!("{name}/Cargo.toml: {used} must be used without default features (std)"));
                 }
             }
         }
     }
     for (name, _) in MAY_IMPORT {
-        if !packages
-            .iter()
-            .any(|package| package["name"].as_str() == Some(name))
-        {
-            breaches.push(format!(
-                "Cargo.toml: the crate {name} is not in the workspace"
-            ));
+        if !packages.iter().any(|package| package["name"].as_str() == Some(name)) {
+            breaches.push(format!("Cargo.toml: the crate {name} is not in the workspace"));
         }
     }
     breaches
@@ -111,11 +74,7 @@ mod tests {
         let packages: Vec<Value> = MAY_IMPORT
             .iter()
             .map(|(name, _)| {
-                let dependencies = if *name == of {
-                    vec![dependency.clone()]
-                } else {
-                    vec![]
-                };
+                let dependencies = if *name == of { vec![dependency.clone()] } else { vec![] };
                 json!({ "name": name, "dependencies": dependencies })
             })
             .collect();
@@ -124,8 +83,7 @@ mod tests {
 
     #[test]
     fn finds_each_kind_of_breach_and_nothing_in_a_good_house() {
-        let plain =
-            |name: &str| json!({ "name": name, "kind": null, "uses_default_features": true });
+        let plain = |name: &str| json!({ "name": name, "kind": null, "uses_default_features": true });
         assert!(check(&house("replicator", plain("heartbeat"))).is_empty());
         assert!(check(&house("replicator", plain("tokio"))).is_empty());
         assert_eq!(check(&house("vmm-hooks", plain("heartbeat-core"))).len(), 1);
