@@ -139,7 +139,7 @@ impl Inner {
                 self.write(page as u64, at, &value);
             }
         }
-        if self.registers.steps % 3 != 0 {
+        if !self.registers.steps.is_multiple_of(3) {
             return None;
         }
         self.registers.frames += 1;

@@ -53,15 +53,16 @@ pub(crate) fn output_is_held_sealed_and_released_in_order(world: &dyn World) {
     assert!(gate.held().bytes > 0 && gate.held().oldest.is_some());
     gate.release(4);
     assert_eq!(gate.held().frames, of_five + of_six, "an epoch that is not acknowledged was released");
+    // What is released while the guest stands may wait for it. From here on it may also emit frames of epoch 7.
+    guest.resume().expect("resuming works");
     gate.release(5);
-    assert_eq!(gate.held().frames, of_six);
     hear(world, before + of_five);
+    assert_eq!(gate.held().released, of_five);
     gate.release(6);
     hear(world, before + of_five + of_six);
     assert_eq!(world.heard(), before + of_five + of_six, "more frames were heard than were released");
     assert!(world.heard_in_order());
     let held = gate.held();
-    assert_eq!((held.frames, held.bytes, held.oldest), (0, 0, None));
     assert_eq!((held.released, held.dropped), (of_five + of_six, 0));
     gate.release(6);
     assert_eq!(world.heard(), before + of_five + of_six, "releasing twice emits once");

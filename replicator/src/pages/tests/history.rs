@@ -6,7 +6,7 @@ use super::super::encode::{EncodeStats, Encoder};
 use super::super::shadow::ShadowMode;
 use super::*;
 
-const PAGES: u64 = 48;
+const PAGES: u64 = 24;
 
 /// How the guest writes one page.
 #[derive(Debug, Clone)]
@@ -41,12 +41,13 @@ struct Epoch {
 fn writes() -> impl Strategy<Value = Vec<Write>> {
     let page = 0..PAGES;
     let write = prop_oneof![
-        6 => (page.clone(), 0..4000_usize, any::<u8>(), 1..12_usize)
+        // Few values, so that pages come back to what they were.
+        6 => (page.clone(), 0..4000_usize, 0..3_u8, 1..12_usize)
             .prop_map(|(page, offset, value, words)| Write::Words { page, offset, value, words }),
-        1 => (page.clone(), 0..1_usize, any::<u8>(), Just(500_usize))
+        1 => (page.clone(), 0..1_usize, 0..3_u8, Just(500_usize))
             .prop_map(|(page, offset, value, words)| Write::Words { page, offset, value, words }),
         2 => page.clone().prop_map(|page| Write::Zero { page }),
-        2 => (page.clone(), any::<u8>()).prop_map(|(page, seed)| Write::Text { page, seed }),
+        2 => (page.clone(), 0..3_u8).prop_map(|(page, seed)| Write::Text { page, seed }),
         2 => (page.clone(), any::<u64>()).prop_map(|(page, seed)| Write::Noise { page, seed }),
         1 => page.prop_map(|page| Write::Same { page }),
     ];
@@ -109,7 +110,7 @@ fn encode(encoder: &mut Encoder, number: u64, capture: &Capture) -> Vec<Bytes> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 600, ..ProptestConfig::default() })]
 
     #[test]
     fn the_standby_has_the_guests_memory_after_each_committed_epoch(mode in modes(), epochs in epochs()) {
