@@ -31,13 +31,79 @@ const NETDEVS: &[&str] = &["tap", "hubport", "socket", "stream", "dgram"];
 
 /// Device types (by how they begin) whose output is held or that have none, and that write guest memory by QEMU's own hand.
 const DEVICES: &[&str] = &[
-    "AC97", "ES1370", "VGA", "ahci", "ati-vga", "bochs-display", "cirrus-vga", "e1000", "floppy", "generic-sdhci", "hda-", "i82",
-    "i6300esb", "ib700", "ich9-", "ide-", "intel-hda", "intel-iommu", "isa-", "lsi", "megasas", "mptsas", "ne2k_pci", "nec-usb-xhci",
-    "nvdimm", "nvme", "pc-dimm", "pci-bridge", "pci-ohci", "pci-serial", "pcie-pci-bridge", "pcie-root-port", "pcnet", "piix",
-    "pvpanic", "pvscsi", "pxb", "qemu-xhci", "qxl", "ramfb", "rtl8139", "sb16", "scsi-", "sdhci-pci", "secondary-vga", "sga", "smbus-eeprom",
-    "usb-audio", "usb-ehci", "usb-hub", "usb-kbd", "usb-mouse", "usb-storage", "usb-tablet", "virtconsole", "virtio-balloon",
-    "virtio-blk", "virtio-gpu", "virtio-keyboard", "virtio-mouse", "virtio-net", "virtio-rng", "virtio-scsi", "virtio-serial",
-    "virtio-tablet", "virtio-vga", "virtserialport", "vmcoreinfo", "vmgenid", "vmware-svga", "vmxnet3", "x3130", "xio3130",
+    "AC97",
+    "ES1370",
+    "VGA",
+    "ahci",
+    "ati-vga",
+    "bochs-display",
+    "cirrus-vga",
+    "e1000",
+    "floppy",
+    "generic-sdhci",
+    "hda-",
+    "i82",
+    "i6300esb",
+    "ib700",
+    "ich9-",
+    "ide-",
+    "intel-hda",
+    "intel-iommu",
+    "isa-",
+    "lsi",
+    "megasas",
+    "mptsas",
+    "ne2k_pci",
+    "nec-usb-xhci",
+    "nvdimm",
+    "nvme",
+    "pc-dimm",
+    "pci-bridge",
+    "pci-ohci",
+    "pci-serial",
+    "pcie-pci-bridge",
+    "pcie-root-port",
+    "pcnet",
+    "piix",
+    "pvpanic",
+    "pvscsi",
+    "pxb",
+    "qemu-xhci",
+    "qxl",
+    "ramfb",
+    "rtl8139",
+    "sb16",
+    "scsi-",
+    "sdhci-pci",
+    "secondary-vga",
+    "sga",
+    "smbus-eeprom",
+    "usb-audio",
+    "usb-ehci",
+    "usb-hub",
+    "usb-kbd",
+    "usb-mouse",
+    "usb-storage",
+    "usb-tablet",
+    "virtconsole",
+    "virtio-balloon",
+    "virtio-blk",
+    "virtio-gpu",
+    "virtio-keyboard",
+    "virtio-mouse",
+    "virtio-net",
+    "virtio-rng",
+    "virtio-scsi",
+    "virtio-serial",
+    "virtio-tablet",
+    "virtio-vga",
+    "virtserialport",
+    "vmcoreinfo",
+    "vmgenid",
+    "vmware-svga",
+    "vmxnet3",
+    "x3130",
+    "xio3130",
 ];
 
 /// Device types that begin like an allowed one and are refused all the same.
@@ -104,8 +170,10 @@ pub(super) fn tracker_for(found: &Discovered, choice: TrackerChoice) -> TrackerC
 /// Everything about one QEMU, refusals and warnings and what is fine.
 pub(super) fn examine(qmp: &Qmp, found: &Discovered, tracker: TrackerChoice) -> Vec<Check> {
     let missing: Vec<&str> = COMMANDS.iter().copied().filter(|command| !qmp.has(command)).collect();
-    let mut checks = vec![commands(&found.version, &missing), run_state(&found.status)];
+    let mut checks = vec![commands(&found.version, &missing)];
+    // Before the run state: a guest that a dead agent left paused is not its owner's doing.
     checks.extend(attached(found));
+    checks.push(run_state(&found.status));
     checks.push(memory(found));
     checks.extend(tracking(found, tracker));
     checks.extend(network(found));
@@ -141,9 +209,18 @@ fn run_state(status: &str) -> Check {
     let (message, advice) = match status {
         "running" => return check("run state", CheckLevel::Ok, "the guest runs", ""),
         "paused" | "prelaunch" => ("the guest is paused by its owner", "let it run first"),
-        "inmigrate" | "postmigrate" | "finish-migrate" => ("the guest is being migrated", "wait for the end of the migration"),
+        "inmigrate" | "postmigrate" | "finish-migrate" => {
+            ("the guest is being migrated", "wait for the end of the migration")
+        }
         "shutdown" => ("the guest is shut down", "start it first"),
-        other => return check("run state", CheckLevel::Refusal, format!("the guest does not run: {other}"), "let it run first"),
+        other => {
+            return check(
+                "run state",
+                CheckLevel::Refusal,
+                format!("the guest does not run: {other}"),
+                "let it run first",
+            );
+        }
     };
     check("run state", CheckLevel::Refusal, message, advice)
 }
@@ -162,9 +239,9 @@ fn attached(found: &Discovered) -> Option<Check> {
     tracked.then(|| {
         check(
             "attachment",
-            CheckLevel::Refusal,
-            "QEMU has a userfaultfd: another agent tracks it, or it is in a post-copy migration",
-            "end that first; if its agent died, `understudy unprotect` removes what it left",
+            CheckLevel::Warning,
+            "QEMU has a userfaultfd: an attachment to it was cut off and will be taken over, or it is in a post-copy migration",
+            "let a migration end first",
         )
     })
 }
@@ -173,7 +250,12 @@ fn memory(found: &Discovered) -> Check {
     let blocks = match &found.blocks {
         Ok(blocks) => blocks,
         Err(error) => {
-            return check("memory", CheckLevel::Refusal, error.to_string(), "a newer QEMU prints the addresses of its memory itself");
+            return check(
+                "memory",
+                CheckLevel::Refusal,
+                error.to_string(),
+                "a newer QEMU prints the addresses of its memory itself",
+            );
         }
     };
     if let Some(block) = blocks.iter().find(|block| block.page_size > 4096) {
@@ -197,9 +279,12 @@ fn tracking(found: &Discovered, choice: TrackerChoice) -> Option<Check> {
         TrackerChoice::PagemapScan => {
             check("tracker", CheckLevel::Refusal, reason, "remove the cause, or let the tracker be `auto` or `compare`")
         }
-        TrackerChoice::Auto | TrackerChoice::Compare => {
-            check("tracker", CheckLevel::Warning, format!("{reason}; all memory is compared at each epoch, which makes pauses long"), "")
-        }
+        TrackerChoice::Auto | TrackerChoice::Compare => check(
+            "tracker",
+            CheckLevel::Warning,
+            format!("{reason}; all memory is compared at each epoch, which makes pauses long"),
+            "",
+        ),
     })
 }
 
@@ -237,14 +322,20 @@ fn refuse_netdev(netdev: &Netdev) -> Option<(String, &'static str)> {
     match netdev.kind.as_str() {
         kind if NETDEVS.contains(&kind) => None,
         "user" => Some((
-            format!("{} is user-mode networking: its connections live in this host's QEMU and would die with it", netdev.id),
+            format!(
+                "{} is user-mode networking: its connections live in this host's QEMU and would die with it",
+                netdev.id
+            ),
             "use a tap on a bridge, or -nic none",
         )),
         "vhost-user" | "vhost-vdpa" => Some((
             format!("{} is {}: another program moves the guest's frames past QEMU", netdev.id, netdev.kind),
             "use a tap on a bridge without vhost",
         )),
-        kind => Some((format!("{} is of type {kind}, whose output is not known to be held", netdev.id), "use a tap on a bridge")),
+        kind => Some((
+            format!("{} is of type {kind}, whose output is not known to be held", netdev.id),
+            "use a tap on a bridge",
+        )),
     }
 }
 
@@ -284,7 +375,12 @@ fn devices(found: &Discovered) -> Vec<Check> {
         }
     }
     for reason in &found.blocked {
-        checks.push(check("device state", CheckLevel::Refusal, format!("QEMU cannot save its state: {reason}"), "remove the cause"));
+        checks.push(check(
+            "device state",
+            CheckLevel::Refusal,
+            format!("QEMU cannot save its state: {reason}"),
+            "remove the cause",
+        ));
     }
     checks
 }
@@ -301,11 +397,22 @@ fn not_held(found: &Discovered) -> Vec<Check> {
         !quiet && !monitor && !channel.name.starts_with(OUR_PREFIX)
     };
     let channels = found.channels.iter().filter(inner).map(|channel| {
-        let message = format!("{} ({}) is not held: what the guest writes there leaves at once", channel.name, channel.filename);
-        check(format!("channel {}", channel.name), CheckLevel::Warning, message, "trust nothing that was read there during a failover")
+        let message =
+            format!("{} ({}) is not held: what the guest writes there leaves at once", channel.name, channel.filename);
+        check(
+            format!("channel {}", channel.name),
+            CheckLevel::Warning,
+            message,
+            "trust nothing that was read there during a failover",
+        )
     });
     let displays = found.displays.iter().map(|name| {
-        check(*name, CheckLevel::Warning, format!("{name} is not held: its viewers see what may be undone by a failover"), "")
+        check(
+            *name,
+            CheckLevel::Warning,
+            format!("{name} is not held: its viewers see what may be undone by a failover"),
+            "",
+        )
     });
     channels.chain(displays).collect()
 }
@@ -320,8 +427,17 @@ mod tests {
             assert!(device_allowed(kind), "{kind}");
         }
         for kind in [
-            "vfio-pci", "vhost-user-fs-pci", "vhost-vsock-pci", "ivshmem-plain", "usb-host", "usb-redir", "virtio-9p-pci", "virtio-vga-gl",
-            "scsi-generic", "tpm-tis", "something-new",
+            "vfio-pci",
+            "vhost-user-fs-pci",
+            "vhost-vsock-pci",
+            "ivshmem-plain",
+            "usb-host",
+            "usb-redir",
+            "virtio-9p-pci",
+            "virtio-vga-gl",
+            "scsi-generic",
+            "tpm-tis",
+            "something-new",
         ] {
             assert!(!device_allowed(kind), "{kind}");
         }

@@ -41,7 +41,6 @@ pub(super) struct Channel {
 #[derive(Debug)]
 pub(super) struct Discovered {
     pub(super) pid: u32,
-    pub(super) uid: u32,
     pub(super) exe: PathBuf,
     pub(super) cwd: PathBuf,
     pub(super) argv: Vec<String>,
@@ -74,8 +73,9 @@ pub(super) fn connect(target: &Target) -> Result<(Qmp, PidFd), GuestError> {
         Target::QmpSocket(path) => {
             let qmp = Qmp::connect(path)?;
             let peer = socket_peercred(&qmp).map_err(|error| QmpError::Io(error.into()))?;
-            let pid = u32::try_from(peer.pid.as_raw_nonzero().get())
-                .map_err(|_| GuestError::new(GuestErrorKind::Refused, "the monitor's process is not visible from here"))?;
+            let pid = u32::try_from(peer.pid.as_raw_nonzero().get()).map_err(|_| {
+                GuestError::new(GuestErrorKind::Refused, "the monitor's process is not visible from here")
+            })?;
             Ok((qmp, PidFd::open(pid)?))
         }
         Target::Pid(pid) => {
@@ -92,8 +92,13 @@ pub(super) fn connect(target: &Target) -> Result<(Qmp, PidFd), GuestError> {
             }
             Err(first_error.map_or_else(
                 || {
-                    GuestError::new(GuestErrorKind::Refused, format!("process {pid} has no QMP socket on its command line"))
-                        .advise("start QEMU with -qmp unix:PATH,server=on,wait=off, or name the socket instead of the process")
+                    GuestError::new(
+                        GuestErrorKind::Refused,
+                        format!("process {pid} has no QMP socket on its command line"),
+                    )
+                    .advise(
+                        "start QEMU with -qmp unix:PATH,server=on,wait=off, or name the socket instead of the process",
+                    )
                 },
                 GuestError::from,
             ))
@@ -104,7 +109,8 @@ pub(super) fn connect(target: &Target) -> Result<(Qmp, PidFd), GuestError> {
 /// Asks everything. `process` must be the one that `qmp` speaks to.
 pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, GuestError> {
     let pid = process.pid();
-    let text = |value: &Value, pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let text =
+        |value: &Value, pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
     let status = text(&qmp.execute("query-status", json!({}))?, "/status");
     let machine = qmp.execute("qom-get", json!({ "path": "/machine", "property": "type" }))?;
     let machine = machine.as_str().unwrap_or_default().trim_end_matches("-machine").to_owned();
@@ -123,7 +129,9 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         devices.extend(children(qmp, path)?.into_iter().map(|(_, kind)| kind));
     }
     let migrate = qmp.execute("query-migrate", json!({}))?;
-    let blocked = migrate.get("blocked-reasons").map(|reasons| array(reasons).filter_map(Value::as_str).map(str::to_owned).collect());
+    let blocked = migrate
+        .get("blocked-reasons")
+        .map(|reasons| array(reasons).filter_map(Value::as_str).map(str::to_owned).collect());
     let mut displays = Vec::new();
     for (command, name) in [("query-vnc", "VNC"), ("query-spice", "SPICE")] {
         if qmp.has(command) && qmp.execute(command, json!({}))?.get("enabled") == Some(&Value::Bool(true)) {
@@ -131,14 +139,16 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         }
     }
     let proc_error = |what: &str, error: std::io::Error| {
-        GuestError::new(GuestErrorKind::Refused, format!("cannot read /proc/{pid}/{what}: {error}")).advise("run as root")
+        GuestError::new(GuestErrorKind::Refused, format!("cannot read /proc/{pid}/{what}: {error}"))
+            .advise("run as root")
     };
     let files = fs::read_dir(format!("/proc/{pid}/fd")).map_err(|error| proc_error("fd", error))?;
-    let files = files.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok()).collect();
-    let thread_features = fs::read_to_string(format!("/proc/{pid}/status")).map_err(|error| proc_error("status", error))?;
+    let files =
+        files.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()?.into_os_string().into_string().ok()).collect();
+    let thread_features =
+        fs::read_to_string(format!("/proc/{pid}/status")).map_err(|error| proc_error("status", error))?;
     Ok(Discovered {
         pid,
-        uid: process.uid()?,
         exe: process.executable()?,
         cwd: fs::read_link(format!("/proc/{pid}/cwd")).map_err(|error| proc_error("cwd", error))?,
         argv: process.command_line()?,
@@ -153,7 +163,9 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         devices,
         files,
         blocked: blocked.unwrap_or_default(),
-        shadow_stack: thread_features.lines().any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")),
+        shadow_stack: thread_features
+            .lines()
+            .any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")),
         displays,
     })
 }
@@ -215,10 +227,10 @@ pub(super) fn display_name(argv: &[String], pid: u32) -> String {
     target::vm_name(argv).unwrap_or_else(|| format!("process {pid}"))
 }
 
-/// Whether two processes look at the same network.
+/// Whether a process looks at the same network as this thread.
 pub(super) fn same_network(pid: u32) -> bool {
     let namespace = |path: &str| fs::read_link(Path::new(path)).ok();
-    namespace("/proc/self/ns/net").is_some_and(|ours| namespace(&format!("/proc/{pid}/ns/net")) == Some(ours))
+    namespace("/proc/thread-self/ns/net").is_some_and(|ours| namespace(&format!("/proc/{pid}/ns/net")) == Some(ours))
 }
 
 #[cfg(test)]

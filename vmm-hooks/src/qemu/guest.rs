@@ -5,23 +5,19 @@
 //! capture sockets close, QEMU drops the guest's frames, and the guest is mute.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt::{set_socket_send_buffer_size, set_socket_send_buffer_size_force};
 use serde_json::{Value, json};
 
-use super::cmdline;
-use super::discover::{Discovered, children, connect, discover};
-use super::gate::{GateBounds, Port, QemuGate};
+use super::discover::{Discovered, connect, discover};
+use super::gate::{GateBounds, QemuGate};
 use super::network::{self, Network};
 use super::qmp::{Pending, Qmp, QmpError, QmpEvent};
 use super::ram::parse_ramblock;
 use super::recipe::{QemuRecipe, layout};
 use super::state::{StateError, StateFile};
-use super::{AttachOptions, CheckLevel, OUR_PREFIX, Target, TrackerChoice, checks};
+use super::{AttachOptions, CheckLevel, Target, TrackerChoice, checks, cmdline, filters};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
 use crate::sys::process::{PidFd, ProcessMemory};
@@ -32,9 +28,6 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long QEMU may take to emit what was released when the gate is taken away.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// What QEMU may write into a capture socket before it must wait for us.
-const CAPTURE_BUFFER: usize = 4 << 20;
 
 /// The guest's devices are compared with what was attached every so many resumes.
 const COMPARE_EVERY: u64 = 16;
@@ -166,8 +159,12 @@ impl QemuGuest {
         done.map_err(|error| {
             let error = error.into();
             match error.kind {
-                GuestErrorKind::Gone if !self.process.wait_exit(DYING) => GuestError { kind: GuestErrorKind::Failed, ..error },
-                GuestErrorKind::Failed if self.process.has_exited() => GuestError { kind: GuestErrorKind::Gone, ..error },
+                GuestErrorKind::Gone if !self.process.wait_exit(DYING) => {
+                    GuestError { kind: GuestErrorKind::Failed, ..error }
+                }
+                GuestErrorKind::Failed if self.process.has_exited() => {
+                    GuestError { kind: GuestErrorKind::Gone, ..error }
+                }
                 _ => error,
             }
         })
@@ -258,7 +255,8 @@ impl QemuGuest {
             (now.blocks != self.shape.blocks, "its memory"),
         ] {
             if changed {
-                self.events.push(GuestEvent::Changed { what: format!("{what} are not what they were when it was attached") });
+                self.events
+                    .push(GuestEvent::Changed { what: format!("{what} are not what they were when it was attached") });
             }
         }
         self.shape = now;
@@ -266,7 +264,12 @@ impl QemuGuest {
     }
 
     /// Harvest, save and copy; on an error the caller puts `taken` back.
-    fn capture_into(&mut self, into: &mut Capture, parts: &mut PauseParts, taken: &mut PageSet) -> Result<(), GuestError> {
+    fn capture_into(
+        &mut self,
+        into: &mut Capture,
+        parts: &mut PauseParts,
+        taken: &mut PageSet,
+    ) -> Result<(), GuestError> {
         let started = Instant::now();
         let saving = self.state.start(&mut self.qmp);
         let saving = self.judge(saving)?;
@@ -302,100 +305,13 @@ impl QemuGuest {
         self.state.read(&mut into.device)?;
         self.take_events();
         if self.resumed_behind_us {
-            return Err(GuestError::new(GuestErrorKind::Failed, "somebody else let the guest run while it was captured")
-                .advise("nothing is lost, the epoch is captured again; keep other programs from pausing and resuming it"));
+            return Err(GuestError::new(
+                GuestErrorKind::Failed,
+                "somebody else let the guest run while it was captured",
+            )
+            .advise("nothing is lost, the epoch is captured again; keep other programs from pausing and resuming it"));
         }
         Ok(())
-    }
-
-    fn install_filters(&mut self, epoch: u64) -> Result<(), GuestError> {
-        let mut ports = Vec::new();
-        for (index, netdev) in self.netdevs.clone().iter().enumerate() {
-            ports.push(self.install_filter(index, netdev)?);
-        }
-        self.gate
-            .install(ports, epoch)
-            .map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot set the gate's sockets up").because(error))
-    }
-
-    fn install_filter(&mut self, index: usize, netdev: &str) -> Result<Port, GuestError> {
-        let pair = || UnixStream::pair().map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot make a socket").because(error));
-        let (captured, theirs) = pair()?;
-        // A larger buffer keeps QEMU from waiting; the default one does, too, only less well.
-        if set_socket_send_buffer_size_force(&theirs, CAPTURE_BUFFER).is_err() {
-            let _ = set_socket_send_buffer_size(&theirs, CAPTURE_BUFFER);
-        }
-        self.add_chardev(&out_name(index), &theirs)?;
-        let (released, theirs) = pair()?;
-        self.add_chardev(&in_name(index), &theirs)?;
-        // Frames pass the filters in reverse order of their making: what the first injects, the second does not see.
-        for (name, key, chardev) in
-            [(release_name(index), "indev", in_name(index)), (capture_name(index), "outdev", out_name(index))]
-        {
-            let mut arguments = json!({ "qom-type": "filter-redirector", "id": name, "netdev": netdev, "queue": "rx" });
-            arguments[key] = chardev.into();
-            self.run("object-add", arguments)?;
-        }
-        Ok(Port { captured, released })
-    }
-
-    fn add_chardev(&mut self, name: &str, theirs: &UnixStream) -> Result<(), GuestError> {
-        let passed = self.qmp.execute_with_fd("getfd", json!({ "fdname": name }), theirs.as_fd());
-        self.judge(passed)?;
-        let address = json!({ "type": "fd", "data": { "str": name } });
-        let backend = json!({ "type": "socket", "data": { "server": false, "addr": address } });
-        let added = self.run("chardev-add", json!({ "id": name, "backend": backend }));
-        if added.is_err() {
-            // The descriptor is QEMU's own if the chardev was made, else it still lies there.
-            let _ = self.qmp.execute("closefd", json!({ "fdname": name }));
-        }
-        added.map(drop)
-    }
-
-    /// Takes filters and chardevs out, as far as they are there; reports the first that could not be.
-    fn remove_filters(&mut self) -> Result<(), GuestError> {
-        let listed = children(&mut self.qmp, super::discover::OBJECTS);
-        let objects: BTreeSet<String> = self.judge(listed)?.into_iter().map(|(name, _)| name).collect();
-        let mut result = Ok(());
-        for index in 0..self.netdevs.len() {
-            for name in [capture_name(index), release_name(index)] {
-                if objects.contains(&name) {
-                    result = result.and(self.run("object-del", json!({ "id": name })).map(drop));
-                }
-            }
-        }
-        let chardevs = self.chardevs()?;
-        for index in 0..self.netdevs.len() {
-            for name in [out_name(index), in_name(index)] {
-                if chardevs.iter().any(|(label, _)| *label == name) {
-                    result = result.and(self.run("chardev-remove", json!({ "id": name })).map(drop));
-                }
-            }
-        }
-        result
-    }
-
-    fn chardevs(&mut self) -> Result<Vec<(String, String)>, GuestError> {
-        let listed = self.run("query-chardev", json!({}))?;
-        let text = |chardev: &Value, name: &str| chardev.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-        Ok(listed.as_array().into_iter().flatten().map(|chardev| (text(chardev, "label"), text(chardev, "filename"))).collect())
-    }
-
-    /// Waits until QEMU has read the release sockets to their end.
-    fn wait_for_filters(&mut self, deadline: Instant) -> Result<bool, GuestError> {
-        loop {
-            let chardevs = self.chardevs()?;
-            let open = |index: usize| {
-                let name = in_name(index);
-                chardevs.iter().any(|(label, filename)| *label == name && !filename.starts_with("disconnected"))
-            };
-            if !(0..self.netdevs.len()).any(open) {
-                return Ok(true);
-            }
-            if Instant::now() >= deadline {
-                return Ok(false);
-            }
-        }
     }
 
     fn set_shutdown(&mut self, action: &str) -> Result<(), GuestError> {
@@ -496,11 +412,15 @@ impl Guest for QemuGuest {
             self.gate.seal(epoch);
             return Ok(());
         }
-        let installed = self.install_filters(epoch);
+        let ports = filters::install(&mut self.qmp, &self.netdevs);
+        let installed = self.judge(ports).and_then(|ports| {
+            self.gate.install(ports, epoch).map_err(|error| {
+                GuestError::new(GuestErrorKind::Failed, "cannot set the gate's sockets up").because(error)
+            })
+        });
         if installed.is_err() {
             // The guest stands: nothing has been captured yet.
-            self.gate.uninstall();
-            let _ = self.remove_filters();
+            let _ = filters::remove(&mut self.qmp);
         }
         installed
     }
@@ -518,14 +438,14 @@ impl Guest for QemuGuest {
         let deadline = Instant::now() + FLUSH_TIMEOUT;
         let flushed = self.gate.flush(deadline);
         self.gate.half_close();
-        let emitted = self.wait_for_filters(deadline);
-        let removed = self.remove_filters();
+        let emitted = filters::wait_drained(&mut self.qmp, deadline);
+        let removed = filters::remove(&mut self.qmp);
         self.gate.uninstall();
         if !was_paused {
             self.resume()?;
         }
-        removed?;
-        if !flushed || !emitted? {
+        self.judge(removed)?;
+        if !flushed || !self.judge(emitted)? {
             tracing::warn!(pid = self.process.pid(), "QEMU did not take all held frames in time; some were dropped");
         }
         Ok(())
@@ -601,22 +521,6 @@ impl From<StateError> for GuestError {
 
 /// Where QEMU keeps the devices that a user made, with and without an id.
 const PERIPHERAL: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
-
-fn out_name(index: usize) -> String {
-    format!("{OUR_PREFIX}out-{index}")
-}
-
-fn in_name(index: usize) -> String {
-    format!("{OUR_PREFIX}in-{index}")
-}
-
-fn capture_name(index: usize) -> String {
-    format!("{OUR_PREFIX}capture-{index}")
-}
-
-fn release_name(index: usize) -> String {
-    format!("{OUR_PREFIX}release-{index}")
-}
 
 fn device_names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
     let mut found = BTreeSet::new();

@@ -7,11 +7,20 @@
 //! | module | promise |
 //! | --- | --- |
 //! | `target` | finds the QEMU that the operator means |
+//! | `qmp` | speaks to its monitor, never longer than a bound |
+//! | `discover`, `network`, `ram` | find out what it is made of, or say that it is not clear |
+//! | `checks` | says what stops protection, in words for operators |
+//! | `gate`, `filters` | hold and release its frames by epochs |
+//! | `state` | takes its device state in a form that loads |
+//! | `guest` | pauses, captures, and loses no dirty page |
+//! | `cmdline`, `recipe` | make a twin's command line out of the primary's |
+//! | `twin`, `tap` | launch, rehearse, activate and remove twins |
 
 mod checks;
 mod cmdline;
 mod discover;
 mod fault;
+mod filters;
 mod gate;
 mod guest;
 mod network;
@@ -29,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::guest::GuestError;
 
+pub use filters::remove_leftovers;
 pub use guest::{QemuGuest, attach};
 pub use target::{Target, resolve, running};
 pub use twin::{QemuTwinHost, TwinHostOptions};

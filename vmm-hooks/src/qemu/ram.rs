@@ -59,8 +59,11 @@ pub(super) fn find(qmp: &mut Qmp, pid: u32) -> Result<Vec<RamBlock>, RamError> {
         return Err(RamError::None);
     }
     listed.sort_by_key(|block| block.offset);
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))
-        .map_err(|source| RamError::Proc { pid, what: "maps", source })?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|source| RamError::Proc {
+        pid,
+        what: "maps",
+        source,
+    })?;
     let maps = parse_maps(&maps);
     let views = mapped_blocks(qmp, &listed)?;
     let heap = read_heap(pid, &maps)?;

@@ -109,17 +109,22 @@ fn backends(objects: &[(String, String)], blocks: &[RamBlock]) -> Vec<RecipeBack
 
 /// The layout of these blocks: all that is mapped of each, in the order in which QEMU made them.
 pub(super) fn layout(blocks: &[RamBlock]) -> Result<Layout, GuestError> {
-    let blocks = blocks.iter().map(|block| Block { name: block.name.clone(), pages: block.total.div_ceil(PAGE_SIZE as u64) });
-    Layout::new(blocks.collect())
-        .map_err(|error| GuestError::new(GuestErrorKind::Refused, "the guest's memory cannot be described").because(error))
+    let blocks =
+        blocks.iter().map(|block| Block { name: block.name.clone(), pages: block.total.div_ceil(PAGE_SIZE as u64) });
+    Layout::new(blocks.collect()).map_err(|error| {
+        GuestError::new(GuestErrorKind::Refused, "the guest's memory cannot be described").because(error)
+    })
 }
 
 /// Rewrites the command line for trial: gives what a twin would go without, or why there can be none.
 pub(super) fn try_out(found: &Discovered) -> Result<Vec<String>, String> {
     let Ok(blocks) = &found.blocks else { return Ok(Vec::new()) };
     let recipe = QemuRecipe::of(found, blocks);
-    let backends: Vec<Backend> =
-        recipe.backends.iter().map(|backend| Backend { id: backend.id.clone(), size: 1, path: "/dev/null".to_owned() }).collect();
+    let backends: Vec<Backend> = recipe
+        .backends
+        .iter()
+        .map(|backend| Backend { id: backend.id.clone(), size: 1, path: "/dev/null".to_owned() })
+        .collect();
     if backends.is_empty() {
         return Err("none of the guest's memory is in a memory backend, so none can be shared with a twin".to_owned());
     }
@@ -147,14 +152,29 @@ mod tests {
 
     #[test]
     fn finds_backends_by_either_name_of_their_block() {
-        let block = |name: &str, total| RamBlock { name: name.to_owned(), used: total, total, page_size: 4096, offset: 0, host: 0 };
+        let block = |name: &str, total| RamBlock {
+            name: name.to_owned(),
+            used: total,
+            total,
+            page_size: 4096,
+            offset: 0,
+            host: 0,
+        };
         let blocks = [block("pc.ram", 8192), block("/objects/m1", 4097), block("vga.vram", 4096)];
         let object = |id: &str, kind: &str| (id.to_owned(), kind.to_owned());
-        let objects =
-            [object("pc.ram", "memory-backend-ram"), object("m1", "memory-backend-file"), object("vga.vram", "secret"), object("gone", "memory-backend-ram")];
-        let names: Vec<_> = backends(&objects, &blocks).into_iter().map(|backend| (backend.id, backend.block)).collect();
+        let objects = [
+            object("pc.ram", "memory-backend-ram"),
+            object("m1", "memory-backend-file"),
+            object("vga.vram", "secret"),
+            object("gone", "memory-backend-ram"),
+        ];
+        let names: Vec<_> =
+            backends(&objects, &blocks).into_iter().map(|backend| (backend.id, backend.block)).collect();
         assert_eq!(names, [object("pc.ram", "pc.ram"), object("m1", "/objects/m1")]);
-        assert_eq!(layout(&blocks).expect("good").blocks().iter().map(|block| block.pages).collect::<Vec<_>>(), [2, 2, 1]);
+        assert_eq!(
+            layout(&blocks).expect("good").blocks().iter().map(|block| block.pages).collect::<Vec<_>>(),
+            [2, 2, 1]
+        );
     }
 
     #[test]

@@ -52,8 +52,10 @@ pub(super) struct StateFile {
 impl StateFile {
     /// Gives QEMU a file to save to. `machine` is the machine type's canonical name.
     pub(super) fn open(qmp: &mut Qmp, machine: &str) -> Result<Self, StateError> {
-        let fd = memfd_create(format!("{OUR_PREFIX}device-state"), MemfdFlags::CLOEXEC).map_err(|error| StateError::Read(error.into()))?;
-        let added = qmp.execute_with_fd("add-fd", json!({ "opaque": format!("{OUR_PREFIX}device-state") }), fd.as_fd())?;
+        let fd = memfd_create(format!("{OUR_PREFIX}device-state"), MemfdFlags::CLOEXEC)
+            .map_err(|error| StateError::Read(error.into()))?;
+        let added =
+            qmp.execute_with_fd("add-fd", json!({ "opaque": format!("{OUR_PREFIX}device-state") }), fd.as_fd())?;
         let number = |name: &str| added.get(name).and_then(Value::as_u64);
         let (Some(fdset), Some(theirs)) = (number("fdset-id"), number("fd")) else {
             return Err(StateError::Malformed { what: "not taken: add-fd gave no number".to_owned() });

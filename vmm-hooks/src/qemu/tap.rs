@@ -28,8 +28,11 @@ impl Tap {
         };
         if let Some(bridge) = bridge {
             if look(&["-j", "link", "show", "dev", bridge]).is_none() {
-                return Err(GuestError::new(GuestErrorKind::Refused, format!("this host has no bridge {bridge} for {ifname}"))
-                    .advise("make the bridge, or map it to another one in the agent's configuration"));
+                return Err(GuestError::new(
+                    GuestErrorKind::Refused,
+                    format!("this host has no bridge {bridge} for {ifname}"),
+                )
+                .advise("make the bridge, or map it to another one in the agent's configuration"));
             }
             ip(&["link", "set", "dev", ifname, "master", bridge])?;
         }
@@ -54,10 +57,11 @@ impl Tap {
 
 impl Drop for Tap {
     fn drop(&mut self) {
-        if !self.ifname.is_empty() {
-            if let Err(error) = ip(&["link", "delete", "dev", &self.ifname]) {
-                tracing::warn!(ifname = self.ifname, %error, "a tap interface was left behind");
-            }
+        if self.ifname.is_empty() {
+            return;
+        }
+        if let Err(error) = ip(&["link", "delete", "dev", &self.ifname]) {
+            tracing::warn!(ifname = self.ifname, %error, "a tap interface was left behind");
         }
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::discover::same_network;
 use crate::guest::{GuestError, GuestErrorKind};
 
 /// One running QEMU on this host.
@@ -47,7 +48,11 @@ pub fn resolve(name: &str) -> Result<Target, GuestError> {
         }
         return Err(GuestError::new(GuestErrorKind::Refused, format!("there is no socket {name}")));
     }
-    let found: Vec<u32> = running().into_iter().filter(|(_, vm)| vm.as_deref() == Some(name)).map(|(pid, _)| pid).collect();
+    let mut found: Vec<u32> =
+        running().into_iter().filter(|(_, vm)| vm.as_deref() == Some(name)).map(|(pid, _)| pid).collect();
+    // Twins have the name of their primary, and so may a VM of another network on the same machine.
+    prefer(&mut found, same_network);
+    prefer(&mut found, |pid| argv(pid).is_some_and(|argv| !argv.iter().any(|arg| arg == "-incoming")));
     match found.as_slice() {
         [] => Err(GuestError::new(GuestErrorKind::Refused, format!("no running QEMU is called {name}"))
             .advise("start it with -name, or give its PID or the path of its QMP socket")),
@@ -57,6 +62,13 @@ pub fn resolve(name: &str) -> Result<Target, GuestError> {
             format!("{} running QEMUs are called {name}: {many:?}", many.len()),
         )
         .advise("give the PID instead")),
+    }
+}
+
+/// Keeps those that fit, if any does.
+fn prefer(found: &mut Vec<u32>, fits: impl Fn(u32) -> bool) {
+    if found.iter().any(|&pid| fits(pid)) {
+        found.retain(|&pid| fits(pid));
     }
 }
 

@@ -38,7 +38,9 @@ pub(super) enum CmdlineError {
 /// The QMP sockets on a command line, in order: `-qmp unix:PATH` and `-mon mode=control` on a socket chardev.
 pub(super) fn qmp_sockets(argv: &[String]) -> Vec<PathBuf> {
     let values = |name: &'static str| {
-        argv.windows(2).filter(move |pair| pair[0].trim_start_matches('-') == name && pair[0].starts_with('-')).map(|pair| pair[1].as_str())
+        argv.windows(2)
+            .filter(move |pair| pair[0].trim_start_matches('-') == name && pair[0].starts_with('-'))
+            .map(|pair| pair[1].as_str())
     };
     let mut found: Vec<PathBuf> = values("qmp")
         .chain(values("qmp-pretty"))
@@ -75,8 +77,19 @@ mod tests {
     #[test]
     fn finds_qmp_sockets_in_both_forms() {
         let argv: Vec<String> = [
-            "qemu", "-qmp", "unix:/a,server=on,wait=off", "-qmp", "tcp:localhost:1", "-chardev", "socket,id=c,path=/b,server=on", "-mon",
-            "chardev=c,mode=control", "-chardev", "socket,id=h,path=/h", "-mon", "h",
+            "qemu",
+            "-qmp",
+            "unix:/a,server=on,wait=off",
+            "-qmp",
+            "tcp:localhost:1",
+            "-chardev",
+            "socket,id=c,path=/b,server=on",
+            "-mon",
+            "chardev=c,mode=control",
+            "-chardev",
+            "socket,id=h,path=/h",
+            "-mon",
+            "h",
         ]
         .map(str::to_owned)
         .to_vec();

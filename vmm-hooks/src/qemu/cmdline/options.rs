@@ -6,20 +6,127 @@ use super::CmdlineError;
 
 /// Options that take no value.
 const FLAGS: &[&str] = &[
-    "S", "s", "daemonize", "enable-kvm", "enable-sync-profile", "full-screen", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet",
-    "no-quit", "no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic", "only-migratable", "portrait", "preconfig",
-    "singlestep", "snapshot", "usb", "win2k-hack", "xen-attach", "xen-domid-restrict", "async-teardown",
+    "S",
+    "s",
+    "daemonize",
+    "enable-kvm",
+    "enable-sync-profile",
+    "full-screen",
+    "mem-prealloc",
+    "no-acpi",
+    "no-fd-bootchk",
+    "no-hpet",
+    "no-quit",
+    "no-reboot",
+    "no-shutdown",
+    "no-user-config",
+    "nodefaults",
+    "nographic",
+    "only-migratable",
+    "portrait",
+    "preconfig",
+    "singlestep",
+    "snapshot",
+    "usb",
+    "win2k-hack",
+    "xen-attach",
+    "xen-domid-restrict",
+    "async-teardown",
 ];
 
 /// Options that take a value.
 const VALUED: &[&str] = &[
-    "accel", "acpitable", "action", "add-fd", "append", "audio", "audiodev", "bios", "blockdev", "boot", "cdrom", "chardev", "chroot",
-    "compat", "cpu", "D", "d", "debugcon", "device", "dfilter", "display", "drive", "dtb", "dump-vmstate", "echr", "fda", "fdb", "fsdev",
-    "fw_cfg", "gdb", "global", "hda", "hdb", "hdc", "hdd", "icount", "incoming", "initrd", "iscsi", "k", "kernel", "L", "loadvm", "M", "m",
-    "machine", "machine", "mem-path", "mon", "monitor", "msg", "mtdblock", "name", "net", "netdev", "nic", "numa", "object",
-    "option-rom", "overcommit", "parallel", "pflash", "pidfile", "plugin", "qmp", "qmp-pretty", "readconfig", "rotate", "rtc",
-    "run-with", "runas", "sandbox", "sd", "seed", "serial", "set", "smbios", "smp", "spice", "tb-size", "tpmdev", "trace", "usbdevice",
-    "uuid", "vga", "virtfs", "vnc", "watchdog", "watchdog-action", "writeconfig", "xen-domid",
+    "accel",
+    "acpitable",
+    "action",
+    "add-fd",
+    "append",
+    "audio",
+    "audiodev",
+    "bios",
+    "blockdev",
+    "boot",
+    "cdrom",
+    "chardev",
+    "chroot",
+    "compat",
+    "cpu",
+    "D",
+    "d",
+    "debugcon",
+    "device",
+    "dfilter",
+    "display",
+    "drive",
+    "dtb",
+    "dump-vmstate",
+    "echr",
+    "fda",
+    "fdb",
+    "fsdev",
+    "fw_cfg",
+    "gdb",
+    "global",
+    "hda",
+    "hdb",
+    "hdc",
+    "hdd",
+    "icount",
+    "incoming",
+    "initrd",
+    "iscsi",
+    "k",
+    "kernel",
+    "L",
+    "loadvm",
+    "M",
+    "m",
+    "machine",
+    "machine",
+    "mem-path",
+    "mon",
+    "monitor",
+    "msg",
+    "mtdblock",
+    "name",
+    "net",
+    "netdev",
+    "nic",
+    "numa",
+    "object",
+    "option-rom",
+    "overcommit",
+    "parallel",
+    "pflash",
+    "pidfile",
+    "plugin",
+    "qmp",
+    "qmp-pretty",
+    "readconfig",
+    "rotate",
+    "rtc",
+    "run-with",
+    "runas",
+    "sandbox",
+    "sd",
+    "seed",
+    "serial",
+    "set",
+    "smbios",
+    "smp",
+    "spice",
+    "tb-size",
+    "tpmdev",
+    "trace",
+    "usbdevice",
+    "uuid",
+    "vga",
+    "virtfs",
+    "vnc",
+    "watchdog",
+    "watchdog-action",
+    "writeconfig",
+    "xen-domid",
 ];
 
 /// One option.
@@ -138,7 +245,8 @@ impl Keys {
     pub(super) fn print(&self, leading: &str) -> String {
         let escape = |text: &str| text.replace(',', ",,");
         let first = self.get(leading).map(escape);
-        let others = self.0.iter().filter(|(key, _)| key != leading).map(|(key, value)| format!("{key}={}", escape(value)));
+        let others =
+            self.0.iter().filter(|(key, _)| key != leading).map(|(key, value)| format!("{key}={}", escape(value)));
         first.into_iter().chain(others).collect::<Vec<_>>().join(",")
     }
 }
@@ -148,11 +256,9 @@ fn split_commas(value: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut chars = value.chars().peekable();
     while let Some(char) = chars.next() {
-        if char == ',' {
-            if chars.next_if_eq(&',').is_none() {
-                parts.push(String::new());
-                continue;
-            }
+        if char == ',' && chars.next_if_eq(&',').is_none() {
+            parts.push(String::new());
+            continue;
         }
         if let Some(last) = parts.last_mut() {
             last.push(char);
@@ -175,7 +281,8 @@ mod tests {
         keys.set("id", "n1");
         assert_eq!(keys.remove("vhost").as_deref(), Some("off"));
         assert_eq!(keys.print("type"), "tap,id=n1,ifname=a,,b,server=on,wait=off");
-        let json = Keys::parse(r#"{"qom-type":"memory-backend-ram","id":"m","size":64,"share":true}"#, "qom-type").expect("flat");
+        let json = Keys::parse(r#"{"qom-type":"memory-backend-ram","id":"m","size":64,"share":true}"#, "qom-type")
+            .expect("flat");
         assert_eq!(json.print("qom-type"), "memory-backend-ram,id=m,share=on,size=64");
         assert!(Keys::parse(r#"{"a":{"b":1}}"#, "").is_none());
     }

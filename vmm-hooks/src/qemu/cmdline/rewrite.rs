@@ -100,16 +100,14 @@ impl Rewriter<'_> {
     fn option(&mut self, option: Opt) -> Result<(), CmdlineError> {
         let name = option.name;
         let value = option.value.unwrap_or_default();
-        let bound = |reason| {
-            Err(CmdlineError::Bound { option: name.to_owned(), value: value.clone(), reason })
-        };
+        let bound = |reason| Err(CmdlineError::Bound { option: name.to_owned(), value: value.clone(), reason });
         match name {
             // What makes the machine.
-            "accel" | "action" | "append" | "boot" | "compat" | "cpu" | "device" | "global" | "k" | "m" | "msg" | "name" | "numa"
-            | "overcommit" | "rtc" | "sandbox" | "runas" | "seed" | "set" | "smp" | "usbdevice" | "uuid" | "vga" | "watchdog"
-            | "watchdog-action" | "iscsi" | "tb-size" => self.push(name, value),
-            "enable-kvm" | "no-acpi" | "no-fd-bootchk" | "no-hpet" | "no-reboot" | "no-shutdown" | "no-user-config" | "only-migratable"
-            | "snapshot" | "usb" | "win2k-hack" => self.flag(name),
+            "accel" | "action" | "append" | "boot" | "compat" | "cpu" | "device" | "global" | "k" | "m" | "msg"
+            | "name" | "numa" | "overcommit" | "rtc" | "sandbox" | "runas" | "seed" | "set" | "smp" | "usbdevice"
+            | "uuid" | "vga" | "watchdog" | "watchdog-action" | "iscsi" | "tb-size" => self.push(name, value),
+            "enable-kvm" | "no-acpi" | "no-fd-bootchk" | "no-hpet" | "no-reboot" | "no-shutdown" | "no-user-config"
+            | "only-migratable" | "snapshot" | "usb" | "win2k-hack" => self.flag(name),
             "nodefaults" => {
                 self.nodefaults = true;
                 self.flag(name);
@@ -119,7 +117,8 @@ impl Rewriter<'_> {
             "icount" if value.contains("rr=") => return bound("record and replay"),
             "icount" => self.push(name, value),
             // Files that are read.
-            "kernel" | "initrd" | "dtb" | "cdrom" | "fda" | "fdb" | "hda" | "hdb" | "hdc" | "hdd" | "mtdblock" | "pflash" | "sd" => {
+            "kernel" | "initrd" | "dtb" | "cdrom" | "fda" | "fdb" | "hda" | "hdb" | "hdc" | "hdd" | "mtdblock"
+            | "pflash" | "sd" => {
                 let path = self.needed(&value);
                 self.push(name, path);
             }
@@ -151,8 +150,25 @@ impl Rewriter<'_> {
                 self.push(name, keys.print(implied));
             }
             // Ours, or of no use in a twin.
-            "S" | "daemonize" | "incoming" | "loadvm" | "mem-path" | "mem-prealloc" | "monitor" | "mon" | "qmp" | "qmp-pretty" | "pidfile"
-            | "portrait" | "rotate" | "full-screen" | "no-quit" | "echr" | "enable-sync-profile" | "run-with" | "async-teardown" => {}
+            "S"
+            | "daemonize"
+            | "incoming"
+            | "loadvm"
+            | "mem-path"
+            | "mem-prealloc"
+            | "monitor"
+            | "mon"
+            | "qmp"
+            | "qmp-pretty"
+            | "pidfile"
+            | "portrait"
+            | "rotate"
+            | "full-screen"
+            | "no-quit"
+            | "echr"
+            | "enable-sync-profile"
+            | "run-with"
+            | "async-teardown" => {}
             "D" | "d" | "dfilter" | "trace" | "gdb" | "s" | "singlestep" | "spice" | "dump-vmstate" => {
                 self.out.left_out.push(format!("-{name} {value}").trim_end().to_owned());
             }
@@ -208,7 +224,11 @@ impl Rewriter<'_> {
         let kind = keys.get("qom-type").unwrap_or_default();
         if kind.starts_with("filter-") || matches!(kind, "colo-compare" | "input-linux" | "input-barrier") {
             let value = value.to_owned();
-            return Err(CmdlineError::Bound { option: "object".to_owned(), value, reason: "it joins the guest to something on its host" });
+            return Err(CmdlineError::Bound {
+                option: "object".to_owned(),
+                value,
+                reason: "it joins the guest to something on its host",
+            });
         }
         if !kind.starts_with("memory-backend-") {
             self.push("object", value);
@@ -247,7 +267,8 @@ impl Rewriter<'_> {
             let Some(file) = keys.get(key).map(str::to_owned) else { continue };
             let protocol = file.split_once(':').is_some_and(|(start, _)| !start.contains('/'));
             // In -blockdev `file` names another node.
-            if !file.is_empty() && !protocol && !(name == "blockdev" && key == "file") {
+            let names_a_node = name == "blockdev" && key == "file";
+            if !file.is_empty() && !protocol && !names_a_node {
                 let file = self.needed(&file);
                 keys.set(key, file);
             }
@@ -384,7 +405,8 @@ impl Rewriter<'_> {
             let moved = self.serial("stdio");
             self.push("serial", moved);
         }
-        let rest: Vec<&Backend> = self.plan.memory.iter().filter(|backend| !self.placed.contains(&&*backend.id)).collect();
+        let rest: Vec<&Backend> =
+            self.plan.memory.iter().filter(|backend| !self.placed.contains(&&*backend.id)).collect();
         match rest.as_slice() {
             [] => {}
             [default] if self.machine.get("memory-backend").is_none() => {
@@ -392,7 +414,10 @@ impl Rewriter<'_> {
                 self.machine.set("memory-backend", &*default.id);
             }
             [first, ..] => {
-                return Err(CmdlineError::Unreadable { option: "object".to_owned(), value: format!("no object {}", first.id) });
+                return Err(CmdlineError::Unreadable {
+                    option: "object".to_owned(),
+                    value: format!("no object {}", first.id),
+                });
             }
         }
         self.machine.set("type", self.plan.machine);
@@ -426,7 +451,8 @@ mod tests {
     }
 
     fn rewritten(arguments: &str, memory: &[Backend], network: Network) -> Result<String, CmdlineError> {
-        let argv: Vec<String> = std::iter::once("qemu").chain(arguments.split_whitespace()).map(str::to_owned).collect();
+        let argv: Vec<String> =
+            std::iter::once("qemu").chain(arguments.split_whitespace()).map(str::to_owned).collect();
         let (cwd, run_dir) = (Path::new("/home/vm"), Path::new("/run/t"));
         let plan = Plan { argv: &argv, cwd, machine: "pc-q35-7.2", memory, share: true, network, run_dir };
         rewrite(&plan).map(|done| done.arguments.join(" "))
@@ -444,7 +470,11 @@ mod tests {
 
     #[test]
     fn default_memory_goes_into_a_file_and_the_machine_gets_its_own_name() {
-        let done = rewritten("-M q35,accel=tcg -m 64 -kernel vmlinuz -append x,y -nographic -S -daemonize", &[backend("pc.ram")], same());
+        let done = rewritten(
+            "-M q35,accel=tcg -m 64 -kernel vmlinuz -append x,y -nographic -S -daemonize",
+            &[backend("pc.ram")],
+            same(),
+        );
         let expected = format!(
             "-m 64 -kernel /home/vm/vmlinuz -append x,y -serial file:/run/t/serial0.log -object memory-backend-file,id=pc.ram,{OBJECT} \
              -machine pc-q35-7.2,accel=tcg,memory-backend=pc.ram {TAIL}"
@@ -455,7 +485,8 @@ mod tests {
     #[test]
     fn memory_objects_are_replaced_in_place() {
         let arguments = "-object {\"qom-type\":\"memory-backend-ram\",\"id\":\"m0\",\"size\":67108864} -machine q35,memory-backend=m0";
-        let expected = format!("-object memory-backend-file,id=m0,{OBJECT} -machine pc-q35-7.2,memory-backend=m0 {TAIL}");
+        let expected =
+            format!("-object memory-backend-file,id=m0,{OBJECT} -machine pc-q35-7.2,memory-backend=m0 {TAIL}");
         assert_eq!(rewritten(arguments, &[backend("m0")], same()), Ok(expected));
         assert!(rewritten("-object memory-backend-ram,id=other,size=1", &[backend("m0")], same()).is_err());
     }
@@ -496,9 +527,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_carried_over_is_refused_by_name() {
-        for arguments in
-            ["-fsdev local,id=x,path=/", "-netdev user,id=n", "-readconfig f", "-add-fd fd=3,set=1", "-tpmdev emulator,id=t", "-net user", "-new"]
-        {
+        for arguments in [
+            "-fsdev local,id=x,path=/",
+            "-netdev user,id=n",
+            "-readconfig f",
+            "-add-fd fd=3,set=1",
+            "-tpmdev emulator,id=t",
+            "-net user",
+            "-new",
+        ] {
             let error = rewritten(arguments, &[], same()).expect_err("bound to the host").to_string();
             let option = arguments.split_whitespace().next().expect("an option");
             assert!(error.contains(option), "{error}");

@@ -123,7 +123,8 @@ impl Machine {
         let refused = |what: String| GuestError::new(GuestErrorKind::Refused, what);
         let open_log = || OpenOptions::new().create(true).append(true).open(&log_path);
         let log = open_log().map_err(|error| refused(format!("cannot write {}: {error}", log_path.display())))?;
-        let errors = log.try_clone().map_err(|error| refused(format!("cannot write {}: {error}", log_path.display())))?;
+        let errors =
+            log.try_clone().map_err(|error| refused(format!("cannot write {}: {error}", log_path.display())))?;
         // `setsid` replaces itself by QEMU in a session of its own, so that no signal to ours reaches it.
         let child = Command::new("setsid")
             .arg(launch.binary)
@@ -139,7 +140,11 @@ impl Machine {
             Err(error) => return Err(reap(child, error.into())),
         };
         let allowed = fence.is_none_or(|fence| fence.follow(&process));
-        let greeted = if allowed { greet(&socket, &process) } else { Err(GuestError::new(GuestErrorKind::Gone, "the twin was fenced")) };
+        let greeted = if allowed {
+            greet(&socket, &process)
+        } else {
+            Err(GuestError::new(GuestErrorKind::Gone, "the twin was fenced"))
+        };
         let qmp = match greeted {
             Ok(qmp) => qmp,
             Err(error) => {
@@ -163,19 +168,28 @@ impl Machine {
     fn check(&mut self, launch: &Launch<'_>) -> Result<(), GuestError> {
         if self.qmp.version != launch.version {
             let message = format!("this host's QEMU is {}, the primary's is {}", self.qmp.version, launch.version);
-            return Err(GuestError::new(GuestErrorKind::Refused, message).advise("install the same version on both hosts"));
+            return Err(
+                GuestError::new(GuestErrorKind::Refused, message).advise("install the same version on both hosts")
+            );
         }
         let capability = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.qmp.execute("migrate-set-capabilities", capability)?;
         self.blocks = ram::find(&mut self.qmp, self.process.pid())?;
         let mut ours: Vec<(&str, u64)> =
             self.blocks.iter().map(|block| (block.name.as_str(), block.total.div_ceil(PAGE_SIZE as u64))).collect();
-        let mut theirs: Vec<(&str, u64)> = launch.layout.blocks().iter().map(|block| (block.name.as_str(), block.pages)).collect();
+        let mut theirs: Vec<(&str, u64)> =
+            launch.layout.blocks().iter().map(|block| (block.name.as_str(), block.pages)).collect();
         ours.sort_unstable();
         theirs.sort_unstable();
-        if let Some(block) = theirs.iter().find(|block| !ours.contains(block)).or_else(|| ours.iter().find(|block| !theirs.contains(block))) {
+        if let Some(block) = theirs
+            .iter()
+            .find(|block| !ours.contains(block))
+            .or_else(|| ours.iter().find(|block| !theirs.contains(block)))
+        {
             let message = format!("the twin's memory differs from the primary's in {} ({} pages)", block.0, block.1);
-            return Err(GuestError::new(GuestErrorKind::Refused, message).advise("install the same firmware on both hosts"));
+            return Err(
+                GuestError::new(GuestErrorKind::Refused, message).advise("install the same firmware on both hosts")
+            );
         }
         Ok(())
     }
@@ -186,8 +200,11 @@ impl Machine {
     }
 
     fn try_load(&mut self, device: &[u8]) -> Result<(), GuestError> {
-        let failed = |error: io::Error| GuestError::new(GuestErrorKind::Failed, "cannot keep the device state in memory").because(error);
-        let stream = memfd_create(format!("{OUR_PREFIX}load"), MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
+        let failed = |error: io::Error| {
+            GuestError::new(GuestErrorKind::Failed, "cannot keep the device state in memory").because(error)
+        };
+        let stream =
+            memfd_create(format!("{OUR_PREFIX}load"), MemfdFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
         let mut stream = File::from(stream);
         stream.write_all(device).and_then(|()| stream.seek(SeekFrom::Start(0)).map(drop)).map_err(failed)?;
         let fd_name = format!("{OUR_PREFIX}load");
@@ -218,7 +235,11 @@ impl Machine {
     }
 
     /// Copies the blocks that `is_shared` does not name from `memory` into QEMU.
-    pub(super) fn write_blocks(&self, memory: &BlockMemory, is_shared: impl Fn(&str) -> bool) -> Result<(), GuestError> {
+    pub(super) fn write_blocks(
+        &self,
+        memory: &BlockMemory,
+        is_shared: impl Fn(&str) -> bool,
+    ) -> Result<(), GuestError> {
         let target = ProcessMemory::new(self.process.clone());
         for (index, block) in memory.layout().blocks().iter().enumerate().filter(|(_, block)| !is_shared(&block.name)) {
             let theirs = self.blocks.iter().find(|theirs| theirs.name == block.name);
@@ -308,7 +329,8 @@ fn with_log(error: GuestError, name: &str, run_dir: &Path) -> GuestError {
         log.take(LOG_TAIL).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).trim().replace('\n', "; "))
     };
-    let said = tail().ok().filter(|said| !said.is_empty()).map(|said| format!("; QEMU said: {said}")).unwrap_or_default();
+    let said =
+        tail().ok().filter(|said| !said.is_empty()).map(|said| format!("; QEMU said: {said}")).unwrap_or_default();
     let message = format!("twin {name}: {}{said}", error.message);
     GuestError { message, ..error }
 }

@@ -117,8 +117,11 @@ impl RunDir {
         builder.mode(0o700);
         builder.recursive(true).create(parent).map_err(|error| refused(parent, error))?;
         builder.recursive(false);
-        let plain: String =
-            name.chars().map(|char| if char.is_ascii_alphanumeric() || "-_".contains(char) { char } else { '_' }).take(40).collect();
+        let plain: String = name
+            .chars()
+            .map(|char| if char.is_ascii_alphanumeric() || "-_".contains(char) { char } else { '_' })
+            .take(40)
+            .collect();
         for number in 0..DIRS_MAX {
             let path = parent.join(if number == 0 { plain.clone() } else { format!("{plain}.{number}") });
             match builder.create(&path) {
@@ -127,16 +130,20 @@ impl RunDir {
                 Err(error) => return Err(refused(&path, error)),
             }
         }
-        Err(GuestError::new(GuestErrorKind::Refused, format!("{} is full of directories called {plain}", parent.display())))
+        Err(GuestError::new(
+            GuestErrorKind::Refused,
+            format!("{} is full of directories called {plain}", parent.display()),
+        ))
     }
 }
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        if !self.keep {
-            if let Err(error) = fs::remove_dir_all(&self.path) {
-                tracing::warn!(path = %self.path.display(), %error, "a twin's directory was left behind");
-            }
+        if self.keep {
+            return;
+        }
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a twin's directory was left behind");
         }
     }
 }
@@ -166,9 +173,16 @@ impl QemuTwin {
         self.launch_in(&self.run_dir.path, network, true, Some(&self.fence))
     }
 
-    fn launch_in(&self, run_dir: &Path, network: Network, share: bool, fence: Option<&TwinFence>) -> Result<Machine, GuestError> {
+    fn launch_in(
+        &self,
+        run_dir: &Path,
+        network: Network,
+        share: bool,
+        fence: Option<&TwinFence>,
+    ) -> Result<Machine, GuestError> {
         let layout = self.memory.layout();
-        let backends: Vec<Backend> = self.recipe.backends.iter().filter_map(|backend| self.backend(&backend.id, &backend.block)).collect();
+        let backends: Vec<Backend> =
+            self.recipe.backends.iter().filter_map(|backend| self.backend(&backend.id, &backend.block)).collect();
         let plan = Plan {
             argv: &self.recipe.argv,
             cwd: &self.recipe.cwd,
@@ -178,10 +192,13 @@ impl QemuTwin {
             network,
             run_dir,
         };
-        let rewritten = rewrite(&plan).map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
+        let rewritten = rewrite(&plan)
+            .map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
         if let Some(missing) = rewritten.needs.iter().find(|path| !path.exists()) {
             let message = format!("this host has no {}, which the primary's QEMU uses", missing.display());
-            return Err(GuestError::new(GuestErrorKind::Refused, message).advise("copy it here from the primary's host"));
+            return Err(
+                GuestError::new(GuestErrorKind::Refused, message).advise("copy it here from the primary's host")
+            );
         }
         let launch = Launch {
             name: &self.name,
@@ -312,7 +329,10 @@ impl Twin for QemuTwin {
                 let control = qmp_path(&self.run_dir.path).to_string_lossy().into_owned();
                 Ok(Survivor { pid, control })
             }
-            None => Err(GuestError::new(GuestErrorKind::Failed, format!("{} does not run, so it cannot be let go", self.name))),
+            None => Err(GuestError::new(
+                GuestErrorKind::Failed,
+                format!("{} does not run, so it cannot be let go", self.name),
+            )),
         }
     }
 }
@@ -335,14 +355,10 @@ fn find_binary(wanted: &Path) -> Result<PathBuf, GuestError> {
     let wanted = Path::new(wanted.trim_end_matches(" (deleted)"));
     let name = wanted.file_name().unwrap_or_default();
     let installed = ["/usr/bin", "/usr/local/bin", "/usr/libexec"].map(|dir| Path::new(dir).join(name));
-    [wanted.to_owned()]
-        .into_iter()
-        .chain(installed)
-        .find(|path| path.is_file())
-        .ok_or_else(|| {
-            GuestError::new(GuestErrorKind::Refused, format!("this host has no {}", wanted.display()))
-                .advise("install the same QEMU as on the primary's host")
-        })
+    [wanted.to_owned()].into_iter().chain(installed).find(|path| path.is_file()).ok_or_else(|| {
+        GuestError::new(GuestErrorKind::Refused, format!("this host has no {}", wanted.display()))
+            .advise("install the same QEMU as on the primary's host")
+    })
 }
 
 #[cfg(test)]
