@@ -13,11 +13,15 @@ use std::time::{Duration, Instant};
 use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, TwinHost, TwinMemory};
 use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 use vmm_hooks::qemu::{
-    AttachOptions, CheckLevel, QemuGuest, QemuTwinHost, Target, TrackerChoice, TwinHostOptions, attach, doctor, resolve,
+    AttachOptions, CheckLevel, QemuGuest, QemuTwinHost, Target, TrackerChoice, TwinHostOptions, attach, doctor,
+    remove_leftovers, resolve,
 };
-use vmm_hooks::sys::process::{PidFd, ProcessMemory};
+use vmm_hooks::sys::process::PidFd;
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+
+/// A monitor beside the one that we attach to.
+const SECOND: &str = "unix:DIR/second,server=on,wait=off";
 
 /// Bound on every wait for something that must happen.
 const SOON: Duration = Duration::from_secs(60);
@@ -43,11 +47,13 @@ impl Qemu {
         let qmp = format!("unix:{},server=on,wait=off", dir.path().join("qmp").display());
         let arguments: Vec<String> =
             arguments.iter().map(|argument| argument.replace("DIR", &dir.path().display().to_string())).collect();
+        let log = fs::File::create(dir.path().join("log")).expect("room");
         let child = Command::new(QEMU)
             .args(["-display", "none", "-m", "64", "-qmp", &qmp])
             .args(&arguments)
             .current_dir(dir.path())
             .stdin(Stdio::null())
+            .stderr(log)
             .spawn()
             .expect("QEMU starts");
         let qemu = Self { child, dir };
@@ -57,6 +63,15 @@ impl Qemu {
 
     fn socket(&self) -> PathBuf {
         self.dir.path().join("qmp")
+    }
+
+    fn second(&self) -> PathBuf {
+        self.dir.path().join("second")
+    }
+
+    /// What it says.
+    fn log(&self) -> PathBuf {
+        self.dir.path().join("log")
     }
 
     fn target(&self) -> Target {
@@ -91,6 +106,7 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 fn qmp(socket: &Path, command: &str) -> serde_json::Value {
     use std::io::{BufRead, BufReader, Write};
     let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("QEMU listens");
+    stream.set_read_timeout(Some(SOON)).expect("a socket");
     writeln!(stream, r#"{{"execute":"qmp_capabilities"}}{command}"#).expect("QEMU reads");
     let mut answers = BufReader::new(stream).lines();
     let mut returned = 0;
@@ -112,14 +128,14 @@ fn status(socket: &Path) -> String {
 }
 
 /// What QEMU holds that could be of ours.
-fn traces(qemu: &Qemu) -> Vec<String> {
+fn traces(qemu: &Qemu, socket: &Path) -> Vec<String> {
     let mut found = Vec::new();
     for command in [
         r#"{"execute":"qom-list","arguments":{"path":"/objects"}}"#,
         r#"{"execute":"query-chardev"}"#,
         r#"{"execute":"query-fdsets"}"#,
     ] {
-        for thing in qmp(&qemu.socket(), command).as_array().expect("a list") {
+        for thing in qmp(socket, command).as_array().expect("a list") {
             let thing = thing.to_string();
             if thing.contains("understudy") || command.contains("fdsets") {
                 found.push(thing);
@@ -185,7 +201,16 @@ fn first_difference(twin: &dyn TwinMemory, guest: &QemuGuest, bytes: &[u8]) -> O
 }
 
 fn survives_a_kill(machine: &str, tracker: TrackerChoice) {
-    let arguments = ["-M", machine, "-name", "guest=survivor", "-netdev", "hubport,id=n0,hubid=0", "-device", "virtio-net-pci,netdev=n0"];
+    let arguments = [
+        "-M",
+        machine,
+        "-name",
+        "guest=survivor",
+        "-netdev",
+        "hubport,id=n0,hubid=0",
+        "-device",
+        "virtio-net-pci,netdev=n0",
+    ];
     let Some(mut qemu) = Qemu::start(&arguments) else { return };
     let options = AttachOptions { tracker, ..AttachOptions::default() };
     let mut guest = attach(&qemu.target(), &options).expect("it can be attached to");
@@ -225,7 +250,8 @@ fn survives_a_kill(machine: &str, tracker: TrackerChoice) {
     // What holds no code and no data that the guest writes at once must be there byte by byte: the firmware's ROMs.
     let bios = guest.layout().blocks().iter().position(|block| block.name == "pc.bios").expect("a PC has one");
     let range = guest.layout().block_pages(bios);
-    let again = attach(&Target::QmpSocket(survivor.control.clone().into()), &options).expect("a survivor can be protected again");
+    let again = attach(&Target::QmpSocket(survivor.control.clone().into()), &options)
+        .expect("a survivor can be protected again");
     let mut theirs = Vec::new();
     let mut again: Box<QemuGuest> = Box::new(again);
     again.read_pages(&range.clone().collect::<Vec<_>>(), &mut theirs).expect("readable");
@@ -286,7 +312,9 @@ fn memory_arrives_whole_in_a_twin_that_is_launched_again() {
 fn twin_pid(run_dir: &Path) -> u32 {
     let dir = fs::read_dir(run_dir).expect("a directory").next().expect("a twin").expect("a twin").path();
     let needle = format!("unix:{}/qmp.sock,server=on,wait=off", dir.display());
-    let has_it = |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&needle));
+    let has_it = |pid: &u32| {
+        fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| String::from_utf8_lossy(&line).contains(&needle))
+    };
     vmm_hooks::qemu::running().into_iter().map(|(pid, _)| pid).find(has_it).expect("it runs")
 }
 
@@ -321,8 +349,11 @@ fn a_twins_memory_is_what_was_committed() {
 
 #[test]
 fn detaching_leaves_no_trace_and_a_second_attachment_is_refused() {
-    let Some(qemu) = Qemu::start(&["-M", "pc", "-netdev", "hubport,id=n0,hubid=0", "-device", "e1000,netdev=n0"]) else { return };
-    assert!(traces(&qemu).is_empty());
+    let Some(qemu) = Qemu::start(&["-M", "pc", "-netdev", "hubport,id=n0,hubid=0", "-device", "e1000,netdev=n0"])
+    else {
+        return;
+    };
+    assert!(traces(&qemu, &qemu.socket()).is_empty());
     for round in 0..3 {
         let mut guest = qemu.attach();
         guest.pause().expect("pauses");
@@ -334,34 +365,54 @@ fn detaching_leaves_no_trace_and_a_second_attachment_is_refused() {
         if round == 1 {
             guest.pause().expect("pauses");
         }
-        assert_eq!(attach(&qemu.target(), &AttachOptions::default()).expect_err("one at a time").kind, GuestErrorKind::Refused);
+        assert_eq!(
+            attach(&qemu.target(), &AttachOptions::default()).expect_err("one at a time").kind,
+            GuestErrorKind::Refused
+        );
         assert!(guest.events().is_empty(), "nothing but us touched it");
         Box::new(guest).detach().expect("leaves it");
-        assert_eq!(traces(&qemu), Vec::<String>::new());
+        assert_eq!(traces(&qemu, &qemu.socket()), Vec::<String>::new());
         assert_eq!(status(&qemu.socket()), "running");
     }
 }
 
+/// A card on a datagram socket, so that the test hears what the guest emits.
+const HEARD: [&str; 6] = [
+    "-M",
+    "pc",
+    "-netdev",
+    "dgram,id=n0,local.type=unix,local.path=DIR/local,remote.type=unix,remote.path=DIR/remote",
+    "-device",
+    "virtio-net-pci,netdev=n0",
+];
+
 #[test]
-fn what_a_dead_agent_left_keeps_the_guest_mute_and_is_refused() {
-    let arguments = [
-        "-M", "pc", "-netdev", "dgram,id=n0,local.type=unix,local.path=DIR/local,remote.type=unix,remote.path=DIR/remote", "-device",
-        "virtio-net-pci,netdev=n0",
-    ];
-    let Some(qemu) = Qemu::start(&arguments) else { return };
+fn what_a_dead_agent_left_keeps_the_guest_mute_until_it_is_removed() {
+    let Some(qemu) = Qemu::start(&HEARD) else { return };
     let heard = UnixDatagram::bind(qemu.dir.path().join("remote")).expect("a socket");
     heard.set_read_timeout(Some(SOON)).expect("a socket");
     let mut guest = qemu.attach();
     guest.pause().expect("pauses");
+    guest.arm().expect("arms");
     guest.hold_output(1).expect("holds");
     drop(guest);
-    assert_eq!(status(&qemu.socket()), "paused");
-    qmp(&qemu.socket(), r#"{"execute":"cont"}"#);
     let refused = attach(&qemu.target(), &AttachOptions::default()).expect_err("something was left");
     assert!(refused.message.contains("understudy-"), "{refused}");
     while_drained(&heard);
-    std::thread::sleep(Duration::from_millis(10));
-    assert!(qemu.socket().exists());
+    assert_eq!(status(&qemu.socket()), "paused");
+    qmp(&qemu.socket(), r#"{"execute":"cont"}"#);
+    // QEMU says so when it has a frame and nobody to give it to.
+    wait_for("a frame", || {
+        fs::read_to_string(qemu.log()).is_ok_and(|log| log.contains("filter redirector send failed"))
+    });
+    assert_eq!(while_drained(&heard), 0, "nobody released it");
+
+    let removed = remove_leftovers(&qemu.target()).expect("removes them");
+    assert!(removed.iter().any(|what| what.contains("understudy-capture-0")), "{removed:?}");
+    assert_eq!(traces(&qemu, &qemu.socket()), Vec::<String>::new());
+    assert!(heard.recv(&mut [0; 4096]).is_ok(), "frames pass again");
+    assert_eq!(remove_leftovers(&qemu.target()).expect("nothing to do"), Vec::<String>::new());
+    Box::new(qemu.attach()).detach().expect("leaves it");
 }
 
 /// Reads what is there, without waiting; how many frames.
@@ -382,11 +433,7 @@ fn while_drained(heard: &UnixDatagram) -> usize {
 
 #[test]
 fn frames_wait_for_their_epoch_and_pass_by_themselves_afterwards() {
-    let arguments = [
-        "-M", "pc", "-netdev", "dgram,id=n0,local.type=unix,local.path=DIR/local,remote.type=unix,remote.path=DIR/remote", "-device",
-        "virtio-net-pci,netdev=n0",
-    ];
-    let Some(qemu) = Qemu::start(&arguments) else { return };
+    let Some(qemu) = Qemu::start(&[&HEARD[..], &["-qmp", SECOND]].concat()) else { return };
     let heard = UnixDatagram::bind(qemu.dir.path().join("remote")).expect("a socket");
     heard.set_read_timeout(Some(SOON)).expect("a socket");
     let mut guest = qemu.attach();
@@ -410,7 +457,8 @@ fn frames_wait_for_their_epoch_and_pass_by_themselves_afterwards() {
     }
     assert_eq!(gate.held().released, sealed);
     guest.open_output().expect("opens");
-    assert_eq!(traces(&qemu).iter().filter(|trace| trace.contains("-0")).count(), 0);
+    let filters = traces(&qemu, &qemu.second()).into_iter().filter(|trace| trace.contains("-0"));
+    assert_eq!(filters.collect::<Vec<_>>(), Vec::<String>::new());
     while_drained(&heard);
     assert!(heard.recv(&mut frame).is_ok(), "frames pass by themselves");
     // And it can be held again.
@@ -424,40 +472,42 @@ fn frames_wait_for_their_epoch_and_pass_by_themselves_afterwards() {
 
 #[test]
 fn a_failed_capture_loses_no_page() {
-    let Some(mut qemu) = Qemu::start(&["-M", "pc", "-nic", "none"]) else { return };
+    let Some(mut qemu) = Qemu::start(&["-M", "pc", "-nic", "none", "-qmp", SECOND]) else { return };
     let mut guest = qemu.attach();
     guest.pause().expect("pauses");
     guest.arm().expect("arms");
-    // A page that only this test writes, in the middle of memory that firmware leaves alone.
-    let process = PidFd::open(qemu.child.id()).expect("it runs");
+    let mut image = read_all(&mut guest);
+    guest.resume().expect("resumes");
+    // The device state's file is taken away behind our back, so that every save fails, after the harvest.
+    let sets = qmp(&qemu.second(), r#"{"execute":"query-fdsets"}"#);
+    let set = &sets[0]["fdset-id"];
+    qmp(&qemu.second(), &format!(r#"{{"execute":"remove-fd","arguments":{{"fdset-id":{set}}}}}"#));
+    for _ in 0..5 {
+        guest.pause().expect("pauses");
+        let error = guest.capture(&mut Capture::default(), &mut PauseParts::default()).expect_err("it cannot save");
+        assert_eq!(error.kind, GuestErrorKind::Failed);
+        guest.resume().expect("resumes");
+    }
+    guest.pause().expect("pauses");
     let mut dirty = PageSet::empty(guest.layout().pages());
     guest.harvest(&mut dirty).expect("harvests");
-    dirty.insert(9000);
-    guest.put_back(&dirty);
-    // The device state cannot be saved: its file is gone.
-    qmp_over(&mut guest, &process);
-    let mut again = PageSet::empty(guest.layout().pages());
-    guest.harvest(&mut again).expect("harvests");
-    assert!(dirty.iter().all(|page| again.contains(page)));
+    let pages: Vec<u64> = dirty.iter().collect();
+    let mut bytes = Vec::new();
+    guest.read_pages(&pages, &mut bytes).expect("readable");
+    for (page, copy) in pages.iter().zip(bytes.chunks_exact(PAGE_SIZE)) {
+        let start = usize::try_from(*page).expect("small") * PAGE_SIZE;
+        image[start..start + PAGE_SIZE].copy_from_slice(copy);
+    }
+    assert!(image == read_all(&mut guest), "a dirty page was lost");
     qemu.kill();
     let error = guest.capture(&mut Capture::default(), &mut PauseParts::default()).expect_err("it is dead");
     assert_eq!(error.kind, GuestErrorKind::Gone);
 }
 
-/// Makes one capture fail by closing QEMU's memory to us for reading: a page past the end.
-fn qmp_over(guest: &mut QemuGuest, process: &PidFd) {
-    let memory = ProcessMemory::new(process.clone());
-    assert!(memory.read(0, &mut [0]).is_err(), "the first page of a process is never mapped");
-    let mut bytes = Vec::new();
-    guest.read_pages(&[9000], &mut bytes).expect("readable");
-    assert_eq!(bytes.len(), PAGE_SIZE);
-}
-
 #[test]
 fn the_owners_pause_and_reset_are_events() {
-    let monitor = "unix:DIR/second,server=on,wait=off";
-    let Some(qemu) = Qemu::start(&["-M", "pc", "-nic", "none", "-qmp", monitor]) else { return };
-    let second = qemu.dir.path().join("second");
+    let Some(qemu) = Qemu::start(&["-M", "pc", "-nic", "none", "-qmp", SECOND]) else { return };
+    let second = qemu.second();
     let mut guest = qemu.attach();
     qmp(&second, r#"{"execute":"stop"}"#);
     assert_eq!(guest.events(), [GuestEvent::Paused]);
@@ -491,7 +541,11 @@ fn the_owners_pause_and_reset_are_events() {
 #[test]
 fn the_checklist_names_what_stops_protection() {
     let refusals = |target: &Target| -> Vec<String> {
-        doctor(Some(target)).into_iter().filter(|check| check.level == CheckLevel::Refusal).map(|check| check.message).collect()
+        doctor(Some(target))
+            .into_iter()
+            .filter(|check| check.level == CheckLevel::Refusal)
+            .map(|check| check.message)
+            .collect()
     };
     let disk = ["-M", "pc", "-S", "-drive", "file=DIR/disk,format=raw,if=virtio", "-nic", "user"];
     let dir = tempfile::tempdir().expect("a directory");
