@@ -17,7 +17,7 @@ const UNDER_WAY: usize = 8;
 
 /// Asks one store for one VM.
 #[derive(Debug)]
-pub struct Asker {
+pub(super) struct Asker {
     store: Arc<dyn OwnershipStore>,
     metrics: WitnessMetrics,
     answers: mpsc::UnboundedSender<StoreAnswer>,
@@ -26,7 +26,7 @@ pub struct Asker {
 
 impl Asker {
     /// An asker and the queue of its answers.
-    pub fn new(
+    pub(super) fn new(
         store: Arc<dyn OwnershipStore>,
         metrics: WitnessMetrics,
     ) -> (Self, mpsc::UnboundedReceiver<StoreAnswer>) {
@@ -35,7 +35,7 @@ impl Asker {
     }
 
     /// Asks, in the background.
-    pub fn ask(&self, request: StoreRequest) {
+    pub(super) fn ask(&self, request: StoreRequest) {
         let Ok(permit) = Arc::clone(&self.under_way).try_acquire_owned() else {
             tracing::debug!(?request, "too many questions to the store are under way");
             return;

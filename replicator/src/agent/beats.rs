@@ -13,7 +13,7 @@ use super::clock;
 
 /// What a VM task learns of its peer's node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beat {
+pub(super) enum Beat {
     /// It is silent for too long.
     Suspected {
         /// When it was heard last.
@@ -27,13 +27,13 @@ pub enum Beat {
 
 /// Who wants to know. Queues are unbounded; what fills them is a few events per failure.
 #[derive(Debug, Default)]
-pub struct Beats {
+pub(super) struct Beats {
     subscribers: Mutex<BTreeMap<NodeId, Vec<mpsc::UnboundedSender<Beat>>>>,
 }
 
 impl Beats {
     /// Events of `node` from now on.
-    pub fn subscribe(&self, node: NodeId) -> mpsc::UnboundedReceiver<Beat> {
+    pub(super) fn subscribe(&self, node: NodeId) -> mpsc::UnboundedReceiver<Beat> {
         let (sender, receiver) = mpsc::unbounded_channel();
         self.lock().entry(node).or_default().push(sender);
         receiver
@@ -44,7 +44,7 @@ impl Beats {
     }
 
     /// Passes events on until the heartbeats stop.
-    pub async fn run(&self, mut events: mpsc::Receiver<PeerEvent>) {
+    pub(super) async fn run(&self, mut events: mpsc::Receiver<PeerEvent>) {
         while let Some(event) = events.recv().await {
             match event {
                 PeerEvent::Suspected { node, phi, silence } => {

@@ -15,11 +15,11 @@ const SESSION_NUMBERS: u64 = 1_000_000_000_000;
 
 /// Where a session's numbers begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Numbers {
+pub(super) struct Numbers {
     /// Its first epoch.
-    pub first_epoch: u64,
+    pub(super) first_epoch: u64,
     /// Its first question to the store.
-    pub first_request: u64,
+    pub(super) first_request: u64,
 }
 
 /// What the file holds. Ids are hex text.
@@ -40,17 +40,17 @@ struct Text {
 /// A copy that was about to be activated, or was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Mark {
+pub(super) struct Mark {
     /// Of the grant.
-    pub generation: u64,
+    pub(super) generation: u64,
     /// It goes on from.
-    pub epoch: u64,
+    pub(super) epoch: u64,
 }
 
 /// The memory of one VM on this host. Errors latch: after a failed write it refuses all further ones, because nobody knows
 /// what is on the disk.
 #[derive(Debug)]
-pub struct Durable {
+pub(super) struct Durable {
     path: PathBuf,
     text: Text,
     vm: VmId,
@@ -62,7 +62,7 @@ impl Durable {
     ///
     /// # Errors
     /// If the file cannot be read, written or understood. It is never taken for absent then.
-    pub fn open(state_dir: &Path, name: &str, fresh: VmId) -> io::Result<Self> {
+    pub(super) fn open(state_dir: &Path, name: &str, fresh: VmId) -> io::Result<Self> {
         let dir = state_dir.join("vms");
         files::make_dir(&dir)?;
         let path = dir.join(format!("{}.toml", escape(name)));
@@ -80,17 +80,17 @@ impl Durable {
     }
 
     /// The VM's identity.
-    pub fn vm(&self) -> VmId {
+    pub(super) fn vm(&self) -> VmId {
         self.vm
     }
 
     /// The highest generation seen.
-    pub fn generation(&self) -> u64 {
+    pub(super) fn generation(&self) -> u64 {
         self.text.generation
     }
 
     /// The store that the VM was recorded in, as hex.
-    pub fn store(&self) -> Option<&str> {
+    pub(super) fn store(&self) -> Option<&str> {
         self.text.store.as_deref()
     }
 
@@ -112,7 +112,7 @@ impl Durable {
     }
 
     /// Takes on another identity: a standby learns it from its primary.
-    pub fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
+    pub(super) fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
         self.change(|text| {
             if text.vm != vm.to_string() {
                 *text = Text { vm: vm.to_string(), store: None, generation: 0, sessions: text.sessions, mark: None };
@@ -123,17 +123,17 @@ impl Durable {
     }
 
     /// Remembers the highest generation seen.
-    pub fn set_generation(&mut self, generation: u64) -> io::Result<()> {
+    pub(super) fn set_generation(&mut self, generation: u64) -> io::Result<()> {
         self.change(|text| text.generation = text.generation.max(generation))
     }
 
     /// Remembers the store.
-    pub fn set_store(&mut self, store: &str) -> io::Result<()> {
+    pub(super) fn set_store(&mut self, store: &str) -> io::Result<()> {
         self.change(|text| text.store = Some(store.to_owned()))
     }
 
     /// Remembers an activation before it begins.
-    pub fn set_mark(&mut self, mark: Mark) -> io::Result<()> {
+    pub(super) fn set_mark(&mut self, mark: Mark) -> io::Result<()> {
         self.change(|text| {
             text.mark = Some(mark);
             text.generation = text.generation.max(mark.generation);
@@ -141,7 +141,7 @@ impl Durable {
     }
 
     /// Begins a session: its numbers are higher than any of an earlier session.
-    pub fn begin_session(&mut self) -> io::Result<Numbers> {
+    pub(super) fn begin_session(&mut self) -> io::Result<Numbers> {
         self.change(|text| text.sessions += 1)?;
         let first = (self.text.sessions - 1) * SESSION_NUMBERS + 1;
         Ok(Numbers { first_epoch: first, first_request: first })

@@ -17,13 +17,13 @@ use crate::pages::frame::StreamId;
 use crate::pages::shadow::ShadowMode;
 
 /// Jobs that may wait for the encoder: twice the longest pipeline with its put-backs, or 64 MiB of the initial sync.
-pub const JOBS: usize = 64;
+pub(super) const JOBS: usize = 64;
 /// Encoded frames that may wait for the connection: 16 MiB at most.
 const FRAMES: usize = 64;
 
 /// What the thread is given.
 #[derive(Debug)]
-pub enum Job {
+pub(super) enum Job {
     /// The session's generation is known: everything from here on carries it.
     Begin {
         /// The generation.
@@ -48,7 +48,7 @@ pub enum Job {
 
 /// What it answers.
 #[derive(Debug)]
-pub enum Report {
+pub(super) enum Report {
     /// An epoch was handed to the transport.
     Sent {
         /// Which.
@@ -79,20 +79,20 @@ enum Piece {
 
 /// What every stream of this protection carries.
 #[derive(Debug, Clone, Copy)]
-pub struct Session {
+pub(super) struct Session {
     /// The VM.
-    pub vm: [u8; 16],
+    pub(super) vm: [u8; 16],
     /// The session's generation; 0 until it is known.
-    pub generation: u64,
+    pub(super) generation: u64,
     /// The primary's incarnation.
-    pub incarnation: u64,
+    pub(super) incarnation: u64,
     /// Pages of the layout.
-    pub layout_pages: u64,
+    pub(super) layout_pages: u64,
 }
 
 /// Starts the thread and the writer on the current runtime. Both end when the returned sender is dropped or the connection
 /// breaks. Used captures come back through `spare`.
-pub fn start(
+pub(super) fn start(
     session: Session,
     shadow: ShadowMode,
     connection: Connection,

@@ -15,27 +15,27 @@ use crate::pages::decode::Stager;
 use crate::pages::staged::{DeviceState, StagedEpoch};
 
 /// Streams that may be staged and not applied. When so many wait, no further one is read: the standby acknowledges later.
-pub const STAGED: usize = 4;
+pub(super) const STAGED: usize = 4;
 
 /// A staged stream. It takes up room until it is dropped, which is when it was applied or thrown away.
 #[derive(Debug)]
-pub struct Staged {
+pub(super) struct Staged {
     /// The stream.
-    pub epoch: StagedEpoch,
+    pub(super) epoch: StagedEpoch,
     _room: OwnedSemaphorePermit,
 }
 
 /// Why the intake ended.
 #[derive(Debug)]
-pub struct IntakeEnd {
+pub(super) struct IntakeEnd {
     /// How the connection is to be closed; `None` if it broke by itself.
-    pub code: Option<CloseCode>,
+    pub(super) code: Option<CloseCode>,
     /// Why, in words.
-    pub reason: String,
+    pub(super) reason: String,
 }
 
 /// Reads until the connection or the VM task is gone. `limit` bounds the bytes of all staged streams together.
-pub async fn run(
+pub(super) async fn run(
     connection: Connection,
     session: Session,
     limit: usize,

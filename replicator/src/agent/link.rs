@@ -14,7 +14,7 @@ const WAITING: usize = 64;
 
 /// What comes in.
 #[derive(Debug)]
-pub enum Received {
+pub(super) enum Received {
     /// A message.
     Message(PeerMessage),
     /// Nothing comes any more.
@@ -26,7 +26,7 @@ pub enum Received {
 
 /// One end of the control stream.
 #[derive(Debug)]
-pub struct Link {
+pub(super) struct Link {
     connection: quinn::Connection,
     outgoing: mpsc::Sender<PeerMessage>,
     incoming: mpsc::Receiver<Received>,
@@ -34,7 +34,7 @@ pub struct Link {
 
 /// Why a link could not be had.
 #[derive(Debug, thiserror::Error)]
-pub enum LinkError {
+pub(super) enum LinkError {
     /// The stream broke.
     #[error("the replication connection broke before both sides had introduced themselves")]
     Broken(#[from] MessageError),
@@ -61,7 +61,7 @@ pub enum LinkError {
 ///
 /// # Errors
 /// [`LinkError`]; the connection is closed with a code then.
-pub async fn greet(
+pub(super) async fn greet(
     connection: &mut quic::Connection,
     me: Party,
     vm: VmId,
@@ -101,7 +101,7 @@ async fn exchange(connection: &mut quic::Connection, me: Party, vm: VmId, dialer
 
 impl Link {
     /// Starts the two tasks on the current runtime.
-    pub fn start(connection: quinn::Connection, send: SendStream, recv: RecvStream) -> Self {
+    pub(super) fn start(connection: quinn::Connection, send: SendStream, recv: RecvStream) -> Self {
         let (outgoing, outbox) = mpsc::channel(WAITING);
         let (inbox, incoming) = mpsc::channel(WAITING);
         tokio::spawn(write(send, outbox));
@@ -110,7 +110,7 @@ impl Link {
     }
 
     /// What comes next. Cancel-safe. After [`Received::Lost`] it waits for ever.
-    pub async fn next(&mut self) -> Received {
+    pub(super) async fn next(&mut self) -> Received {
         match self.incoming.recv().await {
             Some(received) => received,
             None => std::future::pending().await,
@@ -118,19 +118,19 @@ impl Link {
     }
 
     /// Sends a message, in order. A peer that takes none any more has its connection closed, which the reader tells.
-    pub fn send(&self, message: PeerMessage) {
+    pub(super) fn send(&self, message: PeerMessage) {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.outgoing.try_send(message) {
             self.close(CloseCode::Internal, "the peer does not read its control messages");
         }
     }
 
     /// Closes the connection.
-    pub fn close(&self, code: CloseCode, reason: &str) {
+    pub(super) fn close(&self, code: CloseCode, reason: &str) {
         self.connection.close(VarInt::from_u32(code.code()), reason.as_bytes());
     }
 
     /// The path's round trip.
-    pub fn rtt(&self) -> std::time::Duration {
+    pub(super) fn rtt(&self) -> std::time::Duration {
         self.connection.rtt()
     }
 }

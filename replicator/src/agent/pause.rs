@@ -31,24 +31,24 @@ const SMALL_ROUND: u64 = 2048;
 
 /// When and how one epoch is to be captured.
 #[derive(Debug, Clone, Copy)]
-pub struct CaptureOrder {
+pub(super) struct CaptureOrder {
     /// Its number.
-    pub epoch: u64,
+    pub(super) epoch: u64,
     /// Output emitted after this capture is held: the first epoch the standby will hold.
-    pub begin_hold: bool,
+    pub(super) begin_hold: bool,
     /// Not before.
-    pub earliest: Time,
+    pub(super) earliest: Time,
     /// Not after.
-    pub latest: Time,
+    pub(super) latest: Time,
     /// How long to gather once output waits; `None`: output does not end the epoch.
-    pub on_output: Option<Duration>,
+    pub(super) on_output: Option<Duration>,
     /// Leave the guest paused: this is its last epoch here.
-    pub stay_paused: bool,
+    pub(super) stay_paused: bool,
 }
 
 /// What the thread is asked.
 #[derive(Debug)]
-pub enum Command {
+pub(super) enum Command {
     /// Arm the tracker and send all memory, in rounds.
     Sync,
     /// Capture an epoch.
@@ -71,7 +71,7 @@ pub enum Command {
 
 /// What the thread answers.
 #[derive(Debug)]
-pub enum Report {
+pub(super) enum Report {
     /// Sync goes on.
     Syncing {
         /// Which round, from 1.
@@ -108,34 +108,34 @@ pub enum Report {
 
 /// Measurements of one captured epoch.
 #[derive(Debug)]
-pub struct Captured {
+pub(super) struct Captured {
     /// Which.
-    pub epoch: u64,
+    pub(super) epoch: u64,
     /// Its contents.
-    pub capture: Capture,
+    pub(super) capture: Capture,
     /// The pause.
-    pub parts: PauseParts,
+    pub(super) parts: PauseParts,
     /// How long the guest ran before it, from the end of the pause before.
-    pub ran: Duration,
+    pub(super) ran: Duration,
     /// When the pause began.
-    pub began: Time,
+    pub(super) began: Time,
     /// Frames that the epoch holds.
-    pub held_frames: u64,
+    pub(super) held_frames: u64,
     /// When the first of them was emitted.
-    pub first_output: Option<Instant>,
+    pub(super) first_output: Option<Instant>,
 }
 
 /// A part of the initial sync, on its way to the encoder.
 #[derive(Debug)]
-pub struct Chunk {
+pub(super) struct Chunk {
     /// Page numbers, ascending.
-    pub pages: Vec<u64>,
+    pub(super) pages: Vec<u64>,
     /// Their bytes.
-    pub bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
 }
 
 /// The thread's state.
-pub struct PauseThread {
+pub(super) struct PauseThread {
     guest: Box<dyn Guest>,
     gate: Arc<dyn Gate>,
     commands: Receiver<Command>,
@@ -164,7 +164,7 @@ enum Next {
 
 impl PauseThread {
     /// Takes the guest. `chunks` leads to the encoder, `spare` brings used captures back.
-    pub fn new(
+    pub(super) fn new(
         guest: Box<dyn Guest>,
         commands: Receiver<Command>,
         reports: UnboundedSender<Report>,
@@ -189,7 +189,7 @@ impl PauseThread {
     }
 
     /// Runs until it is told to end or its task is gone. A task that vanishes leaves the guest as it is: mute if it was held.
-    pub fn run(mut self) {
+    pub(super) fn run(mut self) {
         loop {
             let command = match (self.interrupting.take(), self.order) {
                 (Some(command), _) => Ok(command),
@@ -274,30 +274,28 @@ impl PauseThread {
             Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
             Err(TryRecvError::Empty) => {}
         }
-        let now = Instant::now();
-        let earliest = clock::instant(order.earliest);
-        let latest = clock::instant(order.latest).max(earliest);
-        if now < earliest {
-            return self.commands.recv_timeout((earliest - now).min(SLICE));
+        let now = clock::now();
+        let latest = order.latest.max(order.earliest);
+        if now < order.earliest {
+            return self.commands.recv_timeout(order.earliest.since(now).min(SLICE));
         }
-        let due = if now >= latest {
+        let left = latest.since(now);
+        let due = if left.is_zero() {
             true
         } else if let Some(gather) = order.on_output {
-            match self.gate.wait_output(latest.min(now + SLICE)) {
+            match self.gate.wait_output(Instant::now() + left.min(SLICE)) {
                 Some(first) => {
                     // Once output waits, the epoch gathers what comes with it, then ends.
-                    let end = (first + gather).min(latest);
-                    let left = end.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        true
-                    } else {
-                        return self.commands.recv_timeout(left.min(SLICE));
+                    let missing = gather.saturating_sub(first.elapsed()).min(left);
+                    if !missing.is_zero() {
+                        return self.commands.recv_timeout(missing.min(SLICE));
                     }
+                    true
                 }
                 None => false,
             }
         } else {
-            return self.commands.recv_timeout((latest - now).min(SLICE));
+            return self.commands.recv_timeout(left.min(SLICE));
         };
         if due {
             self.order = None;

@@ -30,29 +30,29 @@ use crate::pages::shadow::ShadowMode;
 use crate::status::EpochObservation;
 
 /// What a protection is started with.
-pub struct Setup {
+pub(super) struct Setup {
     /// The VM's name.
-    pub name: String,
+    pub(super) name: String,
     /// The attached guest.
-    pub guest: Box<dyn Guest>,
+    pub(super) guest: Box<dyn Guest>,
     /// How the core works.
-    pub config: PrimaryConfig,
+    pub(super) config: PrimaryConfig,
     /// Bound on the copy of sent pages.
-    pub shadow: ShadowMode,
+    pub(super) shadow: ShadowMode,
     /// The replication connection.
-    pub link: Link,
+    pub(super) link: Link,
     /// The same, for bulk streams.
-    pub connection: quinn::Connection,
+    pub(super) connection: quinn::Connection,
     /// The store, and its answers.
-    pub asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
+    pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
     /// What the failure detector says of the standby's node.
-    pub beats: mpsc::UnboundedReceiver<Beat>,
+    pub(super) beats: mpsc::UnboundedReceiver<Beat>,
     /// What operators ask.
-    pub requests: mpsc::Receiver<Request>,
+    pub(super) requests: mpsc::Receiver<Request>,
     /// What this host remembers of the VM.
-    pub durable: Durable,
+    pub(super) durable: Durable,
     /// What operators see.
-    pub view: Arc<View>,
+    pub(super) view: Arc<View>,
 }
 
 impl std::fmt::Debug for Setup {
@@ -95,14 +95,13 @@ struct Task {
     detached: Option<Result<(), GuestError>>,
     detaching: bool,
     finished: bool,
-    last_heard: Option<Time>,
 }
 
 /// Runs a protection to its end. Returns when the guest was left, lost or destroyed.
 ///
 /// # Errors
 /// If a thread cannot be started; the guest is left as it was found then.
-pub async fn run(setup: Setup) -> Result<(), ErrorBody> {
+pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
     let Setup { name, guest, config, shadow, link, connection, asker, mut beats, mut requests, durable, view } = setup;
     let (asker, mut answers) = asker;
     let (commands, inbox) = channel();
@@ -147,7 +146,6 @@ pub async fn run(setup: Setup) -> Result<(), ErrorBody> {
         detached: None,
         detaching: false,
         finished: false,
-        last_heard: None,
     };
     task.core.handle_start(clock::now());
     loop {
@@ -172,7 +170,7 @@ pub async fn run(setup: Setup) -> Result<(), ErrorBody> {
 }
 
 /// Waits until the core's deadline; for ever if there is none.
-pub async fn wait_until(deadline: Option<Time>) {
+pub(super) async fn wait_until(deadline: Option<Time>) {
     match deadline {
         None | Some(Time::MAX) => std::future::pending().await,
         Some(time) => tokio::time::sleep_until(clock::instant(time).into()).await,
@@ -211,6 +209,7 @@ impl Task {
                 Output::Release { through } => self.release(through.0),
                 Output::OpenOutput => {
                     self.holding = false;
+                    self.view.went_alone();
                     self.view.set_gate(None);
                     self.command(Command::Open);
                 }
@@ -227,7 +226,13 @@ impl Task {
                     self.detaching = true;
                     self.command(Command::Detach);
                 }
-                Output::State { state, reason } => self.view.set_state(api_state(state), &reason),
+                Output::State { state, reason } => {
+                    if state == replicator_core::state::ProtectionState::FailingOver {
+                        // Unless something else was seen before, it is the age of the oldest epoch.
+                        self.view.failover_began(FailoverCause::Unacknowledged, None);
+                    }
+                    self.view.set_state(api_state(state), &reason);
+                }
                 Output::Finished => self.finished = true,
             }
         }
@@ -367,6 +372,7 @@ impl Task {
             pause::Report::SyncFailed(error) => self.core.handle_sync_failed(now, &clip(&told(&error))),
             pause::Report::Captured(captured) => self.captured(now, *captured),
             pause::Report::CaptureFailed { epoch, error } => {
+                tracing::warn!(vm = self.name, epoch, %error, advice = error.advice, "an epoch was not captured");
                 let retryable = error.kind == GuestErrorKind::Failed;
                 self.core.handle_capture_failed(now, Epoch(epoch), retryable, &clip(&told(&error)));
             }
@@ -430,7 +436,8 @@ impl Task {
                 }
                 self.core.handle_sent(now, Epoch(epoch));
             }
-            encoder::Report::Unencodable { error, .. } => {
+            encoder::Report::Unencodable { epoch, error } => {
+                tracing::error!(vm = self.name, epoch, %error, "an epoch cannot be encoded");
                 self.core.handle_connection_lost(now, &clip(&error.to_string()));
             }
             encoder::Report::Broken { reason } => self.core.handle_connection_lost(now, &clip(&reason)),
@@ -452,8 +459,9 @@ impl Task {
         let now = clock::now();
         match beat {
             Beat::Suspected { last_heard } => {
-                self.last_heard = last_heard;
-                self.view.failover_began(FailoverCause::Silence, last_heard);
+                if self.view.status().state == ProtectionState::Protected {
+                    self.view.failover_began(FailoverCause::Silence, last_heard);
+                }
                 self.core.handle_peer_suspected(now);
             }
             Beat::Heard => {
@@ -516,6 +524,6 @@ fn told(error: &GuestError) -> String {
 }
 
 /// The parties of a protection, for its start.
-pub fn standby_party(connection: &heartbeat::quic::Connection) -> Party {
+pub(super) fn standby_party(connection: &heartbeat::quic::Connection) -> Party {
     Party { node: connection.peer.node, incarnation: connection.incarnation }
 }

@@ -32,31 +32,31 @@ use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, 
 const LOOK: Duration = Duration::from_secs(1);
 
 /// What a standby is started with.
-pub struct Setup {
+pub(super) struct Setup {
     /// The VM's name.
-    pub name: String,
+    pub(super) name: String,
     /// How the core works.
-    pub config: StandbyConfig,
+    pub(super) config: StandbyConfig,
     /// The waiting twin.
-    pub twin: Box<dyn Twin>,
+    pub(super) twin: Box<dyn Twin>,
     /// The control stream.
-    pub link: Link,
+    pub(super) link: Link,
     /// The connection, for bulk streams.
-    pub connection: quinn::Connection,
+    pub(super) connection: quinn::Connection,
     /// What the primary's streams carry.
-    pub session: Session,
+    pub(super) session: Session,
     /// Bound on staged bytes.
-    pub staging: usize,
+    pub(super) staging: usize,
     /// The store, and its answers.
-    pub asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
+    pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
     /// What the failure detector says of the primary's node.
-    pub beats: mpsc::UnboundedReceiver<Beat>,
+    pub(super) beats: mpsc::UnboundedReceiver<Beat>,
     /// What operators ask.
-    pub requests: mpsc::Receiver<Request>,
+    pub(super) requests: mpsc::Receiver<Request>,
     /// What this host remembers of the VM.
-    pub durable: Durable,
+    pub(super) durable: Durable,
     /// What operators see.
-    pub view: Arc<View>,
+    pub(super) view: Arc<View>,
 }
 
 impl std::fmt::Debug for Setup {
@@ -87,7 +87,7 @@ struct Task {
 }
 
 /// Runs a standby to its end: its twin was released as the survivor, or destroyed.
-pub async fn run(setup: Setup) {
+pub(super) async fn run(setup: Setup) {
     let Setup { name, config, twin, link, connection, session, staging, asker, mut beats, mut requests, durable, view } =
         setup;
     let (asker, mut answers) = asker;
@@ -393,11 +393,11 @@ impl Task {
 }
 
 /// Tells a primary that its VM cannot stand by here, and closes.
-pub fn refuse(link: &Link, reason: &str) {
+pub(super) fn refuse(link: &Link, reason: &str) {
     link.send(PeerMessage::Refused { reason: clip(reason) });
     // The primary closes when it has read it.
     tracing::warn!(reason, "a VM was refused");
 }
 
 /// The code with which a primary that speaks out of turn is cut off.
-pub const OUT_OF_TURN: CloseCode = CloseCode::Unexpected;
+pub(super) const OUT_OF_TURN: CloseCode = CloseCode::Unexpected;

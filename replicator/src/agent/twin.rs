@@ -11,7 +11,7 @@ use crate::pages::staged::DeviceState;
 
 /// What the thread is asked.
 #[derive(Debug)]
-pub enum Command {
+pub(super) enum Command {
     /// Apply a part of the initial sync or a committed epoch.
     Apply(Box<Staged>),
     /// Prove that the state applied last loads.
@@ -26,7 +26,7 @@ pub enum Command {
 
 /// What it answers.
 #[derive(Debug)]
-pub enum Report {
+pub(super) enum Report {
     /// The answer to [`Command::Rehearse`].
     Rehearsed(Result<Rehearsal, GuestError>),
     /// The answer to [`Command::Activate`].
@@ -39,7 +39,7 @@ pub enum Report {
 
 /// Runs until released or destroyed. If its task is gone, a twin that was not activated is destroyed: nobody can
 /// acknowledge for it any more.
-pub fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, reports: &UnboundedSender<Report>) {
+pub(super) fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, reports: &UnboundedSender<Report>) {
     let memory = twin.memory();
     let mut device = DeviceState::default();
     let mut activated = false;

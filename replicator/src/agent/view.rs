@@ -17,7 +17,7 @@ use crate::status::{EpochObservation, EpochStats};
 
 /// One VM's view. Shared by its task and the control API.
 #[derive(Debug)]
-pub struct View {
+pub(super) struct View {
     inner: Mutex<Inner>,
     metrics: VmMetrics,
 }
@@ -43,7 +43,7 @@ fn ms(duration: Duration) -> f64 {
 
 impl View {
     /// A view of a VM of which only this is known.
-    pub fn new(name: &str, vm: VmId, role: Role, metrics: VmMetrics) -> Self {
+    pub(super) fn new(name: &str, vm: VmId, role: Role, metrics: VmMetrics) -> Self {
         metrics.set_role(role);
         let status = VmStatus::new(name, vm.to_string(), role);
         Self { inner: Mutex::new(Inner { status, epochs: EpochStats::new(), gate: None, failing: None }), metrics }
@@ -54,7 +54,7 @@ impl View {
     }
 
     /// What the control API answers now.
-    pub fn status(&self) -> VmStatus {
+    pub(super) fn status(&self) -> VmStatus {
         let inner = self.lock();
         let mut status = inner.status.clone();
         status.epochs = inner.epochs.summary();
@@ -63,17 +63,17 @@ impl View {
     }
 
     /// The other side's name.
-    pub fn peer(&self) -> String {
+    pub(super) fn peer(&self) -> String {
         self.lock().status.peer.clone()
     }
 
     /// Changes the plain fields.
-    pub fn set(&self, change: impl FnOnce(&mut VmStatus)) {
+    pub(super) fn set(&self, change: impl FnOnce(&mut VmStatus)) {
         change(&mut self.lock().status);
     }
 
     /// Changes the state, and says so in one log line.
-    pub fn set_state(&self, state: ProtectionState, reason: &str) {
+    pub(super) fn set_state(&self, state: ProtectionState, reason: &str) {
         let mut inner = self.lock();
         let before = inner.status.state.word();
         if before != state.word() || inner.status.reason != reason {
@@ -85,7 +85,7 @@ impl View {
     }
 
     /// How far the initial sync is; shown only while it is under way.
-    pub fn set_progress(&self, progress: SyncProgress) {
+    pub(super) fn set_progress(&self, progress: SyncProgress) {
         let mut inner = self.lock();
         if matches!(inner.status.state, ProtectionState::Syncing(_)) {
             inner.status.state = ProtectionState::Syncing(progress);
@@ -94,23 +94,23 @@ impl View {
     }
 
     /// The gate whose held output is shown, from now on or no more.
-    pub fn set_gate(&self, gate: Option<Arc<dyn Gate>>) {
+    pub(super) fn set_gate(&self, gate: Option<Arc<dyn Gate>>) {
         self.lock().gate = gate;
     }
 
     /// A generation was read.
-    pub fn set_generation(&self, generation: u64) {
+    pub(super) fn set_generation(&self, generation: u64) {
         self.lock().status.generation = generation;
         self.metrics.set_generation(generation);
     }
 
     /// What the failure detector thinks of the peer.
-    pub fn set_suspicion(&self, suspicion: Option<Suspicion>) {
+    pub(super) fn set_suspicion(&self, suspicion: Option<Suspicion>) {
         self.lock().status.suspicion = suspicion;
     }
 
     /// An epoch was committed (primary).
-    pub fn observe(&self, epoch: &EpochObservation) {
+    pub(super) fn observe(&self, epoch: &EpochObservation) {
         let mut inner = self.lock();
         inner.epochs.observe(epoch);
         inner.status.epoch_committed = epoch.epoch;
@@ -123,13 +123,13 @@ impl View {
     }
 
     /// An epoch was committed (standby).
-    pub fn set_committed(&self, epoch: u64) {
+    pub(super) fn set_committed(&self, epoch: u64) {
         self.lock().status.epoch_committed = epoch;
         self.metrics.set_committed(epoch);
     }
 
     /// A failover begins here: the peer is suspected, or the operator asked.
-    pub fn failover_began(&self, cause: FailoverCause, last_heard: Option<Time>) {
+    pub(super) fn failover_began(&self, cause: FailoverCause, last_heard: Option<Time>) {
         let detected = clock::now();
         let mut inner = self.lock();
         if inner.failing.is_some() {
@@ -155,7 +155,7 @@ impl View {
     }
 
     /// The failover that began is off: the peer is heard again and nothing was granted.
-    pub fn failover_ceased(&self) {
+    pub(super) fn failover_ceased(&self) {
         let mut inner = self.lock();
         if inner.failing.is_some_and(|failing| failing.granted.is_none()) {
             inner.failing = None;
@@ -164,7 +164,7 @@ impl View {
     }
 
     /// The grant was read.
-    pub fn granted(&self, generation: u64, epoch: u64) {
+    pub(super) fn granted(&self, generation: u64, epoch: u64) {
         let now = clock::now();
         let mut inner = self.lock();
         let Some(failing) = inner.failing.as_mut() else { return };
@@ -179,7 +179,7 @@ impl View {
     }
 
     /// The survivor runs.
-    pub fn activated(&self, activation: Activation) {
+    pub(super) fn activated(&self, activation: Activation) {
         let now = clock::now();
         let mut inner = self.lock();
         let granted = inner.failing.take().and_then(|failing| failing.granted).unwrap_or(now);
@@ -200,18 +200,18 @@ impl View {
     }
 
     /// This side went on alone without activating anything (a primary that lost its standby).
-    pub fn went_alone(&self) {
+    pub(super) fn went_alone(&self) {
         self.lock().failing = None;
     }
 
     /// Where the survivor runs.
-    pub fn set_survivor(&self, survivor: SurvivorAt) {
+    pub(super) fn set_survivor(&self, survivor: SurvivorAt) {
         self.lock().status.survivor = Some(survivor);
     }
 }
 
 /// The core's word for the API's.
-pub fn api_state(state: replicator_core::state::ProtectionState) -> ProtectionState {
+pub(super) fn api_state(state: replicator_core::state::ProtectionState) -> ProtectionState {
     use replicator_core::state::ProtectionState as Core;
     match state {
         Core::Unprotected => ProtectionState::Unprotected,
