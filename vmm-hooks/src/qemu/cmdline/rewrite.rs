@@ -293,9 +293,16 @@ impl Rewriter<'_> {
         let mut keys = Keys::parse(value, "type").ok_or_else(|| unreadable("netdev", value))?;
         let id = keys.get("id").unwrap_or_default().to_owned();
         if self.plan.network == Network::Null {
-            let hub = self.next_hub;
-            self.next_hub += 1;
-            self.push("netdev", format!("hubport,id={},hubid={hub}", id.replace(',', ",,")));
+            let id = id.replace(',', ",,");
+            if matches!(keys.get("type"), Some("tap" | "bridge")) {
+                // The saved state of a card on a tap only loads on a host side that takes the same headers, which is a tap: one
+                // that the kernel names, that is on no bridge and never up, and that ends with the scratch twin.
+                self.push("netdev", format!("tap,id={id},script=no,downscript=no"));
+            } else {
+                let hub = self.next_hub;
+                self.next_hub += 1;
+                self.push("netdev", format!("hubport,id={id},hubid={hub}"));
+            }
             return Ok(());
         }
         self.host_side("netdev", value, &mut keys, &id)?;
@@ -501,8 +508,8 @@ mod tests {
         assert_eq!(rewritten(arguments, &[], same()), Ok(expected));
         assert!(rewritten("-netdev bridge,id=n2,br=other", &[], same()).expect("carried over").contains("br=other"));
         let null = rewritten(arguments, &[], Network::Null).expect("carried over");
-        assert!(null.contains("-netdev hubport,id=n0,hubid=90000 -netdev hubport,id=n1,hubid=90001"), "{null}");
-        assert!(!null.contains("tap"), "{null}");
+        assert!(null.contains("-netdev tap,id=n0,script=no,downscript=no -netdev tap,id=n1,script"), "{null}");
+        assert!(!null.contains("ifname"), "{null}");
         let unknown = rewritten("-netdev tap,id=n9,fd=3", &[], same());
         assert_eq!(unknown, Err(CmdlineError::NoInterface { netdev: "n9".to_owned() }));
     }
