@@ -93,91 +93,26 @@ impl Figures {
     #[must_use]
     pub fn table(&self) -> String {
         let rows: [(&str, String, &str); 16] = [
-            (
-                "rounds",
-                self.rounds.to_string(),
-                "times below are the worst round's, counts are sums",
-            ),
-            (
-                "epochs",
-                self.epochs.to_string(),
-                "epochs that the standby acknowledged before the kill",
-            ),
-            (
-                "epoch_ms_p50",
-                ms(self.epoch_ms_p50),
-                "start of an epoch to the start of the next",
-            ),
-            (
-                "pause_ms_p50",
-                ms(self.pause_ms_p50),
-                "the guest stands: call of stop to return of cont",
-            ),
-            (
-                "pause_ms_p99",
-                ms(self.pause_ms_p99),
-                "the same, 99th percentile",
-            ),
-            (
-                "dirty_pages_p50",
-                self.dirty_pages_p50.to_string(),
-                "pages of 4 KiB written in an epoch",
-            ),
-            (
-                "commit_ms_p50",
-                ms(self.commit_ms_p50),
-                "end of a pause until its acknowledgement was read",
-            ),
-            (
-                "detection_ms",
-                ms(self.detection_ms),
-                "kill until the standby suspected its primary",
-            ),
-            (
-                "activation_ms",
-                ms(self.activation_ms),
-                "grant read until the survivor ran",
-            ),
-            (
-                "failover_ms",
-                ms(self.failover_ms),
-                "kill until the survivor answered a prober that asks each ms",
-            ),
-            (
-                "client_stall_ms",
-                ms(self.client_stall_ms),
-                "longest wait of the TCP client, its own timer included",
-            ),
-            (
-                "acked_writes",
-                self.acked_writes.to_string(),
-                "writes the client was told are done",
-            ),
-            (
-                "lost_writes",
-                self.lost_writes.to_string(),
-                "of these not on the survivor: must be 0",
-            ),
-            (
-                "connections_broken",
-                self.connections_broken.to_string(),
-                "must be 0",
-            ),
-            (
-                "unprotected_ops_per_s",
-                ops(self.unprotected_ops_per_s),
-                "SET, 50 connections, before protection",
-            ),
-            (
-                "protected_ops_per_s",
-                ops(self.protected_ops_per_s),
-                "the same with --epoch auto",
-            ),
+            ("rounds", self.rounds.to_string(), "times below are the worst round's, counts are sums"),
+            ("epochs", self.epochs.to_string(), "epochs that the standby acknowledged before the kill"),
+            ("epoch_ms_p50", ms(self.epoch_ms_p50), "start of an epoch to the start of the next"),
+            ("pause_ms_p50", ms(self.pause_ms_p50), "the guest stands: call of stop to return of cont"),
+            ("pause_ms_p99", ms(self.pause_ms_p99), "the same, 99th percentile"),
+            ("dirty_pages_p50", self.dirty_pages_p50.to_string(), "pages of 4 KiB written in an epoch"),
+            ("commit_ms_p50", ms(self.commit_ms_p50), "end of a pause until its acknowledgement was read"),
+            ("detection_ms", ms(self.detection_ms), "kill until the standby suspected its primary"),
+            ("activation_ms", ms(self.activation_ms), "grant read until the survivor ran"),
+            ("failover_ms", ms(self.failover_ms), "kill until the survivor answered a prober that asks each ms"),
+            ("client_stall_ms", ms(self.client_stall_ms), "longest wait of the TCP client, its own timer included"),
+            ("acked_writes", self.acked_writes.to_string(), "writes the client was told are done"),
+            ("lost_writes", self.lost_writes.to_string(), "of these not on the survivor: must be 0"),
+            ("connections_broken", self.connections_broken.to_string(), "must be 0"),
+            ("unprotected_ops_per_s", ops(self.unprotected_ops_per_s), "SET, 50 connections, before protection"),
+            ("protected_ops_per_s", ops(self.protected_ops_per_s), "the same with --epoch auto"),
         ];
         let mut text = String::new();
         for (name, value, meaning) in rows {
-            writeln!(text, "  {name:<22} {value:>10}   {meaning}")
-                .expect("a string takes everything");
+            writeln!(text, "  {name:<22} {value:>10}   {meaning}").expect("a string takes everything");
         }
         text
     }
@@ -220,40 +155,17 @@ mod tests {
     fn rounds_sum_counts_and_keep_the_worst() {
         let both = round(5.0, 3, 100.0).and(round(7.0, 2, 50.0));
         assert_eq!((both.rounds, both.epochs, both.acked_writes), (2, 5, 5));
-        assert_eq!(
-            (both.failover_ms, both.client_stall_ms, both.dirty_pages_p50),
-            (7.0, 7.0, 3)
-        );
-        assert_eq!(
-            (both.unprotected_ops_per_s, both.protected_ops_per_s),
-            (50.0, 50.0)
-        );
+        assert_eq!((both.failover_ms, both.client_stall_ms, both.dirty_pages_p50), (7.0, 7.0, 3));
+        assert_eq!((both.unprotected_ops_per_s, both.protected_ops_per_s), (50.0, 50.0));
         assert!(both.good());
-        assert!(
-            !Figures {
-                lost_writes: 1,
-                ..both
-            }
-            .good()
-        );
-        assert!(
-            !Figures {
-                connections_broken: 1,
-                ..both
-            }
-            .good()
-        );
+        assert!(!Figures { lost_writes: 1, ..both }.good());
+        assert!(!Figures { connections_broken: 1, ..both }.good());
     }
 
     #[test]
     fn the_json_has_exactly_the_promised_keys() {
         let json = serde_json::to_value(round(1.0, 1, 1.0)).expect("numbers serialise");
-        let mut keys: Vec<_> = json
-            .as_object()
-            .expect("an object")
-            .keys()
-            .map(String::as_str)
-            .collect();
+        let mut keys: Vec<_> = json.as_object().expect("an object").keys().map(String::as_str).collect();
         let promised = "rounds epochs epoch_ms_p50 pause_ms_p50 pause_ms_p99 dirty_pages_p50 commit_ms_p50 detection_ms \
                         activation_ms failover_ms client_stall_ms acked_writes lost_writes connections_broken \
                         unprotected_ops_per_s protected_ops_per_s";

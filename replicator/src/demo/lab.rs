@@ -113,33 +113,26 @@ impl Lab {
             agents: Vec::new(),
             witness: None,
         };
-        lab.network()
-            .context("cannot build the laboratory's network")?;
+        lab.network().context("cannot build the laboratory's network")?;
         Ok(lab)
     }
 
     fn network(&self) -> Result<()> {
         let switch = self.namespace("s");
         ip(&format!("netns add {switch}"))?;
-        ip(&format!(
-            "-n {switch} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"
-        ))?;
+        ip(&format!("-n {switch} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
         ip(&format!("-n {switch} link set br0 up"))?;
         for role in ["a", "b", "w", "c"] {
             let name = self.namespace(role);
             ip(&format!("netns add {name}"))?;
             ip(&format!("-n {name} link set lo up"))?;
-            ip(&format!(
-                "-n {switch} link add to-{role} type veth peer name uplink netns {name}"
-            ))?;
+            ip(&format!("-n {switch} link add to-{role} type veth peer name uplink netns {name}"))?;
             ip(&format!("-n {switch} link set to-{role} master br0 up"))?;
             ip(&format!("-n {name} link set uplink up"))?;
         }
         for host in [Host::A, Host::B] {
             let name = self.namespace(host.role());
-            ip(&format!(
-                "-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"
-            ))?;
+            ip(&format!("-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
             ip(&format!("-n {name} link set uplink master br0"))?;
             ip(&format!("-n {name} link set br0 up"))?;
             ip(&format!("-n {name} addr add {}/24 dev br0", host.address()))?;
@@ -147,14 +140,8 @@ impl Lab {
         let a = self.namespace("a");
         ip(&format!("-n {a} tuntap add dev tap0 mode tap"))?;
         ip(&format!("-n {a} link set tap0 master br0 up"))?;
-        ip(&format!(
-            "-n {} addr add {WITNESS}/24 dev uplink",
-            self.namespace("w")
-        ))?;
-        ip(&format!(
-            "-n {} addr add 10.77.0.100/24 dev uplink",
-            self.namespace("c")
-        ))
+        ip(&format!("-n {} addr add {WITNESS}/24 dev uplink", self.namespace("w")))?;
+        ip(&format!("-n {} addr add 10.77.0.100/24 dev uplink", self.namespace("c")))
     }
 
     /// The full name of a namespace.
@@ -176,8 +163,7 @@ impl Lab {
     pub(super) async fn boot(&mut self) -> Result<Duration> {
         let dir = self.part("vm")?;
         let cmdline = self.guest.join("cmdline");
-        let cmdline = fs::read_to_string(&cmdline)
-            .with_context(|| format!("cannot read {}", cmdline.display()))?;
+        let cmdline = fs::read_to_string(&cmdline).with_context(|| format!("cannot read {}", cmdline.display()))?;
         let shown = |name: &str| self.guest.join(name).display().to_string();
         let args: Vec<String> = [
             "-name",
@@ -205,19 +191,9 @@ impl Lab {
         .into();
         let begun = now_ns();
         let qemu = Path::new("qemu-system-x86_64");
-        let mut vm = Daemon::start(
-            "the VM",
-            &self.namespace("a"),
-            qemu,
-            &args,
-            &[],
-            &dir.join("qemu.log"),
-        )?;
+        let mut vm = Daemon::start("the VM", &self.namespace("a"), qemu, &args, &[], &dir.join("qemu.log"))?;
         let (to, seconds) = (REDIS.to_string(), BOOT.as_secs().to_string());
-        let mut ping = self.helper(
-            "the first PING",
-            &["ping", "--to", &to, "--seconds", &seconds],
-        )?;
+        let mut ping = self.helper("the first PING", &["ping", "--to", &to, "--seconds", &seconds])?;
         tokio::select! {
             answer = ping.answer::<String>(BOOT + COMMAND) => answer.context("the guest did not boot")?,
             error = vm.ends_by_itself() => return Err(error),
@@ -241,75 +217,34 @@ impl Lab {
     /// If one does not within a bound.
     pub(super) async fn start_daemons(&mut self) -> Result<()> {
         let dir = self.part("witness")?;
-        let mut args: Vec<String> = ["witness", "--name", "witness", "--listen"]
-            .map(str::to_owned)
-            .into();
+        let mut args: Vec<String> = ["witness", "--name", "witness", "--listen"].map(str::to_owned).into();
         args.push(format!("{WITNESS}:7846"));
-        args.extend([
-            "--state-dir".to_owned(),
-            dir.join("state").display().to_string(),
-        ]);
-        args.extend([
-            "--run-dir".to_owned(),
-            dir.join("run").display().to_string(),
-        ]);
+        args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
+        args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
         let env = [("RUST_LOG", "info".to_owned())];
         let log = dir.join("witness.log");
-        let mut witness = Daemon::start(
-            "the witness",
-            &self.namespace("w"),
-            &self.understudy,
-            &args,
-            &env,
-            &log,
-        )?;
+        let mut witness = Daemon::start("the witness", &self.namespace("w"), &self.understudy, &args, &env, &log)?;
         let client = self.witness_client();
-        until(
-            "the witness to answer on its control socket",
-            START,
-            async || {
-                witness.check()?;
-                Ok(client
-                    .witness_status()
-                    .await
-                    .map_err(|error| error.to_string()))
-            },
-        )
+        until("the witness to answer on its control socket", START, async || {
+            witness.check()?;
+            Ok(client.witness_status().await.map_err(|error| error.to_string()))
+        })
         .await?;
         self.witness = Some(witness);
         for host in [Host::A, Host::B] {
             let dir = self.part(host.name())?;
-            let mut args: Vec<String> = ["agent", "--name", host.name(), "--listen"]
-                .map(str::to_owned)
-                .into();
+            let mut args: Vec<String> = ["agent", "--name", host.name(), "--listen"].map(str::to_owned).into();
             args.push(format!("{}:7844", host.address()));
-            args.extend([
-                "--state-dir".to_owned(),
-                dir.join("state").display().to_string(),
-            ]);
-            args.extend([
-                "--run-dir".to_owned(),
-                dir.join("run").display().to_string(),
-            ]);
+            args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
+            args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
             let what = format!("the agent of {}", host.name());
             let log = dir.join("agent.log");
-            let mut agent = Daemon::start(
-                &what,
-                &self.namespace(host.role()),
-                &self.understudy,
-                &args,
-                &env,
-                &log,
-            )?;
+            let mut agent = Daemon::start(&what, &self.namespace(host.role()), &self.understudy, &args, &env, &log)?;
             let client = self.client(host);
-            until(
-                &format!("{what} to answer on its control socket"),
-                START,
-                async || {
-                    agent.check()?;
-                    Ok(client.status().await.map_err(|error| error.to_string()))
-                },
-            )
+            until(&format!("{what} to answer on its control socket"), START, async || {
+                agent.check()?;
+                Ok(client.status().await.map_err(|error| error.to_string()))
+            })
             .await?;
             self.agents.push((host, agent));
         }
@@ -346,27 +281,11 @@ impl Lab {
     ///
     /// # Errors
     /// With what it said, if it fails or takes longer than `bound`.
-    pub(super) async fn understudy(
-        &self,
-        host: Host,
-        args: &[&str],
-        bound: Duration,
-    ) -> Result<String> {
+    pub(super) async fn understudy(&self, host: Host, args: &[&str], bound: Duration) -> Result<String> {
         let what = format!("`understudy {}` on {}", args.join(" "), host.name());
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-        let env = [(
-            "UNDERSTUDY_CONTROL",
-            self.control(host).display().to_string(),
-        )];
-        output(
-            &what,
-            &self.namespace(host.role()),
-            &self.understudy,
-            &args,
-            &env,
-            bound,
-        )
-        .await
+        let env = [("UNDERSTUDY_CONTROL", self.control(host).display().to_string())];
+        output(&what, &self.namespace(host.role()), &self.understudy, &args, &env, bound).await
     }
 
     /// Pairs both hosts with the witness, and with each other.
@@ -376,31 +295,11 @@ impl Lab {
     pub(super) async fn pair(&self) -> Result<()> {
         let window = PairOpenRequest { ttl_s: 60 };
         for host in [Host::A, Host::B] {
-            let code = self
-                .witness_client()
-                .pair_open(&window)
-                .await
-                .context("the witness opens no window")?
-                .code;
-            self.understudy(
-                host,
-                &["pair", WITNESS, "--code", &code, "--witness"],
-                COMMAND,
-            )
-            .await?;
+            let code = self.witness_client().pair_open(&window).await.context("the witness opens no window")?.code;
+            self.understudy(host, &["pair", WITNESS, "--code", &code, "--witness"], COMMAND).await?;
         }
-        let code = self
-            .client(Host::B)
-            .pair_open(&window)
-            .await
-            .context("host-b opens no window")?
-            .code;
-        self.understudy(
-            Host::A,
-            &["pair", Host::B.address(), "--code", &code],
-            COMMAND,
-        )
-        .await?;
+        let code = self.client(Host::B).pair_open(&window).await.context("host-b opens no window")?.code;
+        self.understudy(Host::A, &["pair", Host::B.address(), "--code", &code], COMMAND).await?;
         Ok(())
     }
 
@@ -411,16 +310,9 @@ impl Lab {
     pub(super) async fn kill_host_a(&mut self) -> Result<Death> {
         let mut vm = self.vm.take().context("no VM was booted")?;
         vm.check().context("before its host was killed")?;
-        let agent = self
-            .agents
-            .iter()
-            .find(|(host, _)| *host == Host::A)
-            .and_then(|(_, agent)| agent.pid());
-        let pids: Vec<Pid> = [vm.pid(), agent]
-            .into_iter()
-            .flatten()
-            .filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?))
-            .collect();
+        let agent = self.agents.iter().find(|(host, _)| *host == Host::A).and_then(|(_, agent)| agent.pid());
+        let pids: Vec<Pid> =
+            [vm.pid(), agent].into_iter().flatten().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).collect();
         let begun_ns = now_ns();
         for pid in pids {
             kill_process(pid, Signal::KILL).context("cannot kill host A")?;

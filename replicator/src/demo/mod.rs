@@ -99,16 +99,14 @@ fn demo(args: &DemoArgs) -> Result<bool> {
             let _ = fs::remove_dir_all(&panic_dir);
         }
     }));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut hangup = signal(SignalKind::hangup())?;
         // Dropping the rounds' future drops the laboratory, which cleans up.
         tokio::select! {
-            figures = rounds(args, &dir) => figures.inspect_err(|_| eprint!("{}", process::log_tails(&dir))),
+            figures = rounds(args, &dir) => figures,
             _ = interrupt.recv() => bail!("interrupted"),
             _ = terminate.recv() => bail!("told to end"),
             _ = hangup.recv() => bail!("the terminal is gone"),
@@ -136,19 +134,19 @@ async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
         let dir = dir.join(number.to_string());
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let mut lab = lab::Lab::build(&dir, &args.guest)?;
-        let plan = round::Plan {
-            number,
-            load_seconds: args.load_seconds,
-            epoch: args.epoch.clone(),
-        };
+        let plan = round::Plan { number, load_seconds: args.load_seconds, epoch: args.epoch.clone() };
         let figures = match round::run(&mut lab, &plan).await {
             Ok(figures) => figures,
             Err(error) => {
-                eprint!("{}", lab.statuses().await);
+                let statuses = lab.statuses().await;
+                eprint!("{}{statuses}", process::log_tails(&dir));
                 return Err(error.context(format!("round {number}")));
             }
         };
         drop(lab);
+        if !args.keep {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
         all = Some(all.map_or(figures, |all| all.and(figures)));
     }
     all.context("no round was asked for")
@@ -161,20 +159,14 @@ fn check_means(guest: &Path) -> Result<()> {
     }
     for file in ["vmlinuz", "initrd.img", "cmdline"] {
         if !guest.join(file).is_file() {
-            bail!(
-                "there is no guest image in {}: build it with `cargo xtask setup`",
-                guest.display()
-            );
+            bail!("there is no guest image in {}: build it with `cargo xtask setup`", guest.display());
         }
     }
     Ok(())
 }
 
 fn work_dir(args: &DemoArgs, maker: u32) -> PathBuf {
-    args.work_dir
-        .clone()
-        .unwrap_or_else(std::env::temp_dir)
-        .join(format!("us-demo-{maker}"))
+    args.work_dir.clone().unwrap_or_else(std::env::temp_dir).join(format!("us-demo-{maker}"))
 }
 
 /// A directory that only root can enter. Its path is short: sockets below it must fit in 107 bytes.
@@ -182,6 +174,5 @@ fn make_work_dir(args: &DemoArgs) -> Result<PathBuf> {
     let dir = work_dir(args, std::process::id());
     fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
     fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
-    dir.canonicalize()
-        .with_context(|| format!("cannot resolve {}", dir.display()))
+    dir.canonicalize().with_context(|| format!("cannot resolve {}", dir.display()))
 }

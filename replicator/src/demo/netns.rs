@@ -40,10 +40,7 @@ pub(super) fn ip(words: &str) -> Result<()> {
         .output()
         .context("cannot start `ip` (Debian package iproute2)")?;
     if !output.status.success() {
-        bail!(
-            "`ip {words}` failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("`ip {words}` failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(())
 }
@@ -60,8 +57,7 @@ pub(super) fn processes_in(name: &str) -> Vec<Pid> {
         let entry = entry.ok()?;
         let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
         let its = fs::metadata(entry.path().join("ns/net")).ok()?;
-        ((its.dev(), its.ino()) == (namespace.dev(), namespace.ino()))
-            .then(|| Pid::from_raw(pid))?
+        ((its.dev(), its.ino()) == (namespace.dev(), namespace.ino())).then(|| Pid::from_raw(pid))?
     })
     .collect()
 }
@@ -109,11 +105,7 @@ pub(super) fn sweep(maker: u32) {
 /// # Errors
 /// If the names cannot be listed.
 pub(super) fn sweep_leftovers() -> io::Result<Vec<u32>> {
-    let mut dead: Vec<u32> = names()?
-        .iter()
-        .filter_map(|name| maker(name))
-        .filter(|&pid| !is_maker(pid))
-        .collect();
+    let mut dead: Vec<u32> = names()?.iter().filter_map(|name| maker(name)).filter(|&pid| !is_maker(pid)).collect();
     dead.sort_unstable();
     dead.dedup();
     for &pid in &dead {
@@ -124,9 +116,7 @@ pub(super) fn sweep_leftovers() -> io::Result<Vec<u32>> {
 
 fn names() -> io::Result<Vec<String>> {
     match fs::read_dir(NAMES) {
-        Ok(all) => all
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-            .collect(),
+        Ok(all) => all.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect(),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error),
     }

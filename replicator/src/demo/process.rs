@@ -19,14 +19,8 @@ const TAIL: usize = 3_000;
 fn command<S: AsRef<OsStr>>(namespace: &str, program: &Path, args: &[S]) -> Command {
     let mut command = Command::new("ip");
     // `ip netns exec` becomes the program: same pid.
-    command
-        .args(["netns", "exec", namespace])
-        .arg(program)
-        .args(args);
-    command
-        .stdin(Stdio::null())
-        .process_group(0)
-        .kill_on_drop(true);
+    command.args(["netns", "exec", namespace]).arg(program).args(args);
+    command.stdin(Stdio::null()).process_group(0).kill_on_drop(true);
     command
 }
 
@@ -54,13 +48,8 @@ impl Daemon {
         let mut command = command(namespace, program, args);
         command.envs(env.iter().map(|(key, value)| (key, value)));
         command.stdout(file.try_clone()?).stderr(file);
-        let child = command
-            .spawn()
-            .with_context(|| format!("cannot start {what}"))?;
-        Ok(Self {
-            what: what.to_owned(),
-            child,
-        })
+        let child = command.spawn().with_context(|| format!("cannot start {what}"))?;
+        Ok(Self { what: what.to_owned(), child })
     }
 
     /// Its pid, if it was not seen to end.
@@ -79,9 +68,7 @@ impl Daemon {
     /// If it does not within `bound`.
     pub(super) async fn ended(&mut self, bound: Duration) -> Result<()> {
         match timeout(bound, self.child.wait()).await {
-            Ok(status) => status
-                .map(drop)
-                .with_context(|| format!("cannot wait for {}", self.what)),
+            Ok(status) => status.map(drop).with_context(|| format!("cannot wait for {}", self.what)),
             Err(_) => bail!("{} did not end within {bound:?}", self.what),
         }
     }
@@ -124,13 +111,8 @@ pub(super) async fn output(
         Err(_) => bail!("{what} took longer than {bound:?}"),
     };
     if !output.status.success() {
-        let said = [output.stdout, output.stderr]
-            .map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned());
-        bail!(
-            "{what} ended with {}: {}",
-            output.status,
-            said.join("\n").trim()
-        );
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned());
+        bail!("{what} ended with {}: {}", output.status, said.join("\n").trim());
     }
     String::from_utf8(output.stdout).with_context(|| format!("{what} printed no text"))
 }
@@ -155,17 +137,10 @@ impl Helper {
         all.extend_from_slice(args);
         let mut command = command(namespace, &own, &all);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .with_context(|| format!("cannot start {what}"))?;
+        let mut child = command.spawn().with_context(|| format!("cannot start {what}"))?;
         let stdout = child.stdout.take().expect("it was asked for");
         let stdin = child.stdin.take();
-        Ok(Self {
-            what: what.to_owned(),
-            child,
-            stdin,
-            answers: BufReader::new(stdout).lines(),
-        })
+        Ok(Self { what: what.to_owned(), child, stdin, answers: BufReader::new(stdout).lines() })
     }
 
     /// Gives it a line.
@@ -173,15 +148,9 @@ impl Helper {
     /// # Errors
     /// If it has ended.
     pub(super) async fn tell(&mut self, line: &str) -> Result<()> {
-        let stdin = self
-            .stdin
-            .as_mut()
-            .with_context(|| format!("{} was told to end", self.what))?;
+        let stdin = self.stdin.as_mut().with_context(|| format!("{} was told to end", self.what))?;
         let line = format!("{line}\n");
-        stdin
-            .write_all(line.as_bytes())
-            .await
-            .with_context(|| format!("{} does not listen", self.what))
+        stdin.write_all(line.as_bytes()).await.with_context(|| format!("{} does not listen", self.what))
     }
 
     /// Tells it to come to its end.
@@ -225,11 +194,7 @@ pub(super) fn log_tails(dir: &Path) -> String {
     for log in logs {
         let bytes = fs::read(&log).unwrap_or_default();
         let end = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(TAIL)..]);
-        text.push_str(&format!(
-            "--- end of {}\n{}\n",
-            log.display(),
-            end.trim_end()
-        ));
+        text.push_str(&format!("--- end of {}\n{}\n", log.display(), end.trim_end()));
     }
     text
 }

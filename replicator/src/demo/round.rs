@@ -42,31 +42,18 @@ pub(super) struct Plan {
 /// If something does not work at all. A lost write and a broken connection are figures, not errors.
 pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
     let boot = lab.boot().await?;
-    println!(
-        "  VM {VM} runs on {}, Redis answers after {:.1} s",
-        Host::A.name(),
-        boot.as_secs_f64()
-    );
+    println!("  VM {VM} runs on {}, Redis answers after {:.1} s", Host::A.name(), boot.as_secs_f64());
     let unprotected = load(lab, plan).await.context("unprotected")?;
-    println!(
-        "  unprotected: {:.0} SET/s over {CONNECTIONS} connections",
-        unprotected.ops_per_s
-    );
+    println!("  unprotected: {:.0} SET/s over {CONNECTIONS} connections", unprotected.ops_per_s);
 
     lab.start_daemons().await?;
     lab.pair().await.context("pairing")?;
     let begun = now_ns();
     protect(lab, plan).await?;
-    println!(
-        "  protected after {:.1} s",
-        ms_between(begun, now_ns()) / 1e3
-    );
+    println!("  protected after {:.1} s", ms_between(begun, now_ns()) / 1e3);
     let protected = load(lab, plan).await.context("protected")?;
     let share = protected.ops_per_s / unprotected.ops_per_s;
-    println!(
-        "  protected: {:.0} SET/s, {share:.2} of unprotected",
-        protected.ops_per_s
-    );
+    println!("  protected: {:.0} SET/s, {share:.2} of unprotected", protected.ops_per_s);
     lab.check(&[Host::A, Host::B])?;
 
     let run = write_and_kill(lab, plan).await?;
@@ -76,14 +63,9 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
         println!("  BROKEN CONNECTION: {why}");
     }
     if checked.lost > 0 {
-        println!(
-            "  LOST WRITES: {} of {}, the first: {:?}",
-            checked.lost, run.written.acked, checked.first_lost
-        );
+        println!("  LOST WRITES: {} of {}, the first: {:?}", checked.lost, run.written.acked, checked.first_lost);
     }
-    let activation = report
-        .activation_ms
-        .context("the survivor's agent reports no activation")?;
+    let activation = report.activation_ms.context("the survivor's agent reports no activation")?;
     let stall = Duration::from_nanos(run.written.longest_gap_after(run.death.begun_ns));
     let figures = Figures {
         rounds: 1,
@@ -109,19 +91,9 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
 
 async fn load(lab: &Lab, plan: &Plan) -> Result<Loaded> {
     let (to, seconds) = (REDIS.to_string(), plan.load_seconds.to_string());
-    let args = [
-        "load",
-        "--to",
-        &to,
-        "--connections",
-        CONNECTIONS,
-        "--seconds",
-        &seconds,
-    ];
+    let args = ["load", "--to", &to, "--connections", CONNECTIONS, "--seconds", &seconds];
     let mut helper = lab.helper("the throughput measurement", &args)?;
-    helper
-        .answer(Duration::from_secs(plan.load_seconds) + LOAD_SLACK)
-        .await
+    helper.answer(Duration::from_secs(plan.load_seconds) + LOAD_SLACK).await
 }
 
 /// `understudy protect` on host A; checks that the VM is protected when it returns.
@@ -130,35 +102,11 @@ async fn protect(lab: &Lab, plan: &Plan) -> Result<()> {
     // Other laboratories on this machine may run a VM of this name; its own operator would write the name.
     let is_only_one = vmm_hooks::qemu::resolve(VM).is_ok();
     let vm = if is_only_one { VM } else { pid.as_str() };
-    println!(
-        "  understudy protect {vm} --to {} --epoch {}",
-        Host::B.name(),
-        plan.epoch
-    );
-    lab.understudy(
-        Host::A,
-        &[
-            "protect",
-            vm,
-            "--to",
-            Host::B.name(),
-            "--epoch",
-            &plan.epoch,
-        ],
-        PROTECT,
-    )
-    .await?;
-    let status = lab
-        .client(Host::A)
-        .vm_status(VM)
-        .await
-        .context("asking host-a about the VM")?;
+    println!("  understudy protect {vm} --to {} --epoch {}", Host::B.name(), plan.epoch);
+    lab.understudy(Host::A, &["protect", vm, "--to", Host::B.name(), "--epoch", &plan.epoch], PROTECT).await?;
+    let status = lab.client(Host::A).vm_status(VM).await.context("asking host-a about the VM")?;
     if status.state.word() != "protected" {
-        bail!(
-            "`understudy protect` returned while the VM is {}: {}",
-            status.state,
-            status.reason
-        );
+        bail!("`understudy protect` returned while the VM is {}: {}", status.state, status.reason);
     }
     Ok(())
 }
@@ -173,96 +121,53 @@ struct Run {
 
 async fn write_and_kill(lab: &mut Lab, plan: &Plan) -> Result<Run> {
     let to = REDIS.to_string();
-    let mut writer = lab.helper(
-        "the writing client",
-        &["write", "--to", &to, "--tag", &tag(plan)],
-    )?;
+    let mut writer = lab.helper("the writing client", &["write", "--to", &to, "--tag", &tag(plan)])?;
     let mut prober = lab.helper("the prober", &["probe", "--to", &REDIS.ip().to_string()])?;
     writer.answer::<Started>(WRITE_ANSWER).await?;
-    first_reply(&mut prober, now_ns())
-        .await
-        .context("before the kill")?;
+    first_reply(&mut prober, now_ns()).await.context("before the kill")?;
     let random = uuid::Uuid::new_v4().as_u128() % u128::from(KILL_WITHIN_MS);
     let later = Duration::from_millis(u64::try_from(random).expect("below a u64"));
     // The moment is what is random here: there is no condition to wait for.
     tokio::time::sleep(KILL_AFTER + later).await;
 
-    let status = lab
-        .client(Host::A)
-        .vm_status(VM)
-        .await
-        .context("asking host-a before its death")?;
+    let status = lab.client(Host::A).vm_status(VM).await.context("asking host-a before its death")?;
     if status.state.word() != "protected" {
-        bail!(
-            "before the kill the VM is {}: {} {}",
-            status.state,
-            status.reason,
-            status.advice
-        );
+        bail!("before the kill the VM is {}: {} {}", status.state, status.reason, status.advice);
     }
     let before = status.epochs.context("host-a has committed no epoch")?;
     let death = lab.kill_host_a().await?;
     println!("  host-a is dead");
-    let reply = first_reply(&mut prober, death.over_ns)
-        .await
-        .context("after the kill")?;
+    let reply = first_reply(&mut prober, death.over_ns).await.context("after the kill")?;
     prober.end();
     // The client must be seen to go on, not only to be there.
     tokio::time::sleep(GO_ON).await;
     writer.end();
     let written: Written = writer.answer(WRITE_ANSWER + COMMAND).await?;
-    Ok(Run {
-        before,
-        death,
-        first_reply_ns: reply,
-        written,
-    })
+    Ok(Run { before, death, first_reply_ns: reply, written })
 }
 
 /// When the first reply to a probe came that was sent after `after_ns`.
 async fn first_reply(prober: &mut Helper, after_ns: u64) -> Result<u64> {
     prober.tell(&after_ns.to_string()).await?;
     let reply: FirstReply = prober.answer(FIRST_REPLY + COMMAND).await?;
-    reply
-        .received_ns
-        .with_context(|| format!("the guest answered no probe within {FIRST_REPLY:?}"))
+    reply.received_ns.with_context(|| format!("the guest answered no probe within {FIRST_REPLY:?}"))
 }
 
 /// The standby's own report, once it says that the survivor runs.
 async fn failover_report(lab: &Lab) -> Result<FailoverReport> {
     let client = lab.client(Host::B);
-    until(
-        "host-b to report its failover as complete",
-        REPORT,
-        async || {
-            let status: VmStatus = client
-                .vm_status(VM)
-                .await
-                .context("asking host-b after the failover")?;
-            let seen = format!(
-                "{} as {}: {}",
-                status.state,
-                status.role.word(),
-                status.reason
-            );
-            Ok(status
-                .failover
-                .filter(|report| report.activation_ms.is_some())
-                .ok_or(seen))
-        },
-    )
+    until("host-b to report its failover as complete", REPORT, async || {
+        let status: VmStatus = client.vm_status(VM).await.context("asking host-b after the failover")?;
+        let seen = format!("{} as {}: {}", status.state, status.role.word(), status.reason);
+        Ok(status.failover.filter(|report| report.activation_ms.is_some()).ok_or(seen))
+    })
     .await
 }
 
 async fn check(lab: &Lab, plan: &Plan, acked: u64) -> Result<Checked> {
     let (to, acked) = (REDIS.to_string(), acked.to_string());
     let args = ["check", "--to", &to, "--tag", &tag(plan), "--acked", &acked];
-    lab.helper(
-        "the comparison of what was acknowledged with what is there",
-        &args,
-    )?
-    .answer(WRITE_ANSWER)
-    .await
+    lab.helper("the comparison of what was acknowledged with what is there", &args)?.answer(WRITE_ANSWER).await
 }
 
 fn tag(plan: &Plan) -> String {

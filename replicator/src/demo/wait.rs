@@ -13,8 +13,7 @@ const LOOK: Duration = Duration::from_millis(10);
 pub(super) fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).expect("the monotonic clock starts at 0");
-    seconds * 1_000_000_000
-        + u64::try_from(now.tv_nsec).expect("a part of a second is not negative")
+    seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).expect("a part of a second is not negative")
 }
 
 /// Milliseconds from one instant to a later one.

@@ -32,10 +32,7 @@ pub(super) async fn run(to: SocketAddr, tag: &str, acked: u64) -> Result<()> {
 }
 
 pub(super) async fn compare(connection: &mut Connection, tag: &str, acked: u64) -> Result<Checked> {
-    let mut checked = Checked {
-        lost: 0,
-        first_lost: Vec::new(),
-    };
+    let mut checked = Checked { lost: 0, first_lost: Vec::new() };
     let mut from = 0;
     while from < acked {
         let batch = from..acked.min(from + BATCH);
@@ -44,18 +41,10 @@ pub(super) async fn compare(connection: &mut Connection, tag: &str, acked: u64) 
         words.extend(keys.iter().map(|key| key.as_bytes()));
         let mut bytes = Vec::new();
         request(&mut bytes, &words);
-        let reply = timeout(CONNECT, connection.ask(&bytes))
-            .await
-            .context("no answer to MGET in time")??;
-        let Reply::List(found) = reply else {
-            bail!("Redis answered {reply:?} to MGET")
-        };
+        let reply = timeout(CONNECT, connection.ask(&bytes)).await.context("no answer to MGET in time")??;
+        let Reply::List(found) = reply else { bail!("Redis answered {reply:?} to MGET") };
         if found.len() != keys.len() {
-            bail!(
-                "Redis answered with {} values to MGET of {}",
-                found.len(),
-                keys.len()
-            );
+            bail!("Redis answered with {} values to MGET of {}", found.len(), keys.len());
         }
         for (number, found) in batch.clone().zip(found) {
             if found.as_deref() != Some(value(tag, number).as_bytes()) {

@@ -51,21 +51,10 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
                 let mut number = seed.wrapping_mul(7_919);
                 let mut bytes = Vec::new();
                 loop {
-                    number = number
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1_442_695_040_888_963_407);
+                    number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     bytes.clear();
-                    request(
-                        &mut bytes,
-                        &[
-                            b"SET",
-                            format!("key:{:012}", (number >> 33) % KEYS).as_bytes(),
-                            b"xyz",
-                        ],
-                    );
-                    let reply = timeout(ANSWER, connection.ask(&bytes))
-                        .await
-                        .context("no answer in time")??;
+                    request(&mut bytes, &[b"SET", format!("key:{:012}", (number >> 33) % KEYS).as_bytes(), b"xyz"]);
+                    let reply = timeout(ANSWER, connection.ask(&bytes)).await.context("no answer in time")??;
                     if reply != Reply::Simple("OK".to_owned()) {
                         bail!("Redis answered {reply:?} to SET");
                     }
@@ -88,10 +77,7 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
             anyhow::Ok(())
         })
         .await?;
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "a count of seconds' worth of requests is far below 2^52"
-    )]
+    #[expect(clippy::cast_precision_loss, reason = "a count of seconds' worth of requests is far below 2^52")]
     let ops_per_s = done.get() as f64 / length.as_secs_f64();
     say(&Loaded { ops_per_s })
 }

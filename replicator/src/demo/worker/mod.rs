@@ -86,17 +86,11 @@ pub(super) fn run(worker: Worker) -> Result<()> {
     if let Worker::Probe { to } = worker {
         return probe::run(to);
     }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         match worker {
             Worker::Ping { to, seconds } => ping(to, Duration::from_secs(seconds)).await,
-            Worker::Load {
-                to,
-                connections,
-                seconds,
-            } => load::run(to, connections, Duration::from_secs(seconds)).await,
+            Worker::Load { to, connections, seconds } => load::run(to, connections, Duration::from_secs(seconds)).await,
             Worker::Write { to, tag } => write::run(to, &tag).await,
             Worker::Check { to, tag, acked } => check::run(to, &tag, acked).await,
             Worker::Probe { .. } => unreachable!("answered above"),
@@ -113,9 +107,7 @@ fn say<T: Serialize>(answer: &T) -> Result<()> {
 
 async fn connect(to: SocketAddr) -> Result<resp::Connection> {
     match timeout(CONNECT, TcpStream::connect(to)).await {
-        Ok(stream) => {
-            resp::Connection::new(stream.with_context(|| format!("cannot connect to {to}"))?)
-        }
+        Ok(stream) => resp::Connection::new(stream.with_context(|| format!("cannot connect to {to}"))?),
         Err(_) => bail!("no connection to {to} within {CONNECT:?}"),
     }
 }
@@ -126,9 +118,7 @@ async fn ping(to: SocketAddr, bound: Duration) -> Result<()> {
     resp::request(&mut request, &[b"PING"]);
     let ask = async || -> Result<resp::Reply> {
         let mut connection = connect(to).await?;
-        timeout(CONNECT, connection.ask(&request))
-            .await
-            .context("no answer in time")?
+        timeout(CONNECT, connection.ask(&request)).await.context("no answer in time")?
     };
     super::wait::until("Redis to answer PING", bound, async || {
         Ok(match ask().await {

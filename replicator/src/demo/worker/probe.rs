@@ -38,8 +38,8 @@ pub(in crate::demo) struct FirstReply {
 /// # Errors
 /// If it may not open a raw socket.
 pub(super) fn run(to: Ipv4Addr) -> Result<()> {
-    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4))
-        .context("cannot open a raw ICMP socket")?;
+    let socket =
+        Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).context("cannot open a raw ICMP socket")?;
     socket.set_recv_buffer_size(1 << 20)?;
     socket.connect(&SockAddr::from(SocketAddrV4::new(to, 0)))?;
     let receiver = socket.try_clone()?;
@@ -72,10 +72,7 @@ pub(super) fn run(to: Ipv4Addr) -> Result<()> {
         }
     });
     for line in std::io::stdin().lock().lines() {
-        let after: u64 = line?
-            .trim()
-            .parse()
-            .context("an instant in nanoseconds was expected")?;
+        let after: u64 = line?.trim().parse().context("an instant in nanoseconds was expected")?;
         say(&first_reply(&arrived, after)?)?;
     }
     Ok(())
@@ -86,17 +83,11 @@ fn first_reply(arrived: &Receiver<(u64, u64)>, after: u64) -> Result<FirstReply>
     loop {
         match arrived.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok((sent_ns, received_ns)) if sent_ns > after => {
-                return Ok(FirstReply {
-                    sent_ns,
-                    received_ns: Some(received_ns),
-                });
+                return Ok(FirstReply { sent_ns, received_ns: Some(received_ns) });
             }
             Ok(_) => {}
             Err(RecvTimeoutError::Timeout) => {
-                return Ok(FirstReply {
-                    sent_ns: after,
-                    received_ns: None,
-                });
+                return Ok(FirstReply { sent_ns: after, received_ns: None });
             }
             Err(RecvTimeoutError::Disconnected) => bail!("the receiving thread has ended"),
         }
@@ -117,10 +108,7 @@ fn request(sequence: u16, sent_ns: u64) -> [u8; LENGTH] {
 
 /// The Internet checksum of an even number of bytes.
 fn checksum(bytes: &[u8]) -> u16 {
-    let mut sum: u32 = bytes
-        .chunks_exact(2)
-        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
-        .sum();
+    let mut sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -142,11 +130,7 @@ mod tests {
     #[test]
     fn a_reply_tells_when_its_request_was_sent() {
         let sent = request(7, 123_456_789_012);
-        assert_eq!(
-            checksum(&sent),
-            0,
-            "a packet with its checksum sums to zero"
-        );
+        assert_eq!(checksum(&sent), 0, "a packet with its checksum sums to zero");
         let mut packet = vec![0x45; 20];
         packet.extend_from_slice(&sent);
         assert_eq!(parse_reply(&packet), None, "a request is no reply");

@@ -48,10 +48,7 @@ impl Connection {
     /// If it cannot be set to send small requests at once.
     pub(super) fn new(stream: TcpStream) -> Result<Self> {
         stream.set_nodelay(true)?;
-        Ok(Self {
-            stream: BufReader::new(stream),
-            line: Vec::new(),
-        })
+        Ok(Self { stream: BufReader::new(stream), line: Vec::new() })
     }
 
     /// Sends bytes made by [`request`] and reads one reply.
@@ -65,10 +62,7 @@ impl Connection {
 
     async fn line(&mut self) -> Result<(u8, String)> {
         self.line.clear();
-        let read = (&mut self.stream)
-            .take(MAX_VALUE as u64)
-            .read_until(b'\n', &mut self.line)
-            .await?;
+        let read = (&mut self.stream).take(MAX_VALUE as u64).read_until(b'\n', &mut self.line).await?;
         let text = match self.line.strip_suffix(b"\r\n") {
             Some([kind, rest @ ..]) => (*kind, String::from_utf8_lossy(rest).into_owned()),
             _ if read == 0 => bail!("the connection was closed"),
@@ -131,12 +125,7 @@ mod tests {
             let mut request = [0; 14];
             stream.read_exact(&mut request).await.unwrap();
             assert_eq!(&request, b"*1\r\n$4\r\nPING\r\n");
-            for piece in [
-                "+PO",
-                "NG\r\n-ERR no\r\n:4",
-                "2\r\n$-1\r\n$2\r\na\n\r",
-                "\n*2\r\n$-1\r\n$1\r\nx\r\n?\r\n",
-            ] {
+            for piece in ["+PO", "NG\r\n-ERR no\r\n:4", "2\r\n$-1\r\n$2\r\na\n\r", "\n*2\r\n$-1\r\n$1\r\nx\r\n?\r\n"] {
                 stream.write_all(piece.as_bytes()).await.unwrap();
                 stream.flush().await.unwrap();
                 tokio::task::yield_now().await;
@@ -145,32 +134,14 @@ mod tests {
         let mut connection = Connection::new(TcpStream::connect(address).await.unwrap()).unwrap();
         let mut ping = Vec::new();
         request(&mut ping, &[b"PING"]);
-        assert_eq!(
-            connection.ask(&ping).await.unwrap(),
-            Reply::Simple("PONG".to_owned())
-        );
-        assert_eq!(
-            connection.reply().await.unwrap(),
-            Reply::Error("ERR no".to_owned())
-        );
+        assert_eq!(connection.ask(&ping).await.unwrap(), Reply::Simple("PONG".to_owned()));
+        assert_eq!(connection.reply().await.unwrap(), Reply::Error("ERR no".to_owned()));
         assert_eq!(connection.reply().await.unwrap(), Reply::Number(42));
         assert_eq!(connection.reply().await.unwrap(), Reply::Value(None));
-        assert_eq!(
-            connection.reply().await.unwrap(),
-            Reply::Value(Some(b"a\n".to_vec()))
-        );
-        assert_eq!(
-            connection.reply().await.unwrap(),
-            Reply::List(vec![None, Some(b"x".to_vec())])
-        );
-        assert!(
-            connection.reply().await.is_err(),
-            "an unknown kind is refused"
-        );
+        assert_eq!(connection.reply().await.unwrap(), Reply::Value(Some(b"a\n".to_vec())));
+        assert_eq!(connection.reply().await.unwrap(), Reply::List(vec![None, Some(b"x".to_vec())]));
+        assert!(connection.reply().await.is_err(), "an unknown kind is refused");
         server.await.unwrap();
-        assert!(
-            connection.reply().await.is_err(),
-            "a closed connection is no reply"
-        );
+        assert!(connection.reply().await.is_err(), "a closed connection is no reply");
     }
 }

@@ -46,12 +46,7 @@ pub(in crate::demo) struct Written {
 impl Written {
     /// The longest gap that was not over at `instant_ns`, in nanoseconds; 0 if none was long enough to be remembered.
     pub(in crate::demo) fn longest_gap_after(&self, instant_ns: u64) -> u64 {
-        self.gaps_ns
-            .iter()
-            .filter(|(_, to)| *to >= instant_ns)
-            .map(|(from, to)| to - from)
-            .max()
-            .unwrap_or(0)
+        self.gaps_ns.iter().filter(|(_, to)| *to >= instant_ns).map(|(from, to)| to - from).max().unwrap_or(0)
     }
 }
 
@@ -68,11 +63,7 @@ pub(super) async fn run(to: SocketAddr, tag: &str) -> Result<()> {
         let _ = tell.send(());
     });
     let started = |acked| {
-        if acked == UNDER_WAY {
-            say(&Started { acked })
-        } else {
-            Ok(())
-        }
+        if acked == UNDER_WAY { say(&Started { acked }) } else { Ok(()) }
     };
     say(&write(&mut connection, tag, told_to_end, started).await?)
 }
@@ -84,24 +75,12 @@ async fn write(
     mut told_to_end: oneshot::Receiver<()>,
     mut progress: impl FnMut(u64) -> Result<()>,
 ) -> Result<Written> {
-    let mut written = Written {
-        acked: 0,
-        broken: None,
-        last_ns: now_ns(),
-        gaps_ns: Vec::new(),
-    };
+    let mut written = Written { acked: 0, broken: None, last_ns: now_ns(), gaps_ns: Vec::new() };
     let mut bytes = Vec::new();
     loop {
         let number = written.acked;
         bytes.clear();
-        request(
-            &mut bytes,
-            &[
-                b"SET",
-                key(tag, number).as_bytes(),
-                value(tag, number).as_bytes(),
-            ],
-        );
+        request(&mut bytes, &[b"SET", key(tag, number).as_bytes(), value(tag, number).as_bytes()]);
         let reply = tokio::select! {
             reply = timeout(ANSWER, connection.ask(&bytes)) => reply,
             _ = &mut told_to_end => break,
@@ -128,8 +107,7 @@ async fn write(
 fn note_gap(written: &mut Written, now: u64) {
     if Duration::from_nanos(now - written.last_ns) >= GAP {
         if written.gaps_ns.len() == MAX_GAPS {
-            let shortest =
-                (0..MAX_GAPS).min_by_key(|&at| written.gaps_ns[at].1 - written.gaps_ns[at].0);
+            let shortest = (0..MAX_GAPS).min_by_key(|&at| written.gaps_ns[at].1 - written.gaps_ns[at].0);
             written.gaps_ns.remove(shortest.expect("there are gaps"));
         }
         written.gaps_ns.push((written.last_ns, now));
@@ -167,9 +145,7 @@ mod tests {
                     answer.push_str(&format!("*{}\r\n", words.len() - 1));
                     for key in &words[1..] {
                         match stored.get(key) {
-                            Some(value) => {
-                                answer.push_str(&format!("${}\r\n{value}\r\n", value.len()))
-                            }
+                            Some(value) => answer.push_str(&format!("${}\r\n{value}\r\n", value.len())),
                             None => answer.push_str("$-1\r\n"),
                         }
                     }
@@ -184,11 +160,7 @@ mod tests {
 
     async fn words(stream: &mut BufReader<TcpStream>) -> Option<Vec<String>> {
         let mut line = String::new();
-        stream
-            .read_line(&mut line)
-            .await
-            .ok()
-            .filter(|&read| read > 0)?;
+        stream.read_line(&mut line).await.ok().filter(|&read| read > 0)?;
         let count: usize = line.trim_end()[1..].parse().unwrap();
         let mut words = Vec::new();
         for _ in 0..count {
@@ -219,27 +191,21 @@ mod tests {
         let mut first = connect().await;
         let written = write(&mut first, "t", told, progress).await.unwrap();
         drop(first);
-        let checked = compare(&mut connect().await, "t", written.acked)
-            .await
-            .unwrap();
+        let checked = compare(&mut connect().await, "t", written.acked).await.unwrap();
         (written, checked.lost, checked.first_lost)
     }
 
     #[tokio::test]
     async fn what_was_acknowledged_is_found() {
         let (written, lost, _) = write_and_compare(|_| false).await;
-        assert!(
-            written.acked >= 1_200 && written.broken.is_none(),
-            "{written:?}"
-        );
+        assert!(written.acked >= 1_200 && written.broken.is_none(), "{written:?}");
         assert_eq!(lost, 0);
     }
 
     #[tokio::test]
     async fn a_lost_write_is_counted_and_named() {
         let (_, lost, first) =
-            write_and_compare(|key| key.ends_with("0000000007") || key.ends_with("0000001003"))
-                .await;
+            write_and_compare(|key| key.ends_with("0000000007") || key.ends_with("0000001003")).await;
         assert_eq!((lost, first), (2, vec![7, 1_003]));
     }
 
@@ -258,17 +224,8 @@ mod tests {
     #[test]
     fn the_stall_is_the_longest_gap_that_reaches_past_the_kill() {
         let ms = 1_000_000;
-        let gaps_ns = vec![
-            (0, 900 * ms),
-            (1_000 * ms, 1_400 * ms),
-            (2_000 * ms, 2_010 * ms),
-        ];
-        let written = Written {
-            acked: 1,
-            broken: None,
-            last_ns: 0,
-            gaps_ns,
-        };
+        let gaps_ns = vec![(0, 900 * ms), (1_000 * ms, 1_400 * ms), (2_000 * ms, 2_010 * ms)];
+        let written = Written { acked: 1, broken: None, last_ns: 0, gaps_ns };
         assert_eq!(written.longest_gap_after(1_100 * ms), 400 * ms);
         assert_eq!(written.longest_gap_after(1_900 * ms), 10 * ms);
         assert_eq!(written.longest_gap_after(3_000 * ms), 0);
