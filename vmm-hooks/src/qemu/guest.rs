@@ -43,6 +43,8 @@ pub struct QemuGuest {
     memory: ProcessMemory,
     map: RangeMap,
     ledger: DirtyLedger<Box<dyn Tracker>>,
+    /// Dirty pages are found by comparing, which does not see a change that was undone.
+    compares: bool,
     layout: Layout,
     recipe: Recipe,
     state: StateFile,
@@ -118,6 +120,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
         memory,
         map,
         ledger: DirtyLedger::new(tracker, layout.pages()),
+        compares: choice == TrackerChoice::Compare,
         layout,
         recipe,
         state,
@@ -394,6 +397,12 @@ impl Guest for QemuGuest {
     }
 
     fn read_pages(&mut self, pages: &[u64], bytes: &mut Vec<u8>) -> Result<(), GuestError> {
+        if self.compares && !self.paused {
+            // A page that changes, is read here, and changes back is equal to the tracker's copy and not to the caller's.
+            let mut owed = PageSet::empty(self.layout.pages());
+            pages.iter().for_each(|&page| owed.insert(page));
+            self.ledger.put_back(&owed);
+        }
         let copied = read(&self.memory, &self.map, &mut self.runs, pages, bytes);
         self.judge(copied)
     }
