@@ -6,13 +6,16 @@ use chaos_tests::sim::options::Wiring;
 use chaos_tests::sim::{run, run_many};
 use clap::Parser;
 
+/// What continuous integration runs.
+const DEFAULT_SEEDS: u64 = 500;
+
 /// Runs the cores on virtual time through random trouble.
 #[derive(Parser)]
 struct Arguments {
-    /// How many seeds to run.
-    #[arg(long, default_value_t = 500)]
-    seeds: u64,
-    /// The first seed; alone, only this one is run.
+    /// How many seeds to run; 500 if no seed is given, 1 if one is.
+    #[arg(long)]
+    seeds: Option<u64>,
+    /// The first seed.
     #[arg(long)]
     seed: Option<u64>,
     /// Print every event of a single seed.
@@ -22,7 +25,7 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(seed) = arguments.seed.filter(|_| arguments.trace || arguments.seeds == 500) {
+    if let Some(seed) = arguments.seed.filter(|_| arguments.seeds.is_none_or(|seeds| seeds == 1)) {
         let outcome = run(seed, Wiring::Faithful, arguments.trace);
         for line in &outcome.trace {
             println!("{line}");
@@ -30,8 +33,8 @@ fn main() -> ExitCode {
         println!("{outcome}");
         return if outcome.violation.is_some() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
-    let first = arguments.seed.unwrap_or(1);
-    let (sums, failed) = run_many(first, arguments.seeds, Wiring::Faithful);
+    let (first, seeds) = (arguments.seed.unwrap_or(1), arguments.seeds.unwrap_or(DEFAULT_SEEDS));
+    let (sums, failed) = run_many(first, seeds, Wiring::Faithful);
     if let Some(outcome) = failed {
         for line in &outcome.trace {
             println!("{line}");
@@ -40,6 +43,6 @@ fn main() -> ExitCode {
         println!("again: cargo run -p chaos-tests --bin sim -- --seed {} --trace", outcome.seed);
         return ExitCode::FAILURE;
     }
-    println!("{} seeds from {first}: ok, {sums:?}", arguments.seeds);
+    println!("{seeds} seeds from {first}: ok, {sums:?}");
     ExitCode::SUCCESS
 }

@@ -188,9 +188,9 @@ impl World {
     }
 
     pub(super) fn note(&mut self, line: impl FnOnce(&Self) -> String) {
-        if self.trace.is_some() {
-            let line = format!("{:?} {}", self.now, line(self));
-            self.trace.as_mut().expect("asked above").push(line);
+        if let Some(mut trace) = self.trace.take() {
+            trace.push(format!("{:?} {}", self.now, line(self)));
+            self.trace = Some(trace);
         }
     }
 

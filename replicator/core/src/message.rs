@@ -208,3 +208,140 @@ impl CloseCode {
 pub fn hello(node: NodeId, incarnation: Incarnation, vm: VmId) -> PeerMessage {
     PeerMessage::Hello { versions: VERSIONS.to_vec(), party: Party { node, incarnation }, vm }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::vec;
+    use heartbeat_core::ids::{Generation, Incarnation};
+    use proptest::prelude::*;
+
+    fn party() -> impl Strategy<Value = Party> {
+        (any::<[u8; 16]>(), any::<u64>())
+            .prop_map(|(node, life)| Party { node: NodeId(node), incarnation: Incarnation(life) })
+    }
+
+    fn opaque() -> impl Strategy<Value = Vec<u8>> {
+        prop::collection::vec(any::<u8>(), 0..300)
+    }
+
+    fn rehearsal() -> impl Strategy<Value = RehearsalResult> {
+        prop_oneof![
+            (any::<u32>(), any::<u32>()).prop_map(|(launch, load)| RehearsalResult::Loads {
+                launch: Duration::from_micros(launch.into()),
+                load: Duration::from_micros(load.into()),
+            }),
+            ".{0,40}".prop_map(|reason| RehearsalResult::Fails { reason }),
+        ]
+    }
+
+    /// Every kind of message. A new kind that is missing here does not compile in `kind` below.
+    fn message() -> impl Strategy<Value = PeerMessage> {
+        let epoch = || any::<u64>().prop_map(Epoch);
+        prop_oneof![
+            (prop::collection::vec(any::<u16>(), 0..MAX_VERSIONS), party(), any::<[u8; 16]>())
+                .prop_map(|(versions, party, vm)| PeerMessage::Hello { versions, party, vm: VmId(vm) }),
+            (any::<[u8; 16]>(), ".{0,40}", any::<u64>(), opaque(), opaque()).prop_map(
+                |(vm, name, generation, recipe, layout)| PeerMessage::Prepare {
+                    vm: VmId(vm),
+                    name,
+                    generation: Generation(generation),
+                    recipe,
+                    layout,
+                }
+            ),
+            Just(PeerMessage::Prepared),
+            ".{0,40}".prop_map(|reason| PeerMessage::Refused { reason }),
+            (any::<u64>(), any::<u64>(), epoch()).prop_map(|(generation, incarnation, epoch)| {
+                PeerMessage::Acknowledge {
+                    generation: Generation(generation),
+                    incarnation: Incarnation(incarnation),
+                    epoch,
+                }
+            }),
+            epoch().prop_map(|epoch| PeerMessage::Rehearse { epoch }),
+            (epoch(), rehearsal()).prop_map(|(epoch, result)| PeerMessage::Rehearsed { epoch, result }),
+            epoch().prop_map(|epoch| PeerMessage::Binding { epoch }),
+            ".{0,40}".prop_map(|how| PeerMessage::GuestDied { how }),
+            Just(PeerMessage::Unprotect),
+            epoch().prop_map(|epoch| PeerMessage::Planned { epoch }),
+            (0..ProtectionState::ALL.len(), ".{0,40}")
+                .prop_map(|(state, reason)| PeerMessage::Status { state: ProtectionState::ALL[state], reason }),
+        ]
+    }
+
+    fn kind(message: &PeerMessage) -> usize {
+        match message {
+            PeerMessage::Hello { .. } => 0,
+            PeerMessage::Prepare { .. } => 1,
+            PeerMessage::Prepared => 2,
+            PeerMessage::Refused { .. } => 3,
+            PeerMessage::Acknowledge { .. } => 4,
+            PeerMessage::Rehearse { .. } => 5,
+            PeerMessage::Rehearsed { .. } => 6,
+            PeerMessage::Binding { .. } => 7,
+            PeerMessage::GuestDied { .. } => 8,
+            PeerMessage::Unprotect => 9,
+            PeerMessage::Planned { .. } => 10,
+            PeerMessage::Status { .. } => 11,
+        }
+    }
+
+    proptest! {
+        /// P30.
+        #[test]
+        fn messages_come_back_as_they_were(message in message()) {
+            let bytes = message.encode().expect("within its bounds");
+            // The kind is the number on the wire: adding one at the end keeps the others.
+            prop_assert_eq!(usize::from(bytes[0]), kind(&message));
+            prop_assert_eq!(PeerMessage::decode(&bytes), Ok(message));
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            if let Ok(message) = PeerMessage::decode(&bytes) {
+                prop_assert_eq!(message.encode(), Ok(bytes));
+            }
+        }
+
+        #[test]
+        fn texts_are_cut_at_a_character(text in ".{0,2000}") {
+            let cut = clip(&text);
+            prop_assert!(cut.len() <= MAX_TEXT && text.starts_with(&cut));
+            prop_assert!(cut.len() == text.len() || cut.len() + 4 > MAX_TEXT);
+        }
+    }
+
+    #[test]
+    fn the_longest_prepare_fits_and_a_longer_message_does_not() {
+        let prepare = |opaque: usize| PeerMessage::Prepare {
+            vm: VmId::default(),
+            name: "x".repeat(MAX_TEXT),
+            generation: Generation(1),
+            recipe: vec![1; opaque],
+            layout: vec![2; opaque],
+        };
+        let bytes = prepare(MAX_OPAQUE).encode().expect("fits");
+        assert_eq!(PeerMessage::decode(&bytes), Ok(prepare(MAX_OPAQUE)));
+        assert!(matches!(prepare(MAX_MESSAGE / 2).encode(), Err(WireError::TooLong { .. })));
+    }
+
+    /// P31.
+    #[test]
+    fn the_newest_common_version_is_spoken_and_zero_never() {
+        assert_eq!(newest_common(&[3, 2, 1], &[2, 1]), Some(2));
+        assert_eq!(newest_common(&[1], &[2]), None);
+        assert_eq!(newest_common(&[0], &[0]), None);
+        assert_eq!(newest_common(&VERSIONS, &VERSIONS), Some(1));
+    }
+
+    #[test]
+    fn close_codes_have_numbers_of_their_own_and_none_is_zero() {
+        for code in CloseCode::ALL {
+            assert_ne!(code.code(), 0);
+            assert_eq!(CloseCode::from_code(code.code().into()), Some(code));
+        }
+        assert_eq!(CloseCode::from_code(0), None);
+        assert_eq!(CloseCode::from_code(99), None);
+    }
+}

@@ -60,3 +60,19 @@ impl fmt::Display for ProtectionState {
         f.pad(self.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use std::collections::BTreeSet;
+    use std::string::ToString;
+
+    #[test]
+    fn names_are_kebab_and_differ() {
+        let names: BTreeSet<_> = ProtectionState::ALL.iter().map(ToString::to_string).collect();
+        assert_eq!(names.len(), ProtectionState::ALL.len());
+        assert!(names.iter().all(|name| name.chars().all(|letter| letter == '-' || letter.is_ascii_lowercase())));
+        assert!(names.contains("failing-over"));
+    }
+}

@@ -62,6 +62,8 @@ pub struct Primary {
     /// It cannot be captured any more.
     broken: bool,
     outputs: VecDeque<Output>,
+    /// [`Output::Finished`] was taken: nothing is said any more.
+    over: bool,
     shown: (ProtectionState, String),
     stats: PrimaryStats,
 }
@@ -93,6 +95,7 @@ impl Primary {
             was_protected: false,
             broken: false,
             outputs: VecDeque::new(),
+            over: false,
             shown: (ProtectionState::Unprotected, String::new()),
             stats: PrimaryStats::default(),
         }
@@ -346,7 +349,9 @@ impl Primary {
 
     /// What to do next.
     pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
+        let output = self.outputs.pop_front().filter(|_| !self.over)?;
+        self.over = output == Output::Finished;
+        Some(output)
     }
 
     /// The state an operator sees, and why.

@@ -479,7 +479,7 @@ impl Primary {
             }
             Phase::Contesting { stalled_at, since, .. } if stalled_at.is_some_and(|at| now >= at) => {
                 *stalled_at = None;
-                if self.ownership.stats().last_answer.is_none_or(|at| at < *since) {
+                if self.ownership.stats().last_answer.is_none_or(|at| at <= *since) {
                     self.show(
                         ProtectionState::FailingOver,
                         "the VM stalls: neither the standby nor the witness answers. Its output is held and nothing is lost; bring one of them back",

@@ -1,1 +1,407 @@
+//! The primary by itself: its life in order, what it may open when, and that no order of inputs breaks it. The two sides together
+//! are the simulator's.
 
+extern crate std;
+
+use std::vec::Vec;
+
+use core::time::Duration;
+use heartbeat_core::ids::{NodeId, Party, StoreId, VmId};
+use heartbeat_core::record::{Owner, Record};
+use heartbeat_core::store::{StoreOp, StoreRequest};
+use proptest::prelude::*;
+
+use super::*;
+
+const VM: VmId = VmId([1; 16]);
+const STORE: StoreId = StoreId([2; 16]);
+
+fn party(node: u8) -> Party {
+    Party { node: NodeId([node; 16]), incarnation: Incarnation(1) }
+}
+
+/// A primary, and a store that does what it is asked at once.
+struct Bench {
+    now: Time,
+    primary: Primary,
+    record: Option<Record>,
+    /// Asks that were not answered yet.
+    asks: Vec<StoreRequest>,
+    outputs: Vec<Output>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let mut bench = Self {
+            now: Time::ZERO,
+            primary: Primary::new(PrimaryConfig::new(VM, party(1), party(2))),
+            record: None,
+            asks: Vec::new(),
+            outputs: Vec::new(),
+        };
+        bench.primary.handle_start(bench.now);
+        bench.collect();
+        bench
+    }
+
+    fn collect(&mut self) {
+        while let Some(output) = self.primary.poll_output() {
+            match output {
+                Output::Ask(request) => self.asks.push(request),
+                Output::PersistGeneration(generation) => {
+                    self.primary.handle_generation_persisted(self.now, generation);
+                }
+                Output::State { .. } => {}
+                output => self.outputs.push(output),
+            }
+        }
+    }
+
+    fn take(&mut self) -> Vec<Output> {
+        self.collect();
+        core::mem::take(&mut self.outputs)
+    }
+
+    /// The store answers every ask.
+    fn answer(&mut self) {
+        self.collect();
+        while let Some(request) = self.asks.pop() {
+            let mut applied = false;
+            if let StoreOp::Change { expect, owner } = request.op
+                && expect == self.record.map(|record| (record.store, record.revision))
+            {
+                self.record = Some(Record::changed(STORE, self.record.as_ref(), owner));
+                applied = true;
+            }
+            let answer = StoreAnswer { id: request.id, vm: VM, store: STORE, record: self.record, applied };
+            self.primary.handle_answer(self.now, &answer);
+            self.collect();
+        }
+    }
+
+    /// The other side wins or gives back.
+    fn record_becomes(&mut self, owner: Owner) {
+        self.record = Some(Record::changed(STORE, self.record.as_ref(), owner));
+    }
+
+    fn wait(&mut self, wait: Duration) {
+        self.now = self.now + wait;
+        self.primary.handle_timeout(self.now);
+        self.collect();
+    }
+
+    fn captured(&mut self) -> Epoch {
+        let position = self.outputs.iter().position(|output| matches!(output, Output::Capture { .. }));
+        let Output::Capture { epoch, .. } = self.outputs.remove(position.expect("a capture is asked for")) else {
+            unreachable!("found as one");
+        };
+        let report = CaptureReport { epoch, paused_at: self.now, ..CaptureReport::default() };
+        self.primary.handle_captured(self.now, report);
+        self.collect();
+        epoch
+    }
+
+    fn acknowledged(&mut self, epoch: Epoch) {
+        self.primary.handle_acknowledged(self.now, self.primary.session(), Incarnation(1), epoch);
+        self.collect();
+    }
+
+    /// Up to the acknowledgement of the first held epoch; the ask for the pair is open.
+    fn pairing() -> Self {
+        let mut bench = Self::new();
+        bench.answer();
+        assert_eq!(bench.take(), [Output::Prepare { generation: Generation(1) }]);
+        bench.primary.handle_prepared(bench.now);
+        assert_eq!(bench.take(), [Output::Sync]);
+        bench.primary.handle_synced(bench.now);
+        bench.collect();
+        let first = bench.captured();
+        bench.acknowledged(first);
+        let loads = RehearsalResult::Loads { launch: Duration::ZERO, load: Duration::ZERO };
+        bench.primary.handle_rehearsed(bench.now, first, loads);
+        bench.collect();
+        let second = bench.captured();
+        bench.acknowledged(second);
+        assert!(bench.outputs.iter().any(|output| matches!(output, Output::Capture { hold: true, .. })));
+        assert!(bench.asks.is_empty(), "the store was asked before the first held epoch was acknowledged");
+        let third = bench.captured();
+        bench.acknowledged(third);
+        assert!(matches!(bench.asks[..], [StoreRequest { op: StoreOp::Change { owner: Owner::Paired { .. }, .. }, .. }]));
+        bench
+    }
+
+    fn protected() -> Self {
+        let mut bench = Self::pairing();
+        bench.answer();
+        assert_eq!(bench.primary.state().0, ProtectionState::Protected);
+        bench.take();
+        bench
+    }
+
+    fn opened(&mut self) -> bool {
+        self.take().contains(&Output::OpenOutput)
+    }
+
+    fn cancel_capture(&mut self) {
+        let next = self.primary.next_epoch();
+        if self.primary.epochs.is_capturing() {
+            self.primary.handle_capture_failed(self.now, next, true, "cancelled");
+            self.collect();
+        }
+    }
+}
+
+/// P10, P1.
+#[test]
+fn lives_in_order_and_releases_on_acknowledgement_only() {
+    let mut bench = Bench::pairing();
+    bench.answer();
+    assert_eq!(bench.primary.state().0, ProtectionState::Protected);
+    let epoch = bench.captured();
+    assert!(!bench.take().iter().any(|output| matches!(output, Output::Release { .. })));
+    bench.primary.handle_acknowledged(bench.now, Generation(9), Incarnation(1), epoch);
+    bench.primary.handle_acknowledged(bench.now, Generation(1), Incarnation(9), epoch);
+    assert!(!bench.take().iter().any(|output| matches!(output, Output::Release { .. })), "of another session");
+    bench.acknowledged(epoch);
+    assert!(bench.take().contains(&Output::Release { through: epoch }));
+}
+
+/// P20: no more than the pipeline holds.
+#[test]
+fn a_lagging_standby_stops_the_captures() {
+    let mut bench = Bench::protected();
+    bench.outputs.clear();
+    // The capture that is under way was asked for before.
+    let mut captures = 0;
+    while bench.primary.epochs.is_capturing() {
+        let epoch = bench.primary.next_epoch();
+        bench.primary.handle_captured(bench.now, CaptureReport { epoch, ..CaptureReport::default() });
+        bench.collect();
+        captures += 1;
+        assert!(captures <= 2, "more epochs than the pipeline holds");
+    }
+    assert_eq!((captures, bench.primary.stats().in_flight), (2, 2));
+}
+
+/// P3, P12: silence of everybody opens nothing, however long.
+#[test]
+fn stalls_without_the_store_and_opens_when_it_grants() {
+    let mut bench = Bench::protected();
+    bench.primary.handle_peer_suspected(bench.now);
+    for _ in 0..100 {
+        bench.wait(Duration::from_millis(500));
+    }
+    bench.cancel_capture();
+    assert!(!bench.opened());
+    assert!(bench.primary.state().1.contains("stalls"), "{:?}", bench.primary.state());
+    bench.answer();
+    bench.cancel_capture();
+    assert!(bench.opened());
+    assert_eq!(bench.primary.state().0, ProtectionState::Degraded);
+}
+
+/// P6: while the ask for the pair may still be applied, giving up takes a change of one's own.
+#[test]
+fn giving_up_a_pairing_writes_the_record_first() {
+    let mut bench = Bench::pairing();
+    bench.primary.handle_connection_lost(bench.now, "broke");
+    bench.cancel_capture();
+    bench.wait(Duration::from_secs(20));
+    assert!(!bench.opened());
+    // The store shows that nothing was applied yet: that proves nothing.
+    let id = bench.asks.last().expect("it asks again").id;
+    let absent = StoreAnswer { id, vm: VM, store: STORE, record: None, applied: false };
+    bench.primary.handle_answer(bench.now, &absent);
+    assert!(!bench.opened());
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert!(bench.opened());
+    assert!(matches!(bench.record.map(|record| record.owner), Some(Owner::Solo { node, .. }) if node == party(1)));
+}
+
+/// P10: before the ask, trouble ends in open output and no record.
+#[test]
+fn trouble_before_the_ask_needs_no_store() {
+    let mut bench = Bench::new();
+    bench.answer();
+    bench.primary.handle_refused(bench.now, "no tap device");
+    let outputs = bench.take();
+    assert!(outputs.ends_with(&[Output::Close(CloseCode::Done), Output::Detach, Output::Finished]), "{outputs:?}");
+    assert!(bench.asks.is_empty() && bench.record.is_none());
+    assert_eq!(bench.primary.state(), (ProtectionState::Unprotected, "no tap device"));
+}
+
+/// P5: mute at once, destroyed when the winner runs, resumed when it gives back.
+#[test]
+fn the_loser_is_mute_and_is_destroyed_only_when_the_winner_runs() {
+    for gives_back in [false, true] {
+        let mut bench = Bench::protected();
+        bench.primary.handle_peer_suspected(bench.now);
+        bench.collect();
+        bench.record_becomes(Owner::Solo { node: party(2), activated: false, other: Some(party(1)) });
+        bench.answer();
+        bench.cancel_capture();
+        let outputs = bench.take();
+        assert!(outputs.contains(&Output::Mute) && !outputs.contains(&Output::Fence), "{outputs:?}");
+        let epoch = bench.primary.next_epoch();
+        bench.acknowledged(Epoch(epoch.0 - 1));
+        assert!(!bench.take().iter().any(|output| matches!(output, Output::Release { .. } | Output::OpenOutput)));
+        bench.record_becomes(if gives_back {
+            Owner::Solo { node: party(1), activated: false, other: Some(party(2)) }
+        } else {
+            Owner::Solo { node: party(2), activated: true, other: Some(party(1)) }
+        });
+        bench.wait(Duration::from_secs(1));
+        bench.answer();
+        let outputs = bench.take();
+        assert_eq!(outputs.contains(&Output::Fence), !gives_back, "{outputs:?}");
+        assert_eq!(outputs.contains(&Output::Resume) && outputs.contains(&Output::OpenOutput), gives_back, "{outputs:?}");
+    }
+}
+
+/// P26.
+#[test]
+fn unprotect_owns_the_record_before_it_opens() {
+    let mut bench = Bench::protected();
+    bench.primary.handle_operator(bench.now, Operator::Unprotect).expect("it may");
+    bench.cancel_capture();
+    let outputs = bench.take();
+    assert!(!outputs.contains(&Output::OpenOutput) && !outputs.contains(&Output::Peer(PeerMessage::Unprotect)));
+    bench.answer();
+    bench.cancel_capture();
+    bench.answer();
+    let outputs = bench.take();
+    let place = |wanted: &Output| outputs.iter().position(|output| output == wanted).expect("it is there");
+    assert!(place(&Output::OpenOutput) < place(&Output::Peer(PeerMessage::Unprotect)));
+    assert!(place(&Output::Detach) < place(&Output::Finished));
+}
+
+/// P24.
+#[test]
+fn a_shutdown_is_stopped_in_the_store_before_the_rest_is_heard() {
+    let mut bench = Bench::protected();
+    bench.primary.handle_guest_event(bench.now, GuestEvent::Shutdown { gone: true });
+    assert!(!bench.opened());
+    bench.answer();
+    assert!(bench.opened());
+    assert!(matches!(bench.record.map(|record| record.owner), Some(Owner::Stopped { .. })));
+}
+
+/// P5: a guest that died is nobody's to contest for; the standby is told.
+#[test]
+fn a_died_guest_never_contests() {
+    let mut bench = Bench::protected();
+    bench.primary.handle_guest_event(bench.now, GuestEvent::Died { how: "signal 9".into() });
+    assert!(bench.take().contains(&Output::Peer(PeerMessage::GuestDied { how: "signal 9".into() })));
+    bench.primary.handle_peer_suspected(bench.now);
+    for _ in 0..20 {
+        bench.wait(Duration::from_secs(1));
+        assert!(bench.asks.iter().all(|ask| ask.op == StoreOp::Read), "{:?}", bench.asks);
+        bench.answer();
+    }
+}
+
+/// P21: a failed capture is tried again under its number, a bounded number of times.
+#[test]
+fn failed_captures_are_tried_again_and_then_degrade() {
+    let mut bench = Bench::protected();
+    let epoch = bench.primary.next_epoch();
+    for _ in 0..3 {
+        bench.primary.handle_capture_failed(bench.now, epoch, true, "it would not stop");
+        assert_eq!(bench.primary.state().0, ProtectionState::Protected);
+        assert!(bench.take().iter().any(|output| matches!(output, Output::Capture { epoch: again, .. } if *again == epoch)));
+    }
+    bench.primary.handle_capture_failed(bench.now, epoch, true, "it would not stop");
+    assert_eq!(bench.primary.state().0, ProtectionState::FailingOver);
+    bench.answer();
+    assert!(bench.opened());
+}
+
+proptest! {
+    /// No order of inputs panics, spins, opens output that another node could be heard beside, or says anything after the end.
+    #[test]
+    fn any_order_of_inputs_is_safe(
+        begin in 0_usize..3, steps in prop::collection::vec((0_u8..20, any::<u8>()), 0..120)
+    ) {
+        let mut bench = [Bench::new, Bench::pairing, Bench::protected][begin]();
+        let mut finished = false;
+        for (kind, number) in steps {
+            let next = bench.primary.next_epoch();
+            let some = Epoch(u64::from(number) % (next.0 + 2));
+            match kind {
+                0..=3 => bench.answer(),
+                4 => bench.primary.handle_prepared(bench.now),
+                5 => bench.primary.handle_synced(bench.now),
+                6..=9 if bench.primary.epochs.is_capturing() => {
+                    let report = CaptureReport { epoch: next, paused_at: bench.now, ..CaptureReport::default() };
+                    bench.primary.handle_captured(bench.now, report);
+                }
+                10 if bench.primary.epochs.is_capturing() => {
+                    bench.primary.handle_capture_failed(bench.now, next, number % 4 > 0, "failed");
+                }
+                11..=13 => bench.primary.handle_acknowledged(bench.now, bench.primary.session(), Incarnation(1), Epoch(next.0.max(1) - 1)),
+                14 => {
+                    let result = RehearsalResult::Loads { launch: Duration::ZERO, load: Duration::ZERO };
+                    bench.primary.handle_rehearsed(bench.now, Epoch(next.0.max(1) - 1), result);
+                }
+                15 => match number % 5 {
+                    0 => bench.primary.handle_peer_suspected(bench.now),
+                    1 => bench.primary.handle_peer_heard(bench.now),
+                    2 => bench.primary.handle_connection_lost(bench.now, "broke"),
+                    3 => bench.primary.handle_peer_restarted(bench.now, Incarnation(2)),
+                    _ => bench.primary.handle_acknowledged(bench.now, bench.primary.session(), Incarnation(1), some),
+                },
+                16 => {
+                    let event = match number % 6 {
+                        0 => GuestEvent::Shutdown { gone: number % 4 == 0 },
+                        1 => GuestEvent::Died { how: "died".into() },
+                        2 => GuestEvent::Changed { what: "changed".into() },
+                        3 => GuestEvent::Paused,
+                        4 => GuestEvent::Resumed,
+                        _ => GuestEvent::Reset,
+                    };
+                    bench.primary.handle_guest_event(bench.now, event);
+                }
+                17 => {
+                    let ask = [Operator::Unprotect, Operator::Failover, Operator::Rehearse][usize::from(number % 3)];
+                    let _ = bench.primary.handle_operator(bench.now, ask);
+                }
+                18 => match bench.record.map(|record| record.owner) {
+                    Some(Owner::Paired { .. }) => bench.record_becomes(Owner::Solo { node: party(2), activated: false, other: Some(party(1)) }),
+                    Some(Owner::Solo { node, .. }) if node == party(2) && number % 2 == 0 =>
+                        bench.record_becomes(Owner::Solo { node, activated: true, other: Some(party(1)) }),
+                    _ => {}
+                },
+                _ => bench.wait(Duration::from_millis(u64::from(number) * 20)),
+            }
+            if let Some(at) = bench.primary.poll_timeout() {
+                // A timeout that has come is over once it was handled.
+                if at <= bench.now {
+                    bench.primary.handle_timeout(bench.now);
+                    prop_assert!(bench.primary.poll_timeout().is_none_or(|at| at > bench.now), "it spins");
+                }
+            }
+            for output in bench.take() {
+                prop_assert!(!finished, "{output:?} after the end");
+                match output {
+                    Output::Finished => finished = true,
+                    Output::OpenOutput => {
+                        let alone = match bench.record.map(|record| record.owner) {
+                            None => !bench.primary.ownership().is_exposed(),
+                            Some(Owner::Solo { node, .. } | Owner::Stopped { node }) => node == party(1),
+                            Some(Owner::Paired { .. }) => false,
+                        };
+                        prop_assert!(alone, "opened while the record says {:?}", bench.record);
+                    }
+                    Output::Fence => {
+                        let elsewhere = matches!(bench.record.map(|record| record.owner),
+                            Some(Owner::Solo { node, activated: true, .. }) if node == party(2));
+                        let stopped = matches!(bench.record.map(|record| record.owner), Some(Owner::Stopped { .. }));
+                        prop_assert!(elsewhere || stopped, "destroyed while the record says {:?}", bench.record);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+}

@@ -65,7 +65,11 @@ pub struct Standby {
     /// [`Output::Finished`] was output.
     finished: bool,
     rehearsing: Option<Rehearsing>,
+    /// The first epoch that was rehearsed well.
+    rehearsed: Option<Epoch>,
     outputs: VecDeque<Output>,
+    /// [`Output::Finished`] was taken: nothing is said any more.
+    over: bool,
     shown: (ProtectionState, String),
     stats: StandbyStats,
 }
@@ -96,7 +100,9 @@ impl Standby {
             asked: false,
             finished: false,
             rehearsing: None,
+            rehearsed: None,
             outputs: VecDeque::new(),
+            over: false,
             shown: (ProtectionState::Pairing, String::new()),
             stats: StandbyStats::default(),
         }
@@ -189,6 +195,7 @@ impl Standby {
         if let Some(rehearsing) = self.rehearsing.take() {
             if matches!(result, RehearsalResult::Loads { .. }) {
                 self.stats.rehearsals += 1;
+                self.rehearsed = self.rehearsed.or(self.acknowledged);
             }
             // The primary decides what a failed one means; it gets the operator's too.
             let epoch = rehearsing.asked.or(self.acknowledged).unwrap_or_default();
@@ -330,7 +337,9 @@ impl Standby {
 
     /// What to do next.
     pub fn poll_output(&mut self) -> Option<Output> {
-        self.outputs.pop_front()
+        let output = self.outputs.pop_front().filter(|_| !self.over)?;
+        self.over = output == Output::Finished;
+        Some(output)
     }
 
     /// The state an operator sees, and why.
@@ -371,6 +380,12 @@ impl Standby {
     /// A whole copy is here that the primary counts on.
     fn is_bound(&self) -> bool {
         self.binding.is_some_and(|binding| self.acknowledged >= Some(binding))
+    }
+
+    /// The primary may have asked for the pair, or may have it, even if what it said of it got lost: it asks only after a rehearsal
+    /// that went well and for an epoch after that. What was read of the record may be older.
+    fn may_be_named(&self) -> bool {
+        self.is_bound() || (self.binding.is_none() && self.rehearsed.is_some() && self.acknowledged > self.rehearsed)
     }
 
     /// The record names this session's pair. Its generation says so: no older or newer pairing of these two has the same.
@@ -474,7 +489,7 @@ impl Standby {
             Verdict::Paired { generation, .. } if generation > session => self.destroy("the VM is protected again without this copy"),
             Verdict::SoloOther { .. } if self.told_unprotect => self.destroy("the protection was ended"),
             Verdict::SoloOther { generation, node, .. } if generation >= session => self.freeze(now, node),
-            Verdict::SoloOther { .. } | Verdict::Absent | Verdict::Stopped { .. } if !self.connected && !self.is_bound() => {
+            Verdict::SoloOther { .. } | Verdict::Absent | Verdict::Stopped { .. } if !self.connected && !self.may_be_named() => {
                 self.destroy("the connection was lost before the copy was whole");
             }
             Verdict::Paired { .. } if self.is_named() => match self.phase {

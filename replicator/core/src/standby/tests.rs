@@ -1,1 +1,330 @@
+//! The standby by itself: what it acknowledges until when, when it asks, and what it keeps.
 
+extern crate std;
+
+use std::vec::Vec;
+
+use core::time::Duration;
+use heartbeat_core::ids::{NodeId, StoreId, VmId};
+use heartbeat_core::record::{Owner, Record};
+use heartbeat_core::store::{StoreOp, StoreRequest};
+use proptest::prelude::*;
+
+use super::*;
+
+const VM: VmId = VmId([1; 16]);
+const STORE: StoreId = StoreId([2; 16]);
+
+fn party(node: u8) -> Party {
+    Party { node: NodeId([node; 16]), incarnation: Incarnation(1) }
+}
+
+fn pair() -> Owner {
+    Owner::Paired { primary: party(1), standby: party(2) }
+}
+
+fn solo(node: u8, activated: bool) -> Owner {
+    Owner::Solo { node: party(node), activated, other: Some(party(3 - node)) }
+}
+
+struct Bench {
+    now: Time,
+    standby: Standby,
+    record: Option<Record>,
+    asks: Vec<StoreRequest>,
+    outputs: Vec<Output>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let standby = Standby::new(StandbyConfig::new(VM, party(2), party(1), Generation(1)));
+        let mut bench = Self { now: Time::ZERO, standby, record: None, asks: Vec::new(), outputs: Vec::new() };
+        bench.standby.handle_prepared(bench.now);
+        bench.collect();
+        bench
+    }
+
+    /// Holds epochs 1 to 3, of which 3 binds, and the record names it.
+    fn paired() -> Self {
+        let mut bench = Self::new();
+        bench.standby.handle_peer(bench.now, PeerMessage::Binding { epoch: Epoch(3) });
+        for epoch in 1..=3 {
+            bench.stage(epoch);
+        }
+        bench.becomes(pair());
+        bench.answer();
+        bench.take();
+        bench
+    }
+
+    fn collect(&mut self) {
+        while let Some(output) = self.standby.poll_output() {
+            match output {
+                Output::Ask(request) => self.asks.push(request),
+                Output::PersistGeneration(generation) => self.standby.handle_generation_persisted(self.now, generation),
+                Output::State { .. } => {}
+                output => self.outputs.push(output),
+            }
+        }
+    }
+
+    fn take(&mut self) -> Vec<Output> {
+        self.collect();
+        core::mem::take(&mut self.outputs)
+    }
+
+    fn stage(&mut self, epoch: u64) {
+        self.standby.handle_staged(self.now, Generation(1), Incarnation(1), Epoch(epoch));
+        self.collect();
+    }
+
+    fn becomes(&mut self, owner: Owner) {
+        self.record = Some(Record::changed(STORE, self.record.as_ref(), owner));
+    }
+
+    fn answer(&mut self) {
+        self.collect();
+        while let Some(request) = self.asks.pop() {
+            let mut applied = false;
+            if let StoreOp::Change { expect, owner } = request.op {
+                assert!(expect.is_some(), "an absent record grants nothing");
+                if expect == self.record.map(|record| (record.store, record.revision)) {
+                    self.becomes(owner);
+                    applied = true;
+                }
+            }
+            let answer = StoreAnswer { id: request.id, vm: VM, store: STORE, record: self.record, applied };
+            self.standby.handle_answer(self.now, &answer);
+            self.collect();
+        }
+    }
+
+    fn wait(&mut self, wait: Duration) {
+        self.now = self.now + wait;
+        self.standby.handle_timeout(self.now);
+        self.collect();
+    }
+}
+
+fn acknowledges(outputs: &[Output], wanted: u64) -> bool {
+    outputs.iter().any(|output| matches!(output, Output::Acknowledge { epoch, .. } if *epoch == Epoch(wanted)))
+}
+
+/// P4: until the grant was read, never after; and it activates the last acknowledged one.
+#[test]
+fn acknowledges_until_the_grant_is_read_and_activates_the_last() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.collect();
+    assert!(matches!(bench.asks[..], [StoreRequest { op: StoreOp::Change { .. }, .. }]), "{:?}", bench.asks);
+    bench.stage(4);
+    assert!(acknowledges(&bench.take(), 4), "the grant was not read yet");
+    bench.answer();
+    assert_eq!(bench.take(), [Output::Mark { generation: Generation(2), epoch: Epoch(4) }]);
+    bench.stage(5);
+    assert_eq!(bench.take(), [Output::Discard { epoch: Epoch(5) }]);
+    bench.standby.handle_marked(bench.now, Generation(2));
+    assert_eq!(bench.take(), [Output::Activate { epoch: Epoch(4) }]);
+    bench.standby.handle_activated(bench.now, ActivationResult::Runs { load: Duration::ZERO, resume: Duration::ZERO });
+    bench.answer();
+    assert_eq!(bench.take(), [Output::Release, Output::Close(CloseCode::Done), Output::Finished]);
+    assert_eq!(bench.record.map(|record| record.owner), Some(solo(2, true)));
+}
+
+/// P5: a failed activation gives the VM back, and the copy is kept.
+#[test]
+fn a_failed_activation_gives_back_and_keeps_the_copy() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+    bench.answer();
+    bench.standby.handle_marked(bench.now, Generation(2));
+    bench.standby.handle_activated(bench.now, ActivationResult::Fails { reason: "no such tap".into() });
+    bench.answer();
+    assert_eq!(bench.record.map(|record| record.owner), Some(solo(1, false)));
+    assert!(!bench.take().contains(&Output::Destroy));
+    bench.stage(4);
+    assert_eq!(bench.take(), [Output::Discard { epoch: Epoch(4) }]);
+}
+
+/// P9.
+#[test]
+fn a_copy_is_kept_while_the_primary_runs_alone_and_goes_when_it_is_of_no_use() {
+    for (then, goes) in [(pair(), true), (Owner::Stopped { node: party(1) }, true), (solo(1, true), false)] {
+        let mut bench = Bench::paired();
+        bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+        bench.becomes(solo(1, true));
+        bench.answer();
+        assert!(!bench.take().contains(&Output::Destroy));
+        bench.becomes(then);
+        bench.wait(Duration::from_secs(1));
+        bench.answer();
+        assert_eq!(bench.take().contains(&Output::Destroy), goes, "{then:?}");
+    }
+}
+
+/// P10, P2: not whole, or not named, is not asked.
+#[test]
+fn asks_only_when_the_record_names_this_session() {
+    let mut bench = Bench::new();
+    bench.stage(1);
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert!(bench.asks.iter().all(|ask| ask.op == StoreOp::Read));
+    assert!(!bench.take().contains(&Output::Destroy), "the primary is only silent");
+    bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert!(bench.take().contains(&Output::Destroy), "the copy is not whole and will never be");
+}
+
+/// P9: the word that the copy counts got lost with the connection, and what was read of the record is old.
+#[test]
+fn a_copy_that_may_be_named_is_kept() {
+    let mut bench = Bench::new();
+    bench.stage(1);
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.answer();
+    bench.standby.handle_peer_heard(bench.now);
+    bench.standby.handle_peer(bench.now, PeerMessage::Rehearse { epoch: Epoch(1) });
+    bench.standby.handle_rehearsed(bench.now, RehearsalResult::Loads { launch: Duration::ZERO, load: Duration::ZERO });
+    bench.stage(2);
+    bench.stage(3);
+    bench.becomes(pair());
+    bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+    assert!(!bench.take().contains(&Output::Destroy));
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert_eq!(bench.take(), [Output::Mark { generation: Generation(2), epoch: Epoch(3) }]);
+}
+
+/// P26: told is not enough, the record must agree.
+#[test]
+fn unprotect_needs_the_record() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_peer(bench.now, PeerMessage::Unprotect);
+    bench.answer();
+    assert!(!bench.take().contains(&Output::Destroy), "the record still names this copy");
+    bench.becomes(solo(1, true));
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert!(bench.take().contains(&Output::Destroy));
+}
+
+/// P6: heard again, the ask may win all the same, and then it counts.
+#[test]
+fn an_ask_that_wins_late_is_acted_on() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.collect();
+    let late = bench.asks.pop().expect("it asked");
+    bench.standby.handle_peer_heard(bench.now);
+    bench.answer();
+    bench.stage(4);
+    assert!(acknowledges(&bench.take(), 4));
+    bench.asks.push(late);
+    bench.answer();
+    assert_eq!(bench.take(), [Output::Mark { generation: Generation(2), epoch: Epoch(4) }]);
+}
+
+/// P25: exactly the state in which the guest stands.
+#[test]
+fn a_planned_failover_needs_the_very_last_epoch() {
+    for (planned, asks) in [(3, true), (4, false)] {
+        let mut bench = Bench::paired();
+        bench.standby.handle_peer(bench.now, PeerMessage::Planned { epoch: Epoch(planned) });
+        bench.collect();
+        assert_eq!(!bench.asks.is_empty(), asks);
+    }
+}
+
+/// P32.
+#[test]
+fn an_epoch_out_of_order_is_the_peers_fault() {
+    let mut bench = Bench::paired();
+    bench.stage(5);
+    assert_eq!(bench.take()[..2], [Output::Discard { epoch: Epoch(5) }, Output::Close(CloseCode::Unexpected)]);
+    assert_eq!(bench.standby.acknowledged(), Some(Epoch(3)));
+}
+
+proptest! {
+    /// P4: whatever happens, acknowledgements are in order and none follows the mark; the mark names the last one; nothing is
+    /// said after the end, and a copy that may have to run is not destroyed.
+    #[test]
+    fn any_order_of_inputs_is_safe(
+        paired in any::<bool>(), steps in prop::collection::vec((0_u8..16, any::<u8>()), 0..100)
+    ) {
+        let mut bench = if paired { Bench::paired() } else { Bench::new() };
+        let (mut last, mut bound, mut marked, mut finished) = (if paired { 3 } else { 0 }, paired, false, false);
+        for (kind, number) in steps {
+            match kind {
+                0..=4 => bench.stage(last + u64::from(number % 8 != 0)),
+                5 => {
+                    bound = true;
+                    bench.standby.handle_peer(bench.now, PeerMessage::Binding { epoch: Epoch(2) });
+                }
+                6 => if bound && last >= 2 && bench.record.is_none() { bench.becomes(pair()) },
+                7 => bench.answer(),
+                8 => bench.wait(Duration::from_millis(u64::from(number) * 5)),
+                9 => {
+                    let why = [Suspicion::Silent, Suspicion::Silent, Suspicion::ConnectionLost, Suspicion::Restarted];
+                    bench.standby.handle_suspected(bench.now, why[usize::from(number % 4)]);
+                }
+                10 => bench.standby.handle_peer_heard(bench.now),
+                11 => bench.standby.handle_marked(bench.now, Generation(u64::from(number % 5))),
+                12 => {
+                    let runs = ActivationResult::Runs { load: Duration::ZERO, resume: Duration::ZERO };
+                    let fails = ActivationResult::Fails { reason: "failed".into() };
+                    bench.standby.handle_activated(bench.now, if number % 2 == 0 { runs } else { fails });
+                }
+                13 => match bench.record.map(|record| record.owner) {
+                    Some(Owner::Paired { .. }) if number % 3 == 0 => bench.becomes(solo(1, number % 2 == 0)),
+                    Some(Owner::Solo { node, activated: false, .. }) if node == party(1) => bench.becomes(solo(2, false)),
+                    _ => {}
+                },
+                14 => {
+                    let message = [
+                        PeerMessage::Rehearse { epoch: Epoch(1) },
+                        PeerMessage::Planned { epoch: Epoch(last) },
+                        PeerMessage::GuestDied { how: "died".into() },
+                    ];
+                    bench.standby.handle_peer(bench.now, message[usize::from(number % 3)].clone());
+                }
+                _ => {
+                    let loads = RehearsalResult::Loads { launch: Duration::ZERO, load: Duration::ZERO };
+                    bench.standby.handle_rehearsed(bench.now, loads);
+                    let _ = bench.standby.handle_operator_failover(bench.now);
+                }
+            }
+            if let Some(at) = bench.standby.poll_timeout()
+                && at <= bench.now
+            {
+                bench.standby.handle_timeout(bench.now);
+                prop_assert!(bench.standby.poll_timeout().is_none_or(|at| at > bench.now), "it spins");
+            }
+            for output in bench.take() {
+                prop_assert!(!finished, "{output:?} after the end");
+                match output {
+                    Output::Acknowledge { epoch, .. } => {
+                        prop_assert!(!marked, "acknowledged after the grant was read");
+                        prop_assert!(last == 0 || epoch.0 == last + 1, "out of order");
+                        last = epoch.0;
+                    }
+                    Output::Mark { epoch, .. } => {
+                        marked = true;
+                        prop_assert_eq!(epoch.0, last);
+                        let owner = bench.record.map(|record| record.owner);
+                        prop_assert!(matches!(owner, Some(Owner::Solo { node, .. }) if node == party(2)), "{:?}", owner);
+                    }
+                    Output::Activate { epoch } => prop_assert!(marked && epoch.0 == last),
+                    Output::Destroy => {
+                        let owner = bench.record.map(|record| record.owner);
+                        prop_assert!(owner != Some(pair()) && owner != Some(solo(2, false)), "destroyed: {:?}", owner);
+                    }
+                    Output::Finished => finished = true,
+                    _ => {}
+                }
+            }
+        }
+    }
+}
