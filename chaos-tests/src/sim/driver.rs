@@ -398,7 +398,14 @@ impl World {
         self.after(wait, Event::Prepared(host));
     }
 
-    pub(super) fn received(&mut self, host: usize, generation: Generation, incarnation: Incarnation, epoch: Epoch, state: State) {
+    pub(super) fn received(
+        &mut self,
+        host: usize,
+        generation: Generation,
+        incarnation: Incarnation,
+        epoch: Epoch,
+        state: State,
+    ) {
         let now = self.now;
         if let Some(standby) = &mut self.hosts[host].standby {
             self.hosts[host].staged.insert(epoch, state);
@@ -491,7 +498,9 @@ impl World {
         }
         let owner = self.record().map(|record| record.owner);
         let can = |world: &Self, node_id: heartbeat_core::ids::NodeId| {
-            (0..2).find(|&host| node(host) == node_id).is_some_and(|host| world.hosts[host].alive && world.has_copy(host))
+            (0..2)
+                .find(|&host| node(host) == node_id)
+                .is_some_and(|host| world.hosts[host].alive && world.has_copy(host))
         };
         let expected = !self.shut_down
             && match owner {

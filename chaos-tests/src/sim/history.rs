@@ -117,7 +117,9 @@ impl Checker {
             Some(newest) if histories.contains(newest, state) => {}
             Some(newest) if !histories.contains(state, newest) => {
                 let (a, b) = (histories.hash(newest), histories.hash(state));
-                self.broken(|| format!("two audible copies: {a:x} was heard, and now {b:x} of host {host}, of another history"));
+                self.broken(|| {
+                    format!("two audible copies: {a:x} was heard, and now {b:x} of host {host}, of another history")
+                });
             }
             _ => self.newest = Some(state),
         }

@@ -19,8 +19,8 @@ use std::fmt;
 use std::time::Duration;
 
 use self::options::Wiring;
-use self::world::World;
 pub use self::world::Counts;
+use self::world::World;
 
 /// In the last this long of a run somebody must be heard.
 const QUIET: Duration = Duration::from_millis(1_500);

@@ -25,7 +25,12 @@ pub(super) enum Datagram {
 #[derive(Clone, Debug)]
 pub(super) enum Streamed {
     Control(PeerMessage),
-    Epoch { generation: Generation, incarnation: Incarnation, epoch: Epoch, state: State },
+    Epoch {
+        generation: Generation,
+        incarnation: Incarnation,
+        epoch: Epoch,
+        state: State,
+    },
     /// The end: the other side closed.
     Closed,
 }

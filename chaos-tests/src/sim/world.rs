@@ -460,7 +460,8 @@ impl World {
 
     fn stream(&mut self, id: u64, to: usize, stream: usize) {
         let passes = self.cuts.passes(self.now, 1 - to, to);
-        let Some(connection) = self.connection.as_mut().filter(|connection| connection.id == id && !connection.lost[to])
+        let Some(connection) =
+            self.connection.as_mut().filter(|connection| connection.id == id && !connection.lost[to])
         else {
             return;
         };
@@ -522,10 +523,14 @@ impl World {
             self.open_gate(host);
         }
         let state = &mut self.hosts[host];
-        if let Some(primary) = state.primary.as_mut().filter(|primary| primary.poll_timeout().is_some_and(|at| at <= now)) {
+        if let Some(primary) =
+            state.primary.as_mut().filter(|primary| primary.poll_timeout().is_some_and(|at| at <= now))
+        {
             primary.handle_timeout(now);
         }
-        if let Some(standby) = state.standby.as_mut().filter(|standby| standby.poll_timeout().is_some_and(|at| at <= now)) {
+        if let Some(standby) =
+            state.standby.as_mut().filter(|standby| standby.poll_timeout().is_some_and(|at| at <= now))
+        {
             standby.handle_timeout(now);
         }
         self.pump(host);
@@ -571,7 +576,8 @@ impl World {
             }
             Fault::GuestShutsDown(gone) => {
                 // A guest that is paused cannot shut down.
-                let host = runs(self).filter(|&host| self.hosts[host].guest.as_ref().is_some_and(|guest| guest.running));
+                let host =
+                    runs(self).filter(|&host| self.hosts[host].guest.as_ref().is_some_and(|guest| guest.running));
                 if let Some(host) = host {
                     self.shut_down = true;
                     self.hosts[host].guest.as_mut().expect("it runs").running = false;
@@ -606,7 +612,9 @@ impl World {
                 }
             }
             Fault::Protect => {
-                if let Some(host) = runs(self).filter(|&host| self.acting(host).is_some_and(|host| host.primary.is_none())) {
+                if let Some(host) =
+                    runs(self).filter(|&host| self.acting(host).is_some_and(|host| host.primary.is_none()))
+                {
                     self.protect(host);
                 }
             }

@@ -233,9 +233,7 @@ impl Ownership {
     /// Whether the verdict is what is wanted. Never for [`Want::Follow`] and [`Want::Nothing`].
     #[must_use]
     pub fn is_fulfilled(&self) -> bool {
-        !matches!(self.want, Want::Follow | Want::Nothing)
-            && self.seen == self.acted
-            && self.step() == Step::Done
+        !matches!(self.want, Want::Follow | Want::Nothing) && self.seen == self.acted && self.step() == Step::Done
     }
 
     /// An answer of the store, to whichever request, however late.
@@ -440,7 +438,11 @@ impl Ownership {
             (Want::Solo { .. }, _) => Step::Poll,
 
             (Want::Activated, Some(Owner::Solo { node, activated, other })) if node == me => {
-                if activated { Step::Done } else { Step::Change(Owner::Solo { node, activated: true, other }) }
+                if activated {
+                    Step::Done
+                } else {
+                    Step::Change(Owner::Solo { node, activated: true, other })
+                }
             }
             (Want::Activated, _) => Step::Poll,
 

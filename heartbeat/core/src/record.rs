@@ -191,7 +191,10 @@ mod tests {
                                 Owner::Solo { node, activated, other } => {
                                     assert_eq!(node, asker);
                                     assert!(other == Some(if asker == primary { standby } else { primary }));
-                                    assert!(asker == primary || !activated, "a standby cannot have run before its grant");
+                                    assert!(
+                                        asker == primary || !activated,
+                                        "a standby cannot have run before its grant"
+                                    );
                                 }
                                 Owner::Stopped { node } => assert!(node == asker && asker == primary),
                                 Owner::Paired { .. } => panic!("a pair replaced a pair"),
@@ -202,7 +205,10 @@ mod tests {
                             if let Owner::Solo { node: to, .. } = new
                                 && to != asker
                             {
-                                assert!(!activated && other == Some(to) && node == asker, "a give-back, and nothing else");
+                                assert!(
+                                    !activated && other == Some(to) && node == asker,
+                                    "a give-back, and nothing else"
+                                );
                             }
                         }
                         Owner::Stopped { node } => assert_eq!(node.node, asker.node),

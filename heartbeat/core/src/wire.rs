@@ -79,18 +79,18 @@ mod tests {
     fn owner() -> impl Strategy<Value = Owner> {
         prop_oneof![
             (party(), party()).prop_map(|(primary, standby)| Owner::Paired { primary, standby }),
-            (party(), any::<bool>(), proptest::option::of(party()))
-                .prop_map(|(node, activated, other)| Owner::Solo { node, activated, other }),
+            (party(), any::<bool>(), proptest::option::of(party())).prop_map(|(node, activated, other)| Owner::Solo {
+                node,
+                activated,
+                other
+            }),
             party().prop_map(|node| Owner::Stopped { node }),
         ]
     }
 
     fn record() -> impl Strategy<Value = Record> {
-        (any::<[u8; 16]>(), any::<u64>(), any::<u64>(), owner()).prop_map(|(store, revision, generation, owner)| Record {
-            store: StoreId(store),
-            revision: Revision(revision),
-            generation: Generation(generation),
-            owner,
+        (any::<[u8; 16]>(), any::<u64>(), any::<u64>(), owner()).prop_map(|(store, revision, generation, owner)| {
+            Record { store: StoreId(store), revision: Revision(revision), generation: Generation(generation), owner }
         })
     }
 

@@ -279,8 +279,16 @@ mod tests {
         };
         witness.handle_persisted(token);
         let answers = outputs(&mut witness);
-        assert!(matches!(answers[..], [WitnessOutput::Answer { answer: StoreAnswer { id: 1, applied: true, record: Some(_), .. }, .. },
-            WitnessOutput::Answer { answer: StoreAnswer { id: 2, applied: false, record: Some(_), .. }, .. }]), "{answers:?}");
+        assert!(
+            matches!(
+                answers[..],
+                [
+                    WitnessOutput::Answer { answer: StoreAnswer { id: 1, applied: true, record: Some(_), .. }, .. },
+                    WitnessOutput::Answer { answer: StoreAnswer { id: 2, applied: false, record: Some(_), .. }, .. }
+                ]
+            ),
+            "{answers:?}"
+        );
 
         let expect = Some((STORE, Revision(1)));
         let solo = Owner::Solo { node: party(2), activated: false, other: Some(party(1)) };

@@ -44,12 +44,7 @@ pub struct AutoPacing {
 
 impl Default for AutoPacing {
     fn default() -> Self {
-        Self {
-            busy_share: 25,
-            idle_share: 5,
-            longest: Duration::from_millis(100),
-            gather: Duration::from_millis(3),
-        }
+        Self { busy_share: 25, idle_share: 5, longest: Duration::from_millis(100), gather: Duration::from_millis(3) }
     }
 }
 
@@ -108,9 +103,7 @@ impl Pacer {
     #[must_use]
     pub fn window(&self, resumed: Time) -> Window {
         match self.policy {
-            Pacing::Fixed { every } => {
-                Window { earliest: resumed + every, latest: resumed + every, on_output: None }
-            }
+            Pacing::Fixed { every } => Window { earliest: resumed + every, latest: resumed + every, on_output: None },
             Pacing::Auto(auto) => {
                 let earliest = run_for(self.pause, auto.busy_share);
                 let idle = run_for(self.pause, auto.idle_share).clamp(auto.longest, auto.longest.max(LONGEST_IDLE));
@@ -148,13 +141,21 @@ mod tests {
     #[test]
     fn one_client_never_waits_for_others_and_many_gather_up_to_a_pause() {
         let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
-        for _ in 0..100 { pacer.captured(2 * MS, 1); }
+        for _ in 0..100 {
+            pacer.captured(2 * MS, 1);
+        }
         assert_eq!(pacer.window(Time::ZERO).on_output, Some(Duration::ZERO));
-        for _ in 0..100 { pacer.captured(2 * MS, 50); }
+        for _ in 0..100 {
+            pacer.captured(2 * MS, 50);
+        }
         assert_eq!(pacer.window(Time::ZERO).on_output, Some(2 * MS));
-        for _ in 0..100 { pacer.captured(9 * MS, 50); }
+        for _ in 0..100 {
+            pacer.captured(9 * MS, 50);
+        }
         assert_eq!(pacer.window(Time::ZERO).on_output, Some(3 * MS));
-        for _ in 0..40 { pacer.captured(2 * MS, 1); }
+        for _ in 0..40 {
+            pacer.captured(2 * MS, 1);
+        }
         assert_eq!(pacer.window(Time::ZERO).on_output, Some(Duration::ZERO));
     }
 

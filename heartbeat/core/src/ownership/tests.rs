@@ -87,10 +87,14 @@ impl Model {
         let peer = party(if index == 0 { 2 } else { 1 });
         let may_own = index == 0 || matches!(node.verdict(), Verdict::Paired { .. } | Verdict::SoloMe { .. });
         let want = match choice {
-            0 if node.may_run_alone() || (index == 0 && node.verdict() == Verdict::Absent) => Want::Pair { standby: peer },
+            0 if node.may_run_alone() || (index == 0 && node.verdict() == Verdict::Absent) => {
+                Want::Pair { standby: peer }
+            }
             1 if may_own => Want::Solo { activated: false },
             2 if node.may_run_alone() => Want::Activated,
-            3 if matches!(node.record().map(|record| record.owner), Some(Owner::Solo { node, .. }) if node == me) => Want::GiveBack,
+            3 if matches!(node.record().map(|record| record.owner), Some(Owner::Solo { node, .. }) if node == me) => {
+                Want::GiveBack
+            }
             4 => Want::Nothing,
             _ => Want::Follow,
         };
@@ -210,7 +214,8 @@ fn a_generation_is_durable_before_the_verdict_shows_it() {
 /// P6: answers of another store, of an older revision, of a store that forgot, and to nobody's request are ignored.
 #[test]
 fn answers_that_prove_nothing_are_ignored() {
-    let mut machine = Ownership::new(OwnershipConfig { generation: Generation(5), ..OwnershipConfig::new(VM, party(1)) });
+    let mut machine =
+        Ownership::new(OwnershipConfig { generation: Generation(5), ..OwnershipConfig::new(VM, party(1)) });
     machine.want(Time::ZERO, Want::Follow);
     machine.handle_answer(Time::ZERO, &answer(1, None));
     machine.handle_answer(Time::ZERO, &answer(1, Some(solo(1, 9, 4))));

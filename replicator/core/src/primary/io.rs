@@ -186,4 +186,3 @@ pub enum Output {
     /// Nothing more comes. The machine may be dropped.
     Finished,
 }
-

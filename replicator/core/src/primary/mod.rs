@@ -338,7 +338,9 @@ impl Primary {
     pub fn poll_timeout(&self) -> Option<Time> {
         let own = match &self.phase {
             Phase::Finished => return None,
-            Phase::Reading { until } | Phase::Pairing { until } | Phase::Planned(Planned::Told { until }) => Some(*until),
+            Phase::Reading { until } | Phase::Pairing { until } | Phase::Planned(Planned::Told { until }) => {
+                Some(*until)
+            }
             Phase::Binding { until, .. } => *until,
             Phase::Contesting { stalled_at, .. } => *stalled_at,
             _ => None,

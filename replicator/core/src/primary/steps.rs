@@ -9,8 +9,8 @@ use heartbeat_core::ownership::{Verdict, Want};
 use heartbeat_core::record::Owner;
 use heartbeat_core::time::Time;
 
-use super::io::Output;
 use super::Primary;
+use super::io::Output;
 use crate::message::{CloseCode, PeerMessage, clip};
 use crate::pacing::Window;
 use crate::state::ProtectionState;
@@ -59,26 +59,46 @@ pub(super) enum Planned {
 pub(super) enum Phase {
     Idle,
     /// Who owns the VM?
-    Reading { until: Time },
+    Reading {
+        until: Time,
+    },
     /// The standby builds the twin.
     Preparing,
     Syncing,
     /// The first whole epoch, not held.
-    FirstEpoch { epoch: Epoch },
-    Rehearsing { epoch: Epoch },
+    FirstEpoch {
+        epoch: Epoch,
+    },
+    Rehearsing {
+        epoch: Epoch,
+    },
     /// What was written during the rehearsal, so that the first held epoch is small.
-    CatchUp { epoch: Epoch },
+    CatchUp {
+        epoch: Epoch,
+    },
     /// The first held epoch. No ask was sent yet: no record can name the standby.
-    Binding { epoch: Epoch, until: Option<Time> },
+    Binding {
+        epoch: Epoch,
+        until: Option<Time>,
+    },
     /// The ask is open: from here on only solo(me) or stopped opens the output.
-    Pairing { until: Time },
+    Pairing {
+        until: Time,
+    },
     Protected,
     /// Asks to own alone. Goes back to protected if `recoverable` and the peer is heard again before an answer.
-    Contesting { after: After, recoverable: bool, since: Time, stalled_at: Option<Time> },
+    Contesting {
+        after: After,
+        recoverable: bool,
+        since: Time,
+        stalled_at: Option<Time>,
+    },
     Stopping(Stopping),
     Planned(Planned),
     /// The guest is gone, this agent lives: never contests.
-    Dead { gave_back: bool },
+    Dead {
+        gave_back: bool,
+    },
     /// Another node may run the VM: mute.
     Lost,
     Leaving(Leaving),
@@ -238,7 +258,9 @@ impl Primary {
             }
             Phase::Contesting { after, recoverable, .. } => (*after, *recoverable) = (After::Unprotect, false),
             Phase::Planned(Planned::Told { .. }) => {
-                return Err("a planned failover is under way: the standby may have the VM already; try again when it is over");
+                return Err(
+                    "a planned failover is under way: the standby may have the VM already; try again when it is over",
+                );
             }
             Phase::Stopping(_) => return Err("the guest is shutting down; the protection ends by itself"),
             Phase::Dead { .. } => return Err("the guest died here; only the standby has a copy now"),
@@ -349,11 +371,13 @@ impl Primary {
             Verdict::SoloMe { .. } => return,
             Verdict::Stopped { generation } => match self.ownership.record().map(|record| record.owner) {
                 Some(Owner::Stopped { node }) if node.node == me.node => Ok(generation),
-                _ => Err("the record says that the VM was stopped on another host: start it there, or give this copy a new identity"),
+                _ => Err(
+                    "the record says that the VM was stopped on another host: start it there, or give this copy a new identity",
+                ),
             },
-            Verdict::SoloOther { .. } => {
-                Err("the record says that the VM belongs to another host: this copy must not run; protect it from there")
-            }
+            Verdict::SoloOther { .. } => Err(
+                "the record says that the VM belongs to another host: this copy must not run; protect it from there",
+            ),
             Verdict::Paired { .. } => {
                 Err("the record says that the VM is protected already: end that protection first")
             }
@@ -387,10 +411,14 @@ impl Primary {
             Phase::Contesting { after: After::Degrade(reason), .. } => {
                 (ProtectionState::Degraded, reason.clone(), !self.was_protected)
             }
-            Phase::Lost if self.ended => {
-                (ProtectionState::Error, "the guest died here, and the standby could not activate its copy".into(), false)
+            Phase::Lost if self.ended => (
+                ProtectionState::Error,
+                "the guest died here, and the standby could not activate its copy".into(),
+                false,
+            ),
+            Phase::Lost => {
+                (ProtectionState::Degraded, "the standby could not activate and gave the VM back".into(), false)
             }
-            Phase::Lost => (ProtectionState::Degraded, "the standby could not activate and gave the VM back".into(), false),
             _ => (ProtectionState::Degraded, "an earlier ask to go alone was granted".into(), false),
         };
         self.leaving(Leaving { state, reason, tell, owned: !self.ended, opened: false });
@@ -428,7 +456,13 @@ impl Primary {
             // Nobody can run it any more: what it still said may be heard.
             self.ownership.want(now, Want::Nothing);
             let reason = "the guest shut down".into();
-            self.leaving(Leaving { state: ProtectionState::Unprotected, reason, tell: true, owned: false, opened: false });
+            self.leaving(Leaving {
+                state: ProtectionState::Unprotected,
+                reason,
+                tell: true,
+                owned: false,
+                opened: false,
+            });
         } else {
             self.outputs.push_back(Output::Mute);
             self.rule.shut();
@@ -464,7 +498,9 @@ impl Primary {
             Phase::Pairing { .. } | Phase::Protected if suspected => {
                 self.contest(now, After::Degrade(why.into()), true);
             }
-            Phase::Planned(Planned::Draining { .. }) if suspected => self.contest(now, After::Degrade(why.into()), true),
+            Phase::Planned(Planned::Draining { .. }) if suspected => {
+                self.contest(now, After::Degrade(why.into()), true)
+            }
             Phase::Planned(Planned::Told { until }) if now >= *until => {
                 self.contest(now, After::Degrade("the standby did not take over".into()), false);
             }

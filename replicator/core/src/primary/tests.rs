@@ -126,7 +126,10 @@ impl Bench {
         assert!(bench.asks.is_empty(), "the store was asked before the first held epoch was acknowledged");
         let third = bench.captured();
         bench.acknowledged(third);
-        assert!(matches!(bench.asks[..], [StoreRequest { op: StoreOp::Change { owner: Owner::Paired { .. }, .. }, .. }]));
+        assert!(matches!(
+            bench.asks[..],
+            [StoreRequest { op: StoreOp::Change { owner: Owner::Paired { .. }, .. }, .. }]
+        ));
         bench
     }
 
@@ -255,7 +258,11 @@ fn the_loser_is_mute_and_is_destroyed_only_when_the_winner_runs() {
         bench.answer();
         let outputs = bench.take();
         assert_eq!(outputs.contains(&Output::Fence), !gives_back, "{outputs:?}");
-        assert_eq!(outputs.contains(&Output::Resume) && outputs.contains(&Output::OpenOutput), gives_back, "{outputs:?}");
+        assert_eq!(
+            outputs.contains(&Output::Resume) && outputs.contains(&Output::OpenOutput),
+            gives_back,
+            "{outputs:?}"
+        );
     }
 }
 
@@ -309,7 +316,9 @@ fn failed_captures_are_tried_again_and_then_degrade() {
     for _ in 0..3 {
         bench.primary.handle_capture_failed(bench.now, epoch, true, "it would not stop");
         assert_eq!(bench.primary.state().0, ProtectionState::Protected);
-        assert!(bench.take().iter().any(|output| matches!(output, Output::Capture { epoch: again, .. } if *again == epoch)));
+        assert!(
+            bench.take().iter().any(|output| matches!(output, Output::Capture { epoch: again, .. } if *again == epoch))
+        );
     }
     bench.primary.handle_capture_failed(bench.now, epoch, true, "it would not stop");
     assert_eq!(bench.primary.state().0, ProtectionState::FailingOver);

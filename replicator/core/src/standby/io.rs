@@ -118,4 +118,3 @@ pub enum Suspicion {
     /// Its node is in another life.
     Restarted,
 }
-

@@ -30,10 +30,16 @@ enum Phase {
     /// Pages and epochs come in.
     Receiving,
     /// Asks for the grant, or for what the record says. Goes back to receiving if `recoverable` and the peer is heard again.
-    Asking { recoverable: bool },
+    Asking {
+        recoverable: bool,
+    },
     /// The grant was read; the mark is being made durable.
-    Marking { generation: Generation },
-    Activating { generation: Generation },
+    Marking {
+        generation: Generation,
+    },
+    Activating {
+        generation: Generation,
+    },
     /// The guest runs here; the record shall say so.
     Announcing,
     /// The activation failed; the record shall name the primary again.
@@ -237,7 +243,9 @@ impl Standby {
                 }
                 ActivationResult::Fails { reason } => {
                     self.phase = Phase::GivingBack;
-                    let reason = format!("the activation failed: {reason}. The copy is kept and the VM is given back to the primary");
+                    let reason = format!(
+                        "the activation failed: {reason}. The copy is kept and the VM is given back to the primary"
+                    );
                     self.show(ProtectionState::Error, &reason);
                     self.ownership.want(now, Want::GiveBack);
                 }
@@ -484,12 +492,18 @@ impl Standby {
         match verdict {
             Verdict::SoloMe { generation, .. } if self.ownership.may_run_alone() => self.granted(now, generation),
             Verdict::Stopped { generation } if generation >= session => self.destroy("the VM was stopped"),
-            Verdict::Stopped { .. } | Verdict::Absent if self.told_unprotect => self.destroy("the protection was ended"),
+            Verdict::Stopped { .. } | Verdict::Absent if self.told_unprotect => {
+                self.destroy("the protection was ended")
+            }
             // Protected again, by another session: this copy is of no use any more.
-            Verdict::Paired { generation, .. } if generation > session => self.destroy("the VM is protected again without this copy"),
+            Verdict::Paired { generation, .. } if generation > session => {
+                self.destroy("the VM is protected again without this copy")
+            }
             Verdict::SoloOther { .. } if self.told_unprotect => self.destroy("the protection was ended"),
             Verdict::SoloOther { generation, node, .. } if generation >= session => self.freeze(now, node),
-            Verdict::SoloOther { .. } | Verdict::Absent | Verdict::Stopped { .. } if !self.connected && !self.may_be_named() => {
+            Verdict::SoloOther { .. } | Verdict::Absent | Verdict::Stopped { .. }
+                if !self.connected && !self.may_be_named() =>
+            {
                 self.destroy("the connection was lost before the copy was whole");
             }
             Verdict::Paired { .. } if self.is_named() => match self.phase {
@@ -523,7 +537,8 @@ impl Standby {
     fn freeze(&mut self, now: Time, owner: Party) {
         if self.phase != Phase::Frozen {
             self.phase = Phase::Frozen;
-            let reason = format!("host {} runs the VM alone; this copy is kept as it was and is not up to date", owner.node);
+            let reason =
+                format!("host {} runs the VM alone; this copy is kept as it was and is not up to date", owner.node);
             self.show(ProtectionState::Degraded, &reason);
         }
         // It may be given back to us, protected again, or stopped.
