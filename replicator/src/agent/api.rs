@@ -23,7 +23,7 @@ use crate::control::doctor;
 const BIND_TRIES: u32 = 20;
 const BIND_AGAIN: Duration = Duration::from_millis(25);
 
-fn not_known(name: &str) -> ErrorBody {
+pub(super) fn not_known(name: &str) -> ErrorBody {
     ErrorBody::new(ErrorKind::NotProtected, format!("no VM called {name} is protected or stands by on this host"))
         .advise("see `understudy status`")
 }
@@ -42,7 +42,7 @@ fn kind(role: trust::Role) -> PeerKind {
 
 impl Agent {
     /// Asks a VM's task and waits for its answer.
-    async fn ask<T>(
+    pub(super) async fn ask<T>(
         &self,
         name: &str,
         request: impl FnOnce(oneshot::Sender<Result<T, ErrorBody>>) -> Request,
@@ -123,6 +123,9 @@ impl AgentApi for Agent {
 
     async fn unprotect(&self, request: VmRequest) -> Result<VmStatus, ErrorBody> {
         let name = request.vm;
+        if !self.vms().contains_key(&name) {
+            return self.free(&name).await;
+        }
         self.ask(&name, Request::Unprotect).await?;
         let status = self.vm_status(&name).await?;
         self.forget_ended(&name);

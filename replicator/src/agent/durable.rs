@@ -58,14 +58,29 @@ pub(super) struct Durable {
 }
 
 impl Durable {
+    /// What is remembered of the VM called `name`, if anything is.
+    ///
+    /// # Errors
+    /// As [`Durable::open`].
+    pub(super) fn find(state_dir: &Path, name: &str) -> io::Result<Option<Self>> {
+        if Self::path(state_dir, name).try_exists()? {
+            // Not used: the file has an identity.
+            return Self::open(state_dir, name, VmId::default()).map(Some);
+        }
+        Ok(None)
+    }
+
+    fn path(state_dir: &Path, name: &str) -> PathBuf {
+        state_dir.join("vms").join(format!("{}.toml", escape(name)))
+    }
+
     /// Reads what is remembered of the VM called `name`; if nothing is, remembers it under `fresh`.
     ///
     /// # Errors
     /// If the file cannot be read, written or understood. It is never taken for absent then.
     pub(super) fn open(state_dir: &Path, name: &str, fresh: VmId) -> io::Result<Self> {
-        let dir = state_dir.join("vms");
-        files::make_dir(&dir)?;
-        let path = dir.join(format!("{}.toml", escape(name)));
+        files::make_dir(&state_dir.join("vms"))?;
+        let path = Self::path(state_dir, name);
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => toml::from_str(&text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {

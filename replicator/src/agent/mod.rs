@@ -10,6 +10,7 @@
 //! | `durable` | what a host remembers of a VM |
 //! | `view` | what operators see |
 //! | `api`, `sessions` | the control API; protections that begin |
+//! | `leftovers` | what a former life of the agent left in a VM |
 
 mod api;
 mod asker;
@@ -18,6 +19,7 @@ mod clock;
 mod durable;
 mod encoder;
 mod intake;
+mod leftovers;
 mod link;
 mod pause;
 mod primary;

@@ -23,7 +23,7 @@ use super::durable::Durable;
 use super::encoder::Session;
 use super::link::{self, Link};
 use super::view::View;
-use super::{Agent, REQUESTS, Vm, primary, standby};
+use super::{Agent, REQUESTS, Request, Vm, primary, standby};
 use crate::control::api::{Accepted, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, Role as VmRole, ShadowPolicy};
 use crate::pages::shadow::ShadowMode;
 
@@ -69,7 +69,7 @@ impl Agent {
         }
     }
 
-    fn witness(&self, name: Option<&str>) -> Result<Peer, ErrorBody> {
+    pub(super) fn witness(&self, name: Option<&str>) -> Result<Peer, ErrorBody> {
         let found = match name.or(self.config.witness.as_deref()) {
             Some(name) => self.peers.by_name(name).ok().filter(|peer| peer.role == Role::Witness),
             None => self.peers.witness(),
@@ -81,8 +81,11 @@ impl Agent {
     }
 
     fn asker(&self, witness: &Peer) -> (Asker, mpsc::UnboundedReceiver<StoreAnswer>) {
-        let client = WitnessClient::new(Arc::clone(&self.control), witness.node, ASK_WITHIN);
-        Asker::new(Arc::new(client), self.metrics.witness(&witness.name))
+        Asker::new(Arc::new(self.store(witness)), self.metrics.witness(&witness.name))
+    }
+
+    pub(super) fn store(&self, witness: &Peer) -> WitnessClient {
+        WitnessClient::new(Arc::clone(&self.control), witness.node, ASK_WITHIN)
     }
 
     /// A VM whose task has ended leaves its place to a new one.
@@ -90,6 +93,22 @@ impl Agent {
         let mut vms = self.vms();
         if vms.get(name).is_some_and(|vm| vm.task.is_finished()) {
             vms.remove(name);
+        }
+    }
+
+    /// A copy that is kept for nobody, because its VM's primary owns it alone, makes way when that primary comes again. The
+    /// core says whether it is kept for nobody; else it stays.
+    async fn make_way(&self, name: &str, vm: VmId) {
+        let is_copy = self.vms().get(name).is_some_and(|known| {
+            let status = known.view.status();
+            status.role == VmRole::Standby && status.vm_id == vm.to_string()
+        });
+        if is_copy && self.ask(name, Request::Unprotect).await.is_ok() {
+            let known = self.vms().remove(name);
+            if let Some(known) = known {
+                // Its task ends when its twin is gone; a twin that stays makes the new one's preparation fail, in words.
+                let _ = tokio::time::timeout(MAKE_WAY_WITHIN, known.task).await;
+            }
         }
     }
 
@@ -235,6 +254,7 @@ impl Agent {
         let layout: Layout = serde_json::from_slice(&layout).map_err(unreadable)?;
         let witness = self.witness(None)?;
         self.forget_ended(&name);
+        self.make_way(&name, vm).await;
         if self.vms().contains_key(&name) {
             return Err(ErrorBody::new(ErrorKind::Busy, format!("a VM called {name} is known here already"))
                 .advise("see `understudy status` on this host"));
@@ -294,6 +314,8 @@ impl Agent {
     }
 }
 
+/// How long an old copy may take to make way.
+const MAKE_WAY_WITHIN: Duration = Duration::from_secs(10);
 /// How long a dialer may take to say what its connection is for.
 const PREPARE_WITHIN: Duration = Duration::from_secs(10);
 

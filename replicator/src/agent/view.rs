@@ -42,10 +42,12 @@ fn ms(duration: Duration) -> f64 {
 }
 
 impl View {
-    /// A view of a VM of which only this is known.
+    /// A view of a VM whose protection begins.
     pub(super) fn new(name: &str, vm: VmId, role: Role, metrics: VmMetrics) -> Self {
         metrics.set_role(role);
-        let status = VmStatus::new(name, vm.to_string(), role);
+        let mut status = VmStatus::new(name, vm.to_string(), role);
+        status.state = ProtectionState::Pairing;
+        metrics.set_state(&status.state);
         Self { inner: Mutex::new(Inner { status, epochs: EpochStats::new(), gate: None, failing: None }), metrics }
     }
 
