@@ -3,6 +3,8 @@
 //! A reader and a writer task turn the stream into two queues. A broken stream or connection is told once, by
 //! [`Received::Lost`], and nothing comes after it. What is sent after the loss is dropped: the peer would not act on it.
 
+use std::time::Duration;
+
 use heartbeat::quic::{self, MessageError, close};
 use heartbeat_core::ids::{Party, VmId};
 use quinn::{RecvStream, SendStream, VarInt};
@@ -11,6 +13,9 @@ use tokio::sync::mpsc;
 
 /// Messages that may wait in either direction. The protocol has a handful under way at most.
 const WAITING: usize = 64;
+
+/// How long a closing connection waits for its last messages to arrive.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// What comes in.
 #[derive(Debug)]
@@ -24,11 +29,19 @@ pub(super) enum Received {
     },
 }
 
+/// What the writer is given.
+#[derive(Debug)]
+enum Outgoing {
+    Message(PeerMessage),
+    /// Close the connection once everything before this has arrived.
+    Close(CloseCode, String),
+}
+
 /// One end of the control stream.
 #[derive(Debug)]
 pub(super) struct Link {
     connection: quinn::Connection,
-    outgoing: mpsc::Sender<PeerMessage>,
+    outgoing: mpsc::Sender<Outgoing>,
     incoming: mpsc::Receiver<Received>,
 }
 
@@ -104,7 +117,7 @@ impl Link {
     pub(super) fn start(connection: quinn::Connection, send: SendStream, recv: RecvStream) -> Self {
         let (outgoing, outbox) = mpsc::channel(WAITING);
         let (inbox, incoming) = mpsc::channel(WAITING);
-        tokio::spawn(write(send, outbox));
+        tokio::spawn(write(connection.clone(), send, outbox));
         tokio::spawn(read(connection.clone(), recv, inbox));
         Self { connection, outgoing, incoming }
     }
@@ -117,31 +130,49 @@ impl Link {
         }
     }
 
-    /// Sends a message, in order. A peer that takes none any more has its connection closed, which the reader tells.
+    /// Sends a message, in order.
     pub(super) fn send(&self, message: PeerMessage) {
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.outgoing.try_send(message) {
-            self.close(CloseCode::Internal, "the peer does not read its control messages");
+        self.queue(Outgoing::Message(message));
+    }
+
+    /// Closes the connection once the messages before this have arrived, or could not for [`LINGER`].
+    pub(super) fn close(&self, code: CloseCode, reason: &str) {
+        self.queue(Outgoing::Close(code, reason.to_owned()));
+    }
+
+    /// A peer that takes no message any more has its connection closed, which the reader tells. A writer that has ended
+    /// has closed it.
+    fn queue(&self, outgoing: Outgoing) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.outgoing.try_send(outgoing) {
+            let code = VarInt::from_u32(CloseCode::Internal.code());
+            self.connection.close(code, b"the peer does not read its control messages");
         }
     }
 
-    /// Closes the connection.
-    pub(super) fn close(&self, code: CloseCode, reason: &str) {
-        self.connection.close(VarInt::from_u32(code.code()), reason.as_bytes());
-    }
-
     /// The path's round trip.
-    pub(super) fn rtt(&self) -> std::time::Duration {
+    pub(super) fn rtt(&self) -> Duration {
         self.connection.rtt()
     }
 }
 
-async fn write(mut send: SendStream, mut outbox: mpsc::Receiver<PeerMessage>) {
-    while let Some(message) = outbox.recv().await {
-        // The reader learns of a broken connection too, and tells.
-        if quic::write_message(&mut send, &message).await.is_err() {
-            return;
+async fn write(connection: quinn::Connection, mut send: SendStream, mut outbox: mpsc::Receiver<Outgoing>) {
+    let (code, reason) = loop {
+        match outbox.recv().await {
+            Some(Outgoing::Message(message)) => {
+                // The reader learns of a broken connection too, and tells.
+                if quic::write_message(&mut send, &message).await.is_err() {
+                    return;
+                }
+            }
+            Some(Outgoing::Close(code, reason)) => break (code, reason),
+            None => break (CloseCode::Done, String::new()),
         }
+    };
+    // Closing throws away what is on its way: first wait until the peer has everything.
+    if send.finish().is_ok() {
+        let _ = tokio::time::timeout(LINGER, send.stopped()).await;
     }
+    connection.close(VarInt::from_u32(code.code()), reason.as_bytes());
 }
 
 async fn read(connection: quinn::Connection, mut recv: RecvStream, inbox: mpsc::Sender<Received>) {

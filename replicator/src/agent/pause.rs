@@ -328,7 +328,10 @@ impl PauseThread {
                 let mut set = PageSet::empty(self.dirty.capacity());
                 capture.pages.iter().for_each(|&page| set.insert(page));
                 self.guest.put_back(&set);
-                self.report(Report::CaptureFailed { epoch, error });
+                // Of a guest that is gone its events tell, and nothing else: its end is no failed capture.
+                if error.kind != GuestErrorKind::Gone {
+                    self.report(Report::CaptureFailed { epoch, error });
+                }
                 return;
             }
         };
