@@ -1,4 +1,3 @@
-
 //! How we try to break it: simulator and laboratory.
 
 pub mod sim;

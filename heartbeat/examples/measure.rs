@@ -51,10 +51,8 @@ fn beats() -> Result<()> {
     for _ in 0..ROUNDS {
         let dir = tempfile::tempdir()?;
         let ((a, peers_of_a), (b, peers_of_b)) = (node(dir.path(), "a")?, node(dir.path(), "b")?);
-        let (beat_of_a, mut events) =
-            Beat::start(a.clone(), peers_of_a.clone(), BeatOptions::new(vec![ANY]), || {})?;
-        let (beat_of_b, _events) =
-            Beat::start(b.clone(), peers_of_b.clone(), BeatOptions::new(vec![ANY]), || {})?;
+        let (beat_of_a, mut events) = Beat::start(a.clone(), peers_of_a.clone(), BeatOptions::new(vec![ANY]), || {})?;
+        let (beat_of_b, _events) = Beat::start(b.clone(), peers_of_b.clone(), BeatOptions::new(vec![ANY]), || {})?;
         peers_of_b.add(agent(&a, beat_of_a.addresses()))?;
         peers_of_a.add(agent(&b, beat_of_b.addresses()))?;
         // Enough heartbeats for the detector to know the peer.
@@ -86,8 +84,7 @@ async fn witness() -> Result<()> {
     let window = daemon.open_pairing(ANY, WindowLimits::default())?;
     let card = Card { role: Role::Agent, addresses: vec![endpoint.local_addr()?], heartbeat: Vec::new() };
     let (address, code) = (window.local_addr()?, window.code().clone());
-    let (owner, joined) =
-        tokio::join!(window.wait(), pairing::join(&identity, &peers, &card, address, &code));
+    let (owner, joined) = tokio::join!(window.wait(), pairing::join(&identity, &peers, &card, address, &code));
     owner?;
     let client = WitnessClient::new(endpoint, joined?.node, Duration::from_secs(5));
     let me = Party { node: identity.node(), incarnation: identity.incarnation() };

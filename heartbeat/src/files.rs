@@ -48,8 +48,7 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// The system's; `path` is as it was then, or already new.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (temporary, dir) = neighbours(path)?;
-    let mut file =
-        OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
     drop(file);

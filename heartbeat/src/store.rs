@@ -14,9 +14,7 @@ use heartbeat_core::wire::MAX_STORE_MESSAGE;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
-use crate::quic::{
-    Connection, Endpoint, MessageError, Purpose, QuicError, close, read_message, write_message,
-};
+use crate::quic::{Connection, Endpoint, MessageError, Purpose, QuicError, close, read_message, write_message};
 
 /// Pause before the second dial of one request; it doubles.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
@@ -45,7 +43,9 @@ pub enum StoreError {
     #[error("the connection to the ownership store broke")]
     Broken(#[source] MessageError),
     /// The store holds a damaged record for this VM and refuses to guess.
-    #[error("the witness refuses this VM because its record is damaged; see the witness's log, restore the record there, and restart it")]
+    #[error(
+        "the witness refuses this VM because its record is damaged; see the witness's log, restore the record there, and restart it"
+    )]
     Latched,
     /// The store's answer is not to this request.
     #[error("the ownership store answered another question")]
@@ -95,11 +95,8 @@ impl WitnessClient {
         {
             return Ok(connection.quic.clone());
         }
-        let connection = self
-            .endpoint
-            .connect(self.witness, Purpose::Witness)
-            .await
-            .map_err(StoreError::Unreachable)?;
+        let connection =
+            self.endpoint.connect(self.witness, Purpose::Witness).await.map_err(StoreError::Unreachable)?;
         let quic = connection.quic.clone();
         *slot = Some(connection);
         Ok(quic)
@@ -108,22 +105,21 @@ impl WitnessClient {
     async fn ask_once(&self, request: &StoreRequest) -> Result<StoreAnswer, StoreError> {
         let connection = self.connection().await?;
         let broken = StoreError::Broken;
-        let (mut send, mut recv) =
-            connection.open_bi().await.map_err(|error| {
-                broken(MessageError::Read(quinn::ReadError::ConnectionLost(error)))
-            })?;
+        let (mut send, mut recv) = connection
+            .open_bi()
+            .await
+            .map_err(|error| broken(MessageError::Read(quinn::ReadError::ConnectionLost(error))))?;
         write_message(&mut send, request).await.map_err(broken)?;
-        let answer: StoreAnswer =
-            read_message(&mut recv, MAX_STORE_MESSAGE).await.map_err(|error| {
-                let latched = quinn::VarInt::from_u32(RESET_LATCHED);
-                if matches!(&error, MessageError::Read(quinn::ReadError::Reset(code)) if *code == latched) {
-                    return StoreError::Latched;
-                }
-                if error.is_peers_fault() {
-                    connection.close(quinn::VarInt::from_u32(close::PROTOCOL), b"bad answer");
-                }
-                broken(error)
-            })?;
+        let answer: StoreAnswer = read_message(&mut recv, MAX_STORE_MESSAGE).await.map_err(|error| {
+            let latched = quinn::VarInt::from_u32(RESET_LATCHED);
+            if matches!(&error, MessageError::Read(quinn::ReadError::Reset(code)) if *code == latched) {
+                return StoreError::Latched;
+            }
+            if error.is_peers_fault() {
+                connection.close(quinn::VarInt::from_u32(close::PROTOCOL), b"bad answer");
+            }
+            broken(error)
+        })?;
         if answer.id == request.id && answer.vm == request.vm {
             Ok(answer)
         } else {
@@ -139,10 +135,8 @@ impl WitnessClient {
         let mut pause = FIRST_RETRY;
         let mut last = None;
         loop {
-            let silent = |last: Option<StoreError>| StoreError::Silent {
-                after: self.deadline,
-                source: last.map(Box::new),
-            };
+            let silent =
+                |last: Option<StoreError>| StoreError::Silent { after: self.deadline, source: last.map(Box::new) };
             match tokio::time::timeout_at(end, self.ask_once(&request)).await {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(StoreError::Latched)) => return Err(StoreError::Latched),

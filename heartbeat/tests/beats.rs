@@ -117,10 +117,8 @@ impl Pair {
         let via = |side: usize| relays.iter().map(|pair| pair[side].address).collect();
         b.peers.add(a.as_peer(via(0))).expect("a at b");
         a.peers.add(b.as_peer(via(1))).expect("b at a");
-        let heard = |node: &Node| PeerEvent::Heard {
-            node: node.identity.node(),
-            incarnation: node.identity.incarnation(),
-        };
+        let heard =
+            |node: &Node| PeerEvent::Heard { node: node.identity.node(), incarnation: node.identity.incarnation() };
         assert_eq!(next(&mut at_a).await, heard(&b));
         assert_eq!(next(&mut at_b).await, heard(&a));
         Self { a, b, beat_of_a, beat_of_b, at_a, at_b, relays }
@@ -219,8 +217,7 @@ fn child() {
     let dir = std::path::Path::new(&dir);
     let identity = Arc::new(Identity::start(dir, None).expect("identity"));
     let peers = Arc::new(Peers::open(&dir.join("peers")).expect("peers"));
-    let (beat, mut events) =
-        Beat::start(identity, peers, options(vec![ANY]), || {}).expect("heartbeats");
+    let (beat, mut events) = Beat::start(identity, peers, options(vec![ANY]), || {}).expect("heartbeats");
     println!("EVENT listens {}", beat.addresses()[0]);
     while let Some(event) = events.blocking_recv() {
         println!("EVENT {event:?}");

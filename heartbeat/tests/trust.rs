@@ -159,8 +159,7 @@ async fn bulk_data_passes_at_every_mtu() {
         let (from, to) = (open(&a), open(&b));
         let address = to.local_addr().expect("open");
         let peer = a.peers.by_name("b").expect("b");
-        let (dialed, accepted) =
-            tokio::join!(from.connect_to(&peer, address, Purpose::Replication), to.accept());
+        let (dialed, accepted) = tokio::join!(from.connect_to(&peer, address, Purpose::Replication), to.accept());
         let (mut dialed, mut accepted) = (dialed.expect("dialed"), accepted.expect("accepted"));
         let sending = tokio::spawn(async move {
             dialed.send.write_all(&vec![7; BYTES]).await.expect("write");
@@ -177,22 +176,18 @@ async fn bulk_data_passes_at_every_mtu() {
 #[test]
 fn a_restarted_peer_ends_the_connections_of_its_former_life_by_a_reset() {
     use heartbeat::quic::{Endpoint, EndpointOptions};
-    let runtime = || {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime")
-    };
+    let runtime =
+        || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("runtime");
     let ours = runtime();
     let (a, b) = ours.block_on(async { (Node::start("a"), Node::start("b")) });
     introduce(&a, &b);
     let first_life = runtime();
     let options = EndpointOptions { bind: ANY, profile: Profile::Control, mtu: None };
-    let endpoint = first_life
-        .block_on(async { Endpoint::open(b.identity.clone(), b.peers.clone(), options) })
-        .expect("endpoint");
+    let endpoint =
+        first_life.block_on(async { Endpoint::open(b.identity.clone(), b.peers.clone(), options) }).expect("endpoint");
     let address = endpoint.local_addr().expect("open");
     let peer = a.peers.by_name("b").expect("b");
-    let dialed = ours
-        .block_on(a.endpoint.connect_to(&peer, address, Purpose::Replication))
-        .expect("connected");
+    let dialed = ours.block_on(a.endpoint.connect_to(&peer, address, Purpose::Replication)).expect("connected");
     // Killed: its tasks and its socket are gone, nothing is said.
     first_life.shutdown_background();
     drop(endpoint);

@@ -42,10 +42,7 @@ async fn pair(node: &Node, witness: &WitnessDaemon) -> Arc<WitnessClient> {
     let window = witness.open_pairing(ANY, WindowLimits::default()).expect("window");
     let (address, code) = (window.local_addr().expect("open"), window.code().clone());
     let card = node.card();
-    let (owner, joiner) = tokio::join!(
-        window.wait(),
-        join(&node.identity, &node.peers, &card, address, &code)
-    );
+    let (owner, joiner) = tokio::join!(window.wait(), join(&node.identity, &node.peers, &card, address, &code));
     assert_eq!(owner.expect("paired").node, node.identity.node());
     let peer = joiner.expect("paired");
     Arc::new(WitnessClient::new(node.endpoint.clone(), peer.node, common::PATIENCE))
@@ -145,12 +142,8 @@ async fn a_request_in_another_nodes_name_is_refused_and_changes_nothing() {
     let vm = VmId([5; 16]);
     let owner = Owner::Paired { primary: a, standby: b };
     let forged = request(1, vm, a, StoreOp::Change { expect: None, owner });
-    let connection = world
-        .b
-        .endpoint
-        .connect(world.witness.identity().node(), Purpose::Witness)
-        .await
-        .expect("connected");
+    let connection =
+        world.b.endpoint.connect(world.witness.identity().node(), Purpose::Witness).await.expect("connected");
     let (mut send, mut recv) = connection.quic.open_bi().await.expect("stream");
     write_message(&mut send, &forged).await.expect("write");
     let answer = patiently(read_message::<StoreAnswer>(&mut recv, 512)).await;

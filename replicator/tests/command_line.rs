@@ -26,12 +26,7 @@ fn stderr(output: &Output) -> String {
 
 #[test]
 fn a_wrong_command_line_is_2() {
-    for arguments in [
-        &["protekt"][..],
-        &["protect", "web-1"],
-        &["pair", "--ttl", "2h"],
-        &[],
-    ] {
+    for arguments in [&["protekt"][..], &["protect", "web-1"], &["pair", "--ttl", "2h"], &[]] {
         assert_eq!(code(&understudy(arguments)), 2, "{arguments:?}");
     }
 }
@@ -43,11 +38,7 @@ fn a_wrong_configuration_is_2_and_names_the_key() {
     std::fs::write(&file, "[epoch]\npipelin = 2\n").unwrap();
     let output = understudy(&["agent", "--config", file.to_str().unwrap()]);
     assert_eq!(code(&output), 2);
-    assert!(
-        stderr(&output).contains("unknown field `pipelin`"),
-        "{}",
-        stderr(&output)
-    );
+    assert!(stderr(&output).contains("unknown field `pipelin`"), "{}", stderr(&output));
 }
 
 #[test]
@@ -67,16 +58,8 @@ fn no_agent_is_4_and_says_what_to_do() {
         let output = understudy(&[&["--control", socket], arguments].concat());
         assert_eq!(code(&output), 4, "{arguments:?}: {}", stderr(&output));
         let expected = format!("error: no agent answers on {socket}\n");
-        assert!(
-            stderr(&output).starts_with(&expected),
-            "{}",
-            stderr(&output)
-        );
-        assert!(
-            stderr(&output).contains("understudy agent"),
-            "{}",
-            stderr(&output)
-        );
+        assert!(stderr(&output).starts_with(&expected), "{}", stderr(&output));
+        assert!(stderr(&output).contains("understudy agent"), "{}", stderr(&output));
     }
 }
 
@@ -87,23 +70,10 @@ fn doctor_needs_no_agent() {
     let output = understudy(&["--control", socket.to_str().unwrap(), "doctor", "--json"]);
     assert!(matches!(code(&output), 0 | 3), "{}", stderr(&output));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    let refused = report["checks"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .any(|check| check["verdict"] == "refused");
-    assert_eq!(
-        code(&output) == 3,
-        refused,
-        "the exit code says what the checklist says"
-    );
+    let refused = report["checks"].as_array().unwrap().iter().any(|check| check["verdict"] == "refused");
+    assert_eq!(code(&output) == 3, refused, "the exit code says what the checklist says");
 
-    let output = understudy(&[
-        "--control",
-        socket.to_str().unwrap(),
-        "doctor",
-        "no-such-vm-anywhere",
-    ]);
+    let output = understudy(&["--control", socket.to_str().unwrap(), "doctor", "no-such-vm-anywhere"]);
     assert_eq!(code(&output), 3, "{}", stderr(&output));
 }
 
@@ -121,15 +91,7 @@ impl Witness {
     /// Starts one in `dir` and waits until it says that it serves.
     fn start(dir: &Path) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_understudy"))
-            .args([
-                "witness",
-                "--name",
-                "w-1",
-                "--listen",
-                "127.0.0.1:0",
-                "--pair-listen",
-                "127.0.0.1:0",
-            ])
+            .args(["witness", "--name", "w-1", "--listen", "127.0.0.1:0", "--pair-listen", "127.0.0.1:0"])
             .arg("--state-dir")
             .arg(dir.join("state"))
             .arg("--run-dir")
@@ -162,11 +124,7 @@ async fn a_witness_opens_windows_refuses_a_second_and_ends_in_order() {
     let (first, second) = (open(), open());
     let text = |output: &Output| String::from_utf8(output.stdout.clone()).unwrap();
     assert_eq!((code(&first), code(&second)), (0, 0), "{}", stderr(&second));
-    assert!(
-        text(&first).contains("understudy pair HOST:"),
-        "{}",
-        text(&first)
-    );
+    assert!(text(&first).contains("understudy pair HOST:"), "{}", text(&first));
     assert_ne!(text(&first), text(&second), "a new window has a new code");
 
     let again = understudy(&[
@@ -179,11 +137,7 @@ async fn a_witness_opens_windows_refuses_a_second_and_ends_in_order() {
         dir.path().join("run").to_str().unwrap(),
     ]);
     assert_eq!(code(&again), 1);
-    assert!(
-        stderr(&again).contains("another process answers on"),
-        "{}",
-        stderr(&again)
-    );
+    assert!(stderr(&again).contains("another process answers on"), "{}", stderr(&again));
 
     let pid = Pid::from_raw(i32::try_from(witness.0.id()).unwrap()).unwrap();
     kill_process(pid, Signal::TERM).unwrap();

@@ -16,9 +16,7 @@ use tokio::task::JoinHandle;
 use super::pulse::{MAX_PULSE, MAX_REPORTS, Pulse, Report};
 use super::track::Track;
 use super::{BeatOptions, PathStats, PeerEvent, Reports};
-use crate::quic::{
-    Connection, Endpoint, EndpointOptions, Profile, Purpose, QuicError, close, decode, encode,
-};
+use crate::quic::{Connection, Endpoint, EndpointOptions, Profile, Purpose, QuicError, close, decode, encode};
 use crate::trust::{Identity, Peer, Peers, Role};
 
 /// How often the list of peers is looked at for changes.
@@ -427,8 +425,7 @@ mod tests {
     #[test]
     fn every_report_has_its_turn() {
         for count in [0_u8, 1, 32, 33, 100] {
-            let reports: Reports =
-                (0..count).map(|n| (VmId([n; 16]), GuestStatus::Running)).collect();
+            let reports: Reports = (0..count).map(|n| (VmId([n; 16]), GuestStatus::Running)).collect();
             let mut seen = std::collections::BTreeSet::new();
             for sequence in 0..4 {
                 let turn = turn(&reports, sequence);

@@ -53,14 +53,8 @@ pub(super) struct PathView {
 
 impl Track {
     pub(super) fn new(node: NodeId, paths: usize, config: DetectorConfig) -> Self {
-        let path = || Path {
-            detector: Detector::new(config),
-            sequence: 0,
-            received: 0,
-            last: None,
-            echo: 0,
-            rtt: None,
-        };
+        let path =
+            || Path { detector: Detector::new(config), sequence: 0, received: 0, last: None, echo: 0, rtt: None };
         Self {
             node,
             config,
@@ -74,13 +68,7 @@ impl Track {
     }
 
     /// A heartbeat came on `path` at `now`, the receiver's clock. Sequences start at 1.
-    pub(super) fn handle_pulse(
-        &mut self,
-        now: Time,
-        path: usize,
-        pulse: &Pulse,
-        events: &mut Vec<PeerEvent>,
-    ) {
+    pub(super) fn handle_pulse(&mut self, now: Time, path: usize, pulse: &Pulse, events: &mut Vec<PeerEvent>) {
         let node = self.node;
         let new = Incarnation(pulse.incarnation);
         match self.incarnation {
@@ -258,10 +246,7 @@ mod tests {
         assert!(judged(&mut track, 9199).is_empty());
         let events = judged(&mut track, 9200);
         let expected = Duration::from_millis(9200 - 980);
-        assert!(
-            matches!(events[..], [PeerEvent::Suspected { silence, .. }] if silence == expected),
-            "{events:?}"
-        );
+        assert!(matches!(events[..], [PeerEvent::Suspected { silence, .. }] if silence == expected), "{events:?}");
     }
 
     #[test]
@@ -272,10 +257,10 @@ mod tests {
         events.clear();
         track.handle_pulse(Time(9001 * MS), 0, &pulse(2, 1), &mut events);
         assert!(
-            matches!(events[..], [
-                PeerEvent::Incarnation { old: Incarnation(1), new: Incarnation(2), .. },
-                PeerEvent::HeardAgain { .. },
-            ]),
+            matches!(
+                events[..],
+                [PeerEvent::Incarnation { old: Incarnation(1), new: Incarnation(2), .. }, PeerEvent::HeardAgain { .. },]
+            ),
             "{events:?}"
         );
         events.clear();

@@ -12,8 +12,8 @@ use std::time::Duration;
 use heartbeat_core::ids::{Incarnation, NodeId};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
-    ConnectionError, ConnectionId, ConnectionIdGenerator, EndpointConfig, RecvStream, SendStream,
-    TokioRuntime, TransportConfig, VarInt,
+    ConnectionError, ConnectionId, ConnectionIdGenerator, EndpointConfig, RecvStream, SendStream, TokioRuntime,
+    TransportConfig, VarInt,
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use rustls_pki_types::CertificateDer;
@@ -156,11 +156,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`QuicError::Bind`], [`QuicError::Tls`].
-    pub fn open(
-        identity: Arc<Identity>,
-        peers: Arc<Peers>,
-        options: EndpointOptions,
-    ) -> Result<Self, QuicError> {
+    pub fn open(identity: Arc<Identity>, peers: Arc<Peers>, options: EndpointOptions) -> Result<Self, QuicError> {
         let transport = transport(options.profile, options.mtu);
         let verifier = PinnedClients { peers: peers.clone(), provider: provider() };
         let tls = server_config(&identity, Arc::new(verifier), ALPN).map_err(QuicError::Tls)?;
@@ -208,10 +204,8 @@ impl Endpoint {
         address: SocketAddr,
         purpose: Purpose,
     ) -> Result<Connection, QuicError> {
-        let verifier =
-            PinnedServer { certificate: peer.certificate.clone(), provider: provider() };
-        let tls =
-            client_config(&self.identity, Arc::new(verifier), ALPN).map_err(QuicError::Tls)?;
+        let verifier = PinnedServer { certificate: peer.certificate.clone(), provider: provider() };
+        let tls = client_config(&self.identity, Arc::new(verifier), ALPN).map_err(QuicError::Tls)?;
         let config = QuicClientConfig::try_from(tls).expect("the provider has AES-128-GCM");
         let mut config = quinn::ClientConfig::new(Arc::new(config));
         config.transport_config(self.transport.clone());
@@ -299,8 +293,7 @@ async fn greet_as_dialer(
             QuicError::Protocol { name: peer.name.clone(), source }
         }
     };
-    let (mut send, mut recv) =
-        quic.open_bi().await.map_err(|source| lost(peer, address, source))?;
+    let (mut send, mut recv) = quic.open_bi().await.map_err(|source| lost(peer, address, source))?;
     let hello = Hello::new(purpose, identity.incarnation());
     write_message(&mut send, &hello).await.map_err(failed)?;
     let welcome: Welcome = read_message(&mut recv, HELLO_LIMIT).await.map_err(failed)?;
@@ -321,8 +314,7 @@ async fn greet_as_dialer(
 
 /// TLS alerts by which one side refuses the other's certificate: bad, unsupported, revoked, expired, unknown,
 /// unknown authority, access denied, required. They travel as transport errors from 0x100.
-const CERTIFICATE_ALERTS: [u64; 8] =
-    [0x12a, 0x12b, 0x12c, 0x12d, 0x12e, 0x130, 0x131, 0x174];
+const CERTIFICATE_ALERTS: [u64; 8] = [0x12a, 0x12b, 0x12c, 0x12d, 0x12e, 0x130, 0x131, 0x174];
 
 /// What a broken connection means.
 fn lost(peer: &Peer, address: SocketAddr, source: ConnectionError) -> QuicError {
@@ -331,9 +323,7 @@ fn lost(peer: &Peer, address: SocketAddr, source: ConnectionError) -> QuicError 
     let not_paired = match &source {
         ConnectionError::TransportError(error) => alert(error.code),
         ConnectionError::ConnectionClosed(frame) => alert(frame.error_code),
-        ConnectionError::ApplicationClosed(frame) => {
-            frame.error_code == VarInt::from_u32(close::NOT_PAIRED)
-        }
+        ConnectionError::ApplicationClosed(frame) => frame.error_code == VarInt::from_u32(close::NOT_PAIRED),
         _ => false,
     };
     let no_version = matches!(&source, ConnectionError::ApplicationClosed(frame)
@@ -370,9 +360,7 @@ async fn accept_all(
             let greet = greet_as_acceptor(&identity, &peers, incoming);
             match tokio::time::timeout(HANDSHAKE_DEADLINE, greet).await {
                 Ok(Ok(connection)) => {
-                    if let Err(mpsc::error::TrySendError::Full(connection)) =
-                        accepted.try_send(connection)
-                    {
+                    if let Err(mpsc::error::TrySendError::Full(connection)) = accepted.try_send(connection) {
                         connection.close(close::BUSY, "too many connections wait");
                     }
                 }

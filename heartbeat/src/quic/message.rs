@@ -64,8 +64,8 @@ fn config<const LIMIT: usize>() -> Configuration<LittleEndian, Fixint, Limit<LIM
 /// If the message cannot be encoded or is longer than [`MAX_MESSAGE`]: our own bug.
 #[must_use]
 pub fn encode<T: Encode>(message: &T) -> Vec<u8> {
-    let bytes = bincode::encode_to_vec(message, config::<{ MAX_MESSAGE * GROWTH }>())
-        .expect("our own messages can be encoded");
+    let bytes =
+        bincode::encode_to_vec(message, config::<{ MAX_MESSAGE * GROWTH }>()).expect("our own messages can be encoded");
     assert!(bytes.len() <= MAX_MESSAGE, "a message of {} bytes", bytes.len());
     bytes
 }
@@ -93,10 +93,7 @@ pub fn decode<T: Decode<()>>(bytes: &[u8]) -> Result<T, MessageError> {
 ///
 /// # Errors
 /// [`MessageError`]; the stream is of no use afterwards. Not cancel-safe.
-pub async fn read_message<T: Decode<()>>(
-    stream: &mut RecvStream,
-    limit: usize,
-) -> Result<T, MessageError> {
+pub async fn read_message<T: Decode<()>>(stream: &mut RecvStream, limit: usize) -> Result<T, MessageError> {
     let mut length = [0; 4];
     read_exact(stream, &mut length).await?;
     let length = usize::try_from(u32::from_le_bytes(length)).expect("usize has at least 32 bits");
@@ -112,10 +109,7 @@ pub async fn read_message<T: Decode<()>>(
 ///
 /// # Errors
 /// [`MessageError::Write`]; the stream is of no use afterwards. Not cancel-safe.
-pub async fn write_message<T: Encode>(
-    stream: &mut SendStream,
-    message: &T,
-) -> Result<(), MessageError> {
+pub async fn write_message<T: Encode>(stream: &mut SendStream, message: &T) -> Result<(), MessageError> {
     let body = encode(message);
     let length = u32::try_from(body.len()).expect("at most MAX_MESSAGE");
     let mut frame = Vec::with_capacity(body.len() + 4);
@@ -150,10 +144,7 @@ mod tests {
         assert!(matches!(decode::<Vec<u8>>(&hostile), Err(MessageError::Malformed(_))));
         hostile[..8].copy_from_slice(&(1_u64 << 20).to_le_bytes());
         let refused = decode::<Vec<[u64; 8]>>(&hostile);
-        assert!(
-            matches!(refused, Err(MessageError::Malformed(DecodeError::LimitExceeded))),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Err(MessageError::Malformed(DecodeError::LimitExceeded))), "{refused:?}");
     }
 
     #[test]

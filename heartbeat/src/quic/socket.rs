@@ -19,11 +19,7 @@ const IPV4_UDP_HEADERS: u32 = 28;
 const IPV6_UDP_HEADERS: u32 = 48;
 
 /// Binds a UDP socket to `address` with the buffers of `profile`, for quinn on the current tokio runtime.
-pub(crate) fn bind(
-    address: SocketAddr,
-    profile: Profile,
-    mtu: Option<u16>,
-) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+pub(crate) fn bind(address: SocketAddr, profile: Profile, mtu: Option<u16>) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
     if address.is_ipv6() {
         // `[::]` serves IPv4 too.

@@ -196,13 +196,7 @@ pub fn check_name(name: &str) -> Result<(), IdentityError> {
 fn lock(dir: &Path) -> Result<File, IdentityError> {
     let path = dir.join(LOCK_FILE);
     let at = |source| IdentityError::Io { path: path.clone(), source };
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(at)?;
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path).map_err(at)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(IdentityError::InUse { path: dir.to_path_buf() }),
@@ -221,8 +215,7 @@ fn read_if_there(path: &Path) -> Result<Option<String>, IdentityError> {
 fn host_name() -> String {
     let uname = rustix::system::uname();
     let fine = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let name: String =
-        uname.nodename().to_string_lossy().chars().filter(fine).take(MAX_NAME).collect();
+    let name: String = uname.nodename().to_string_lossy().chars().filter(fine).take(MAX_NAME).collect();
     if name.is_empty() { "node".to_owned() } else { name }
 }
 

@@ -26,8 +26,8 @@ use tokio::time::Instant;
 use tokio::time::error::Elapsed;
 
 use crate::quic::{
-    EndpointOptions, MessageError, Profile, SERVER_NAME, Unpinned, certificate_of, client_config,
-    close, open_socket, provider, read_message, server_config, transport, write_message,
+    EndpointOptions, MessageError, Profile, SERVER_NAME, Unpinned, certificate_of, client_config, close, open_socket,
+    provider, read_message, server_config, transport, write_message,
 };
 use crate::trust::identity::{Identity, node_of};
 use crate::trust::peers::{MAX_ADDRESSES, Peer, Peers, PeersError, Role};
@@ -85,8 +85,7 @@ impl fmt::Display for PairCode {
             if digit > 0 && digit % CODE_GROUP == 0 {
                 f.write_str("-")?;
             }
-            let value = usize::try_from((number >> (5 * (CODE_DIGITS - 1 - digit))) & 31)
-                .expect("five bits");
+            let value = usize::try_from((number >> (5 * (CODE_DIGITS - 1 - digit))) & 31).expect("five bits");
             write!(f, "{}", char::from(DIGITS[value]))?;
         }
         Ok(())
@@ -172,7 +171,9 @@ pub enum PairError {
     #[error("nobody paired before the window closed; nothing was changed; open another one")]
     Expired,
     /// The window's attempts are used up.
-    #[error("the pairing window closed after {attempts} wrong codes; nothing was changed; if those were not yours, somebody is guessing")]
+    #[error(
+        "the pairing window closed after {attempts} wrong codes; nothing was changed; if those were not yours, somebody is guessing"
+    )]
     TooManyAttempts {
         /// How many were tried.
         attempts: u32,
@@ -360,12 +361,7 @@ impl Site {
         result.map(|peer| (peer, quic))
     }
 
-    fn judge(
-        &self,
-        quic: &quinn::Connection,
-        join: Join,
-        code: &PairCode,
-    ) -> (Reply, Result<Peer, PairError>) {
+    fn judge(&self, quic: &quinn::Connection, join: Join, code: &PairCode) -> (Reply, Result<Peer, PairError>) {
         // The attempt is spent before it is looked at, so that attempts at once cannot exceed the bound.
         let spend = |left: u32| left.checked_sub(1);
         if self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, spend).is_err() {
@@ -415,17 +411,12 @@ pub async fn join(
     let config = QuicClientConfig::try_from(tls).expect("the provider has AES-128-GCM");
     let mut config = quinn::ClientConfig::new(Arc::new(config));
     config.transport_config(transport(Profile::Control, None));
-    let any: IpAddr = if address.is_ipv4() {
-        std::net::Ipv4Addr::UNSPECIFIED.into()
-    } else {
-        std::net::Ipv6Addr::UNSPECIFIED.into()
-    };
+    let any: IpAddr =
+        if address.is_ipv4() { std::net::Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
     let bind = SocketAddr::new(any, 0);
     let options = EndpointOptions { bind, profile: Profile::Control, mtu: None };
-    let endpoint = open_socket(identity, options, None)
-        .map_err(|source| PairError::Bind { address: bind, source })?;
-    let connecting =
-        endpoint.connect_with(config, address, SERVER_NAME).map_err(broken)?;
+    let endpoint = open_socket(identity, options, None).map_err(|source| PairError::Bind { address: bind, source })?;
+    let connecting = endpoint.connect_with(config, address, SERVER_NAME).map_err(broken)?;
     let quic = match tokio::time::timeout(ATTEMPT_DEADLINE, connecting).await {
         Ok(Ok(quic)) => quic,
         Ok(Err(source)) => return Err(PairError::Closed { address, source: Some(source) }),
@@ -450,9 +441,7 @@ async fn talk(
     address: SocketAddr,
 ) -> Result<Peer, PairError> {
     let cut = |error: MessageError| match quic.close_reason() {
-        Some(source @ ConnectionError::ApplicationClosed(_)) => {
-            PairError::Closed { address, source: Some(source) }
-        }
+        Some(source @ ConnectionError::ApplicationClosed(_)) => PairError::Closed { address, source: Some(source) },
         _ => broken(error),
     };
     let theirs = certificate_of(quic).ok_or(PairError::WrongCode)?;
@@ -488,12 +477,7 @@ struct Proofs {
 }
 
 impl Proofs {
-    fn new(
-        quic: &quinn::Connection,
-        code: &PairCode,
-        joiner: &CertificateDer<'_>,
-        owner: &CertificateDer<'_>,
-    ) -> Self {
+    fn new(quic: &quinn::Connection, code: &PairCode, joiner: &CertificateDer<'_>, owner: &CertificateDer<'_>) -> Self {
         let mut bound_to = vec![0; EXPORTED];
         quic.export_keying_material(&mut bound_to, EXPORTER_LABEL, b"")
             .expect("32 bytes can be exported from a finished handshake");
@@ -531,17 +515,13 @@ fn wire_card(identity: &Identity, card: &Card) -> WireCard {
 }
 
 /// The peer that `card` describes, seen from here at `seen`. The peers' store checks the rest.
-fn peer_from(
-    card: WireCard,
-    certificate: CertificateDer<'static>,
-    seen: IpAddr,
-) -> Result<Peer, PeersError> {
+fn peer_from(card: WireCard, certificate: CertificateDer<'static>, seen: IpAddr) -> Result<Peer, PeersError> {
     let resolve = |addresses: Vec<String>| {
         let mut known: Vec<SocketAddr> = Vec::new();
         for text in addresses.iter().take(MAX_ADDRESSES) {
-            let mut address: SocketAddr = text.parse().map_err(|_| PeersError::Invalid {
-                what: format!("{text:?} is no address with a port"),
-            })?;
+            let mut address: SocketAddr = text
+                .parse()
+                .map_err(|_| PeersError::Invalid { what: format!("{text:?} is no address with a port") })?;
             if address.ip().is_unspecified() {
                 address.set_ip(seen.to_canonical());
             }
@@ -636,14 +616,8 @@ mod tests {
         let (alice, bob, mallory) = (side("alice"), side("bob"), side("mallory"));
         let card = Card { role: Role::Agent, addresses: vec![LOOPBACK], heartbeat: Vec::new() };
         let limits = WindowLimits { attempts: 1, ..WindowLimits::default() };
-        let window = PairWindow::open(
-            alice.identity.clone(),
-            alice.peers.clone(),
-            card.clone(),
-            LOOPBACK,
-            limits,
-        )
-        .expect("window");
+        let window = PairWindow::open(alice.identity.clone(), alice.peers.clone(), card.clone(), LOOPBACK, limits)
+            .expect("window");
         let code = window.code().clone();
         let at = window.local_addr().expect("bound");
         let waiting = tokio::spawn(window.wait());

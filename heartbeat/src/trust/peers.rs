@@ -194,8 +194,7 @@ impl Peers {
             certificate: pem::encode(&pem::Pem::new("CERTIFICATE", peer.certificate.as_ref())),
         };
         let path = self.path(peer.node);
-        let text = toml::to_string(&file)
-            .map_err(|error| PeersError::Invalid { what: error.to_string() })?;
+        let text = toml::to_string(&file).map_err(|error| PeersError::Invalid { what: error.to_string() })?;
         files::replace(&path, text.as_bytes()).map_err(|source| PeersError::Io { path, source })?;
         peers.insert(peer.node, peer);
         Ok(())
@@ -240,11 +239,10 @@ fn check_peer(peer: &Peer) -> Result<(), PeersError> {
 
 fn read_peer(path: &Path) -> Result<Peer, PeersError> {
     let damaged = |what: String| PeersError::Damaged { path: path.to_path_buf(), what };
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| PeersError::Io { path: path.to_path_buf(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| PeersError::Io { path: path.to_path_buf(), source })?;
     let file: PeerFile = toml::from_str(&text).map_err(|error| damaged(error.to_string()))?;
-    let certificate = CertificateDer::from_pem_slice(file.certificate.as_bytes())
-        .map_err(|error| damaged(error.to_string()))?;
+    let certificate =
+        CertificateDer::from_pem_slice(file.certificate.as_bytes()).map_err(|error| damaged(error.to_string()))?;
     let peer = Peer {
         name: file.name,
         node: node_of(&certificate),

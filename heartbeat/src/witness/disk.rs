@@ -43,7 +43,9 @@ pub enum DiskError {
         what: String,
     },
     /// The store's id is gone but records are there.
-    #[error("{path} is missing but there are records; a store without its id is another store: restore that file, or remove all records if no VM is protected")]
+    #[error(
+        "{path} is missing but there are records; a store without its id is another store: restore that file, or remove all records if no VM is protected"
+    )]
     NoStoreId {
         /// The id's file.
         path: PathBuf,
@@ -84,10 +86,7 @@ impl Disk {
             }
             paths.push(path);
         }
-        let strange = |path: &Path, what: &str| DiskError::Strange {
-            path: path.to_path_buf(),
-            what: what.to_owned(),
-        };
+        let strange = |path: &Path, what: &str| DiskError::Strange { path: path.to_path_buf(), what: what.to_owned() };
         if paths.len() > MAX_VMS {
             return Err(strange(&dir, &format!("more than {MAX_VMS} records")));
         }
@@ -145,18 +144,16 @@ impl Disk {
 fn store_id(path: &Path, may_make: bool) -> Result<StoreId, DiskError> {
     let at = |source| DiskError::Io { path: path.to_path_buf(), source };
     match std::fs::read_to_string(path) {
-        Ok(text) => text.trim().parse().map_err(|_| DiskError::Strange {
-            path: path.to_path_buf(),
-            what: "it holds no store id".to_owned(),
-        }),
+        Ok(text) => text
+            .trim()
+            .parse()
+            .map_err(|_| DiskError::Strange { path: path.to_path_buf(), what: "it holds no store id".to_owned() }),
         Err(error) if error.kind() == io::ErrorKind::NotFound && may_make => {
             let store = StoreId(*uuid::Uuid::new_v4().as_bytes());
             files::replace(path, format!("{store}\n").as_bytes()).map_err(at)?;
             Ok(store)
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(DiskError::NoStoreId { path: path.to_path_buf() })
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(DiskError::NoStoreId { path: path.to_path_buf() }),
         Err(error) => Err(at(error)),
     }
 }

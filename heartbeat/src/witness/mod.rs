@@ -11,16 +11,14 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use heartbeat_core::witness::WitnessStats;
 use heartbeat_core::ids::{StoreId, VmId};
 use heartbeat_core::record::Record;
+pub use heartbeat_core::witness::WitnessStats;
 
 pub use disk::DiskError;
 
 use crate::quic::{Endpoint, EndpointOptions, Profile, QuicError, close};
-use crate::trust::{
-    Card, Identity, IdentityError, PairError, PairWindow, Peers, PeersError, Role, WindowLimits,
-};
+use crate::trust::{Card, Identity, IdentityError, PairError, PairWindow, Peers, PeersError, Role, WindowLimits};
 
 /// How a witness is started.
 #[derive(Debug, Clone)]
@@ -87,8 +85,7 @@ impl WitnessDaemon {
         let peers = Arc::new(Peers::open(&config.state_dir.join("peers"))?);
         let (disk, found) = disk::Disk::open(&config.state_dir)?;
         let server = Arc::new(serve::Server::new(disk, found, peers.clone()));
-        let options =
-            EndpointOptions { bind: config.listen, profile: Profile::Control, mtu: None };
+        let options = EndpointOptions { bind: config.listen, profile: Profile::Control, mtu: None };
         let endpoint = Arc::new(Endpoint::open(identity.clone(), peers.clone(), options)?);
         let serving = tokio::spawn(serve::accept_all(server.clone(), endpoint.clone()));
         tracing::info!(
@@ -140,11 +137,7 @@ impl WitnessDaemon {
     ///
     /// # Errors
     /// [`PairError::Bind`], [`PairError::Tls`].
-    pub fn open_pairing(
-        &self,
-        bind: SocketAddr,
-        limits: WindowLimits,
-    ) -> Result<PairWindow, PairError> {
+    pub fn open_pairing(&self, bind: SocketAddr, limits: WindowLimits) -> Result<PairWindow, PairError> {
         let addresses = self.endpoint.local_addr().into_iter().collect();
         let card = Card { role: Role::Witness, addresses, heartbeat: Vec::new() };
         PairWindow::open(self.identity.clone(), self.peers.clone(), card, bind, limits)

@@ -93,11 +93,7 @@ impl Server {
     }
 
     /// Feeds a request. The answer comes by the receiver; if the machine drops the request, never.
-    fn request(
-        self: &Arc<Self>,
-        from: NodeId,
-        request: StoreRequest,
-    ) -> Result<Pending, Latched> {
+    fn request(self: &Arc<Self>, from: NodeId, request: StoreRequest) -> Result<Pending, Latched> {
         let (sender, receiver) = oneshot::channel();
         let tag = {
             let mut state = self.lock();

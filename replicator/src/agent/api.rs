@@ -57,9 +57,9 @@ impl Agent {
         // The path that is heard best speaks for the node.
         let paths = self.beat.stats().into_iter().filter(|path| path.node == peer.node);
         let best = paths.min_by(|a, b| a.phi.total_cmp(&b.phi));
-        let suspicion = best.as_ref().map(|path| {
-            Suspicion::new(path.phi, path.silence.unwrap_or_default().as_secs_f64() * 1e3, path.suspected)
-        });
+        let suspicion = best
+            .as_ref()
+            .map(|path| Suspicion::new(path.phi, path.silence.unwrap_or_default().as_secs_f64() * 1e3, path.suspected));
         PeerStatus {
             name: peer.name,
             node_id: peer.node.to_string(),
@@ -147,9 +147,8 @@ impl AgentApi for Agent {
         if open_for.is_zero() || open_for > MAX_PAIRING {
             return Err(ErrorBody::new(ErrorKind::Invalid, "a pairing window is open for 1 second to 1 hour"));
         }
-        let failed = |error: PairError| {
-            ErrorBody::new(ErrorKind::Failed, "the pairing window cannot be opened").because(&error)
-        };
+        let failed =
+            |error: PairError| ErrorBody::new(ErrorKind::Failed, "the pairing window cannot be opened").because(&error);
         let mut open = self.window.lock().await;
         if let Some(old) = open.take() {
             old.abort();

@@ -199,7 +199,11 @@ mod tests {
         assert_eq!((again.vm(), again.generation()), (first, 8));
         assert_eq!(again.text.mark, Some(Mark { generation: 8, epoch: 5 }));
         assert_eq!(again.begin_session().expect("writes").first_epoch, SESSION_NUMBERS + 1);
-        assert_eq!(std::fs::read_dir(dir.path().join("vms")).expect("list").count(), 1, "nothing escapes the directory");
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("vms")).expect("list").count(),
+            1,
+            "nothing escapes the directory"
+        );
     }
 
     #[test]

@@ -68,9 +68,7 @@ async fn next(
     let faulty = |code, reason: String| IntakeEnd { code: Some(code), reason };
     let mut stream = connection.accept_uni().await.map_err(|error| broken(error.to_string()))?;
     let mut stager = Stager::new(session.layout_pages, previous, limit);
-    while let Some(chunk) =
-        stream.read_chunk(usize::MAX, true).await.map_err(|error| broken(error.to_string()))?
-    {
+    while let Some(chunk) = stream.read_chunk(usize::MAX, true).await.map_err(|error| broken(error.to_string()))? {
         stager.push(&chunk.bytes).map_err(|error| faulty(CloseCode::Corrupt, error.to_string()))?;
     }
     let epoch = stager.finish().map_err(|error| faulty(CloseCode::Corrupt, error.to_string()))?;

@@ -18,7 +18,8 @@ impl Agent {
     /// Frees the VM called `name`, which no task of this agent knows.
     pub(super) async fn free(&self, name: &str) -> Result<VmStatus, ErrorBody> {
         let unusable = |error: std::io::Error| {
-            ErrorBody::new(ErrorKind::Failed, format!("what this host remembers of {name} cannot be used")).because(&error)
+            ErrorBody::new(ErrorKind::Failed, format!("what this host remembers of {name} cannot be used"))
+                .because(&error)
         };
         let Some(mut durable) = Durable::find(&self.config.state_dir, name).map_err(unusable)? else {
             return Err(super::api::not_known(name));
@@ -53,15 +54,23 @@ impl Agent {
         let read = StoreRequest { id: first_request, vm, asker: me, op: StoreOp::Read };
         let found = store.ask(read).await.map_err(silent)?;
         if durable.store().is_some_and(|known| known != found.store.to_string()) {
-            return Err(ErrorBody::new(ErrorKind::Refused, format!("this witness is not the one that {name} was recorded in"))
-                .advise("nothing was changed; pair with the former witness again, or make sure that no other host runs the VM"));
+            return Err(ErrorBody::new(
+                ErrorKind::Refused,
+                format!("this witness is not the one that {name} was recorded in"),
+            )
+            .advise(
+                "nothing was changed; pair with the former witness again, or make sure that no other host runs the VM",
+            ));
         }
         match found.record.map(|record| record.owner) {
             None => {}
             Some(Owner::Solo { node, .. } | Owner::Stopped { node }) if node.node == me.node => {}
             Some(owner) => {
-                return Err(ErrorBody::new(ErrorKind::Refused, format!("{name} is not this node's alone: the record says {owner:?}"))
-                    .advise("the copy here stays mute; the host that the record names decides, or runs it already"));
+                return Err(ErrorBody::new(
+                    ErrorKind::Refused,
+                    format!("{name} is not this node's alone: the record says {owner:?}"),
+                )
+                .advise("the copy here stays mute; the host that the record names decides, or runs it already"));
             }
         }
         let expect = found.record.map(|record| (record.store, record.revision));

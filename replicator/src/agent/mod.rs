@@ -155,11 +155,8 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         silence: config.heartbeat.silence,
         ..DetectorConfig::default()
     };
-    let options = BeatOptions {
-        paths: vec![config.heartbeat_listen],
-        detector,
-        starved_after: config.heartbeat.interval * 5,
-    };
+    let options =
+        BeatOptions { paths: vec![config.heartbeat_listen], detector, starved_after: config.heartbeat.interval * 5 };
     let (beat, events) = Beat::start(Arc::clone(&identity), Arc::clone(&peers), options, || {
         if let Err(error) = vmm_hooks::sys::sched::realtime() {
             tracing::warn!(%error, "heartbeats run without real-time priority");
@@ -222,11 +219,7 @@ impl Agent {
 
     /// What it tells of itself when it pairs.
     fn card(&self) -> Card {
-        Card {
-            role: Role::Agent,
-            addresses: vec![self.config.listen],
-            heartbeat: self.beat.addresses().to_vec(),
-        }
+        Card { role: Role::Agent, addresses: vec![self.config.listen], heartbeat: self.beat.addresses().to_vec() }
     }
 
     /// Serves the connections of peers that protect VMs here.
@@ -279,7 +272,10 @@ impl Agent {
                     Ok(Ok(Ok(()))) => {}
                     Ok(Ok(Err(error))) => tracing::warn!(vm = name, %error, "left as it is"),
                     Ok(Err(_)) => {}
-                    Err(_) => tracing::error!(vm = name, "could not be unprotected in time: it is mute until its owner is known"),
+                    Err(_) => tracing::error!(
+                        vm = name,
+                        "could not be unprotected in time: it is mute until its owner is known"
+                    ),
                 }
             }
             vm.task.abort();

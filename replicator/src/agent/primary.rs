@@ -24,7 +24,9 @@ use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
 use super::view::{View, api_state};
 use super::{Request, clock};
-use crate::control::api::{EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SyncProgress};
+use crate::control::api::{
+    EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SyncProgress,
+};
 use crate::pages::encode::EncodeStats;
 use crate::pages::shadow::ShadowMode;
 use crate::status::EpochObservation;
@@ -257,7 +259,9 @@ impl Task {
         match self.jobs.try_send(job) {
             // An encoder that has ended told why, and the core acts on that.
             Ok(()) | Err(TrySendError::Disconnected(_)) => {}
-            Err(TrySendError::Full(job)) => panic!("the encoder's queue is full at {job:?}: the pipeline is too long for it"),
+            Err(TrySendError::Full(job)) => {
+                panic!("the encoder's queue is full at {job:?}: the pipeline is too long for it")
+            }
         }
     }
 
@@ -347,11 +351,9 @@ impl Task {
     /// Tells the operators who asked how the rehearsal went.
     fn rehearsed(&mut self, epoch: u64, result: &RehearsalResult) {
         let report = match result {
-            RehearsalResult::Loads { launch, load } => Ok(RehearsalReport {
-                epoch,
-                launch_ms: launch.as_secs_f64() * 1e3,
-                load_ms: load.as_secs_f64() * 1e3,
-            }),
+            RehearsalResult::Loads { launch, load } => {
+                Ok(RehearsalReport { epoch, launch_ms: launch.as_secs_f64() * 1e3, load_ms: load.as_secs_f64() * 1e3 })
+            }
             RehearsalResult::Fails { reason } => {
                 Err(ErrorBody::new(ErrorKind::Failed, format!("the standby's copy does not load: {reason}"))
                     .advise("the VM runs on here; it is not protected until its copy loads"))

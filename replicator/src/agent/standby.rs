@@ -170,7 +170,9 @@ impl Task {
                         self.command(Command::Apply(Box::new(staged)));
                     }
                 }
-                Output::Acknowledge { generation, incarnation, epoch } => self.acknowledge(generation, incarnation, epoch),
+                Output::Acknowledge { generation, incarnation, epoch } => {
+                    self.acknowledge(generation, incarnation, epoch)
+                }
                 Output::Discard { epoch } => drop(self.staged.remove(&epoch.0)),
                 Output::Rehearse { epoch } => {
                     self.rehearsing = Some(epoch.0);

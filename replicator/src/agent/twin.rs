@@ -39,7 +39,11 @@ pub(super) enum Report {
 
 /// Runs until released or destroyed. If its task is gone, a twin that was not activated is destroyed: nobody can
 /// acknowledge for it any more.
-pub(super) fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, reports: &UnboundedSender<Report>) {
+pub(super) fn run(
+    mut twin: Box<dyn Twin>,
+    mut commands: UnboundedReceiver<Command>,
+    reports: &UnboundedSender<Report>,
+) {
     let memory = twin.memory();
     let mut device = DeviceState::default();
     let mut activated = false;

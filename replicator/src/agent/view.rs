@@ -9,7 +9,7 @@ use vmm_hooks::guest::{Activation, Gate};
 
 use super::clock;
 use crate::control::api::{
-    ActivationMs, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, Suspicion, SurvivorAt,
+    ActivationMs, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, SurvivorAt, Suspicion,
     SyncProgress, VmStatus,
 };
 use crate::metrics::VmMetrics;

@@ -194,8 +194,7 @@ pub struct FailoverArgs {
 }
 
 fn pairing_time(text: &str) -> Result<Duration, String> {
-    let time =
-        humantime::parse_duration(text).map_err(|_| "write a time such as `5m`".to_owned())?;
+    let time = humantime::parse_duration(text).map_err(|_| "write a time such as `5m`".to_owned())?;
     if time < Duration::from_secs(1) || time > MAX_PAIRING {
         return Err("a pairing window is open for 1s to 1h".to_owned());
     }
@@ -220,61 +219,31 @@ mod tests {
     #[test]
     fn protect_reads_its_policies() {
         let Command::Ask(AskCommand::Protect(args)) =
-            parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB")
-                .unwrap()
-                .command
+            parse("protect web-1 --to host-b --epoch 25ms --shadow 1GiB").unwrap().command
         else {
             panic!("another command");
         };
         assert_eq!((args.vm.as_str(), args.to.as_str()), ("web-1", "host-b"));
-        assert_eq!(
-            args.epoch,
-            Some(EpochPolicy::Fixed(Duration::from_millis(25)))
-        );
+        assert_eq!(args.epoch, Some(EpochPolicy::Fixed(Duration::from_millis(25))));
         assert_eq!(args.shadow, Some(ShadowPolicy::Size(1 << 30)));
     }
 
     #[test]
     fn the_control_socket_may_stand_anywhere() {
-        for line in [
-            "--control /s status",
-            "status --control /s",
-            "status web-1 --control=/s --json",
-        ] {
+        for line in ["--control /s status", "status --control /s", "status web-1 --control=/s --json"] {
             assert_eq!(parse(line).unwrap().control, Some("/s".into()), "{line}");
         }
     }
 
     #[test]
     fn pairing_either_opens_or_joins() {
-        let Command::Ask(AskCommand::Pair(open)) =
-            parse("pair --ttl 90s --witness").unwrap().command
-        else {
+        let Command::Ask(AskCommand::Pair(open)) = parse("pair --ttl 90s --witness").unwrap().command else { panic!() };
+        assert_eq!((open.ttl, open.witness, open.host), (Duration::from_secs(90), true, None));
+        let Command::Ask(AskCommand::Pair(join)) = parse("pair host-b:99 --code 1-2").unwrap().command else {
             panic!()
         };
-        assert_eq!(
-            (open.ttl, open.witness, open.host),
-            (Duration::from_secs(90), true, None)
-        );
-        let Command::Ask(AskCommand::Pair(join)) =
-            parse("pair host-b:99 --code 1-2").unwrap().command
-        else {
-            panic!()
-        };
-        assert_eq!(
-            join.host,
-            Some(HostPort {
-                host: "host-b".into(),
-                port: Some(99)
-            })
-        );
-        for line in [
-            "pair host-b",
-            "pair --code 1",
-            "pair --ttl 2h",
-            "pair --ttl soon",
-            "pair :1 --code 1",
-        ] {
+        assert_eq!(join.host, Some(HostPort { host: "host-b".into(), port: Some(99) }));
+        for line in ["pair host-b", "pair --code 1", "pair --ttl 2h", "pair --ttl soon", "pair :1 --code 1"] {
             assert!(parse(line).is_err(), "{line}");
         }
     }
@@ -283,15 +252,9 @@ mod tests {
     fn wrong_lines_say_what_to_write() {
         for (line, expected) in [
             ("protect web-1", "--to <HOST>"),
-            (
-                "protect web-1 --to b --epoch often",
-                "write `auto` or a duration",
-            ),
+            ("protect web-1 --to b --epoch often", "write `auto` or a duration"),
             ("protect web-1 --to b --epoch 1us", "1ms to 10s"),
-            (
-                "protect web-1 --to b --shadow some",
-                "write `full`, `off` or a size",
-            ),
+            ("protect web-1 --to b --shadow some", "write `full`, `off` or a size"),
             ("agent --metrics yes", "write IP:PORT, or `off`"),
             ("agent --listen host-a", "invalid socket address"),
             ("failover web-1 --force", "unexpected argument '--force'"),

@@ -6,15 +6,13 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::args::{
-    AskCommand, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs,
-};
+use super::args::{AskCommand, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
 use super::exit::{CliError, Exit};
 use super::progress::{Goal, follow};
 use super::{client, config};
 use crate::control::api::{
-    DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind,
-    ProtectRequest, Role, VmRequest,
+    DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest, Role,
+    VmRequest,
 };
 use crate::control::client::{Client, ClientError};
 use crate::control::doctor;
@@ -46,11 +44,7 @@ fn print(text: &str) -> Result<(), CliError> {
 }
 
 fn json<T: Serialize>(value: &T, one_line: bool) -> String {
-    let text = if one_line {
-        serde_json::to_string(value)
-    } else {
-        serde_json::to_string_pretty(value)
-    };
+    let text = if one_line { serde_json::to_string(value) } else { serde_json::to_string_pretty(value) };
     let mut text = text.expect("answers are plain data");
     text.push('\n');
     text
@@ -59,38 +53,26 @@ fn json<T: Serialize>(value: &T, one_line: bool) -> String {
 async fn pair(args: PairArgs, control: Option<PathBuf>) -> Result<Exit, CliError> {
     if let (Some(host), Some(code)) = (args.host, args.code) {
         let port = host.port.unwrap_or(config::DEFAULT_PAIRING_PORT);
-        let request = PairJoinRequest {
-            host: host.host,
-            port,
-            code,
-        };
+        let request = PairJoinRequest { host: host.host, port, code };
         let paired = client(control).pair_join(&request).await?;
         let kind = match paired.kind {
             PeerKind::Agent => "host",
             PeerKind::Witness => "witness",
         };
-        print(&format!(
-            "paired with {kind} {} ({})\n",
-            paired.name, paired.node_id
-        ))?;
+        print(&format!("paired with {kind} {} ({})\n", paired.name, paired.node_id))?;
         if args.witness && paired.kind != PeerKind::Witness {
             let message = format!("{} is a host, not a witness", paired.name);
-            return Err(CliError::new(Exit::Refused, message)
-                .advise("The pairing stands; open the window with `understudy pair --witness` on the witness's host."));
+            return Err(CliError::new(Exit::Refused, message).advise(
+                "The pairing stands; open the window with `understudy pair --witness` on the witness's host.",
+            ));
         }
         return Ok(Exit::Ok);
     }
     let control = match control {
-        None if args.witness => Some(config::witness_socket(
-            config::DEFAULT_WITNESS_RUN_DIR.as_ref(),
-        )),
+        None if args.witness => Some(config::witness_socket(config::DEFAULT_WITNESS_RUN_DIR.as_ref())),
         other => other,
     };
-    let window = client(control)
-        .pair_open(&PairOpenRequest {
-            ttl_s: args.ttl.as_secs(),
-        })
-        .await?;
+    let window = client(control).pair_open(&PairOpenRequest { ttl_s: args.ttl.as_secs() }).await?;
     print(&format!(
         "code    {}\naddress {}\nvalid   {}, for one node\n\nRun this on the other host:\n    understudy pair HOST{} --code {}\n",
         window.code,
@@ -112,50 +94,29 @@ fn port_of(address: &str) -> String {
 
 /// Asks the agent, which knows the VMs that it protects; without an agent this process looks for itself.
 async fn doctor_command(args: DoctorArgs, client: &Client) -> Result<Exit, CliError> {
-    let answer = client
-        .doctor(&DoctorRequest {
-            vm: args.vm.clone(),
-        })
-        .await;
+    let answer = client.doctor(&DoctorRequest { vm: args.vm.clone() }).await;
     let report: DoctorReport = match answer {
         Ok(report) => report,
         Err(ClientError::NoAgent { .. }) => {
-            let found =
-                tokio::task::spawn_blocking(move || doctor::local(args.vm.as_deref())).await;
+            let found = tokio::task::spawn_blocking(move || doctor::local(args.vm.as_deref())).await;
             found.expect("the checks do not panic")?
         }
         Err(error) => return Err(error.into()),
     };
-    let text = if args.json {
-        json(&report, false)
-    } else {
-        render::checklist(&report)
-    };
+    let text = if args.json { json(&report, false) } else { render::checklist(&report) };
     print(&text)?;
-    Ok(if report.passed() {
-        Exit::Ok
-    } else {
-        Exit::Refused
-    })
+    Ok(if report.passed() { Exit::Ok } else { Exit::Refused })
 }
 
 async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
-    let request = ProtectRequest {
-        vm: args.vm,
-        to: args.to,
-        epoch: args.epoch,
-        shadow: args.shadow,
-        witness: args.witness,
-    };
+    let request =
+        ProtectRequest { vm: args.vm, to: args.to, epoch: args.epoch, shadow: args.shadow, witness: args.witness };
     let accepted = client.protect(&request).await?;
     let status = follow(client, &accepted.vm, Goal::Protected).await?;
     for warning in &status.warnings {
         print(&format!("warning: {warning}\n"))?;
     }
-    print(&format!(
-        "{} is protected; {} stands by\n",
-        status.name, status.peer
-    ))?;
+    print(&format!("{} is protected; {} stands by\n", status.name, status.peer))?;
     Ok(Exit::Ok)
 }
 
@@ -164,11 +125,7 @@ async fn status(args: StatusArgs, client: &Client) -> Result<Exit, CliError> {
         print(&status_text(&args, client).await?)?;
         return Ok(Exit::Ok);
     }
-    let clear = if !args.json && std::io::stdout().is_terminal() {
-        "\x1b[H\x1b[2J"
-    } else {
-        ""
-    };
+    let clear = if !args.json && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
     loop {
         match status_text(&args, client).await {
             Ok(text) => print(&format!("{clear}{text}"))?,
@@ -193,11 +150,7 @@ async fn status_text(args: &StatusArgs, client: &Client) -> Result<String, CliEr
 }
 
 async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
-    let report = client
-        .rehearse(&VmRequest {
-            vm: args.vm.clone(),
-        })
-        .await?;
+    let report = client.rehearse(&VmRequest { vm: args.vm.clone() }).await?;
     print(&format!(
         "{}: epoch {} loads (launch {:.0} ms, load {:.1} ms)\n",
         args.vm, report.epoch, report.launch_ms, report.load_ms
@@ -206,12 +159,7 @@ async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
 }
 
 async fn failover(args: FailoverArgs, client: &Client) -> Result<Exit, CliError> {
-    let accepted = client
-        .failover(&FailoverRequest {
-            vm: args.vm,
-            planned: args.planned,
-        })
-        .await?;
+    let accepted = client.failover(&FailoverRequest { vm: args.vm, planned: args.planned }).await?;
     let status = follow(client, &accepted.vm, Goal::HandedOver).await?;
     let here = status.role == Role::Survivor;
     print(&match (here, status.peer.as_str()) {

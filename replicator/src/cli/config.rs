@@ -218,11 +218,7 @@ struct HeartbeatFile {
 
 impl Default for HeartbeatFile {
     fn default() -> Self {
-        Self {
-            interval: Span(ms(20)),
-            silence: Span(ms(200)),
-            unacknowledged: Span(ms(200)),
-        }
+        Self { interval: Span(ms(20)), silence: Span(ms(200)), unacknowledged: Span(ms(200)) }
     }
 }
 
@@ -261,10 +257,7 @@ struct GateFile {
 
 impl Default for GateFile {
     fn default() -> Self {
-        Self {
-            bytes: ByteSize::mib(64),
-            age: Span(Duration::from_secs(5)),
-        }
+        Self { bytes: ByteSize::mib(64), age: Span(Duration::from_secs(5)) }
     }
 }
 
@@ -278,11 +271,7 @@ struct StandbyFile {
 
 impl Default for StandbyFile {
     fn default() -> Self {
-        Self {
-            staging: ByteSize::gib(1),
-            bridges: BTreeMap::new(),
-            qemu: None,
-        }
+        Self { staging: ByteSize::gib(1), bridges: BTreeMap::new(), qemu: None }
     }
 }
 
@@ -340,10 +329,7 @@ struct WitnessFile {
 /// If the file cannot be read or understood, or a value cannot be.
 pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, ConfigError> {
     let file: AgentFile = read(file, DEFAULT_AGENT_FILE)?;
-    let listen = flags
-        .listen
-        .or(file.listen)
-        .unwrap_or_else(|| any(DEFAULT_PORT));
+    let listen = flags.listen.or(file.listen).unwrap_or_else(|| any(DEFAULT_PORT));
     let config = AgentConfig {
         name: flags.name.or(file.name),
         listen,
@@ -352,14 +338,8 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
             .or(file.heartbeat_listen)
             .unwrap_or_else(|| SocketAddr::new(listen.ip(), DEFAULT_HEARTBEAT_PORT)),
         pair_listen: pairing(flags.pair_listen.or(file.pair_listen), listen),
-        state_dir: flags
-            .state_dir
-            .or(file.state_dir)
-            .unwrap_or_else(|| "/var/lib/understudy/agent".into()),
-        run_dir: flags
-            .run_dir
-            .or(file.run_dir)
-            .unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
+        state_dir: flags.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/understudy/agent".into()),
+        run_dir: flags.run_dir.or(file.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
         metrics: match flags.metrics.or(file.metrics) {
             Some(listen) => listen.address(),
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9644))),
@@ -379,10 +359,7 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
             longest: file.epoch.longest.0,
             gather: file.epoch.gather.0,
         },
-        gate: GateConfig {
-            bytes: file.gate.bytes.as_u64(),
-            age: file.gate.age.0,
-        },
+        gate: GateConfig { bytes: file.gate.bytes.as_u64(), age: file.gate.age.0 },
         standby: StandbyConfig {
             staging: file.standby.staging.as_u64(),
             bridges: file.standby.bridges,
@@ -400,22 +377,13 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
 /// If the file cannot be read or understood, or a value cannot be.
 pub fn witness(file: Option<&Path>, flags: WitnessOverrides) -> Result<WitnessConfig, ConfigError> {
     let file: WitnessFile = read(file, DEFAULT_WITNESS_FILE)?;
-    let listen = flags
-        .listen
-        .or(file.listen)
-        .unwrap_or_else(|| any(DEFAULT_WITNESS_PORT));
+    let listen = flags.listen.or(file.listen).unwrap_or_else(|| any(DEFAULT_WITNESS_PORT));
     let config = WitnessConfig {
         name: flags.name.or(file.name),
         listen,
         pair_listen: pairing(flags.pair_listen.or(file.pair_listen), listen),
-        state_dir: flags
-            .state_dir
-            .or(file.state_dir)
-            .unwrap_or_else(|| "/var/lib/understudy/witness".into()),
-        run_dir: flags
-            .run_dir
-            .or(file.run_dir)
-            .unwrap_or_else(|| DEFAULT_WITNESS_RUN_DIR.into()),
+        state_dir: flags.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/understudy/witness".into()),
+        run_dir: flags.run_dir.or(file.run_dir).unwrap_or_else(|| DEFAULT_WITNESS_RUN_DIR.into()),
     };
     check_name(config.name.as_deref())?;
     Ok(config)
@@ -433,15 +401,9 @@ fn ms(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
-fn read<T: DeserializeOwned + Default>(
-    file: Option<&Path>,
-    default: &str,
-) -> Result<T, ConfigError> {
+fn read<T: DeserializeOwned + Default>(file: Option<&Path>, default: &str) -> Result<T, ConfigError> {
     let path = file.unwrap_or(Path::new(default));
-    let failed = |source| ConfigError::Read {
-        path: path.into(),
-        source,
-    };
+    let failed = |source| ConfigError::Read { path: path.into(), source };
     let length = match fs::metadata(path) {
         Ok(found) => found.len(),
         Err(error) if file.is_none() && error.kind() == io::ErrorKind::NotFound => {
@@ -453,10 +415,7 @@ fn read<T: DeserializeOwned + Default>(
         return Err(failed(io::Error::other("it is longer than 1 MiB")));
     }
     let text = fs::read_to_string(path).map_err(failed)?;
-    toml::from_str(&text).map_err(|source| ConfigError::Parse {
-        path: path.into(),
-        source: Box::new(source),
-    })
+    toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })
 }
 
 fn check_agent(config: &AgentConfig) -> Result<(), ConfigError> {
@@ -469,59 +428,20 @@ fn check_agent(config: &AgentConfig) -> Result<(), ConfigError> {
         config.heartbeat_listen,
         "heartbeats need a socket of their own, other than `listen`",
     )?;
-    within(
-        "heartbeat.interval",
-        heartbeat.interval,
-        ms(1),
-        Duration::from_secs(1),
-        "write 1ms to 1s",
-    )?;
+    within("heartbeat.interval", heartbeat.interval, ms(1), Duration::from_secs(1), "write 1ms to 1s")?;
     require(
         heartbeat.silence >= heartbeat.interval * 3,
         "heartbeat.silence",
         humantime::format_duration(heartbeat.silence),
         "one lost heartbeat would look like a dead host; write at least three times `heartbeat.interval`",
     )?;
-    within(
-        "heartbeat.silence",
-        heartbeat.silence,
-        ms(3),
-        Duration::from_secs(60),
-        "write at most 60s",
-    )?;
-    within(
-        "heartbeat.unacknowledged",
-        heartbeat.unacknowledged,
-        ms(10),
-        Duration::from_secs(60),
-        "write 10ms to 60s",
-    )?;
-    require(
-        (1..=MAX_PIPELINE).contains(&epoch.pipeline),
-        "epoch.pipeline",
-        epoch.pipeline,
-        "write 1 to 16 epochs",
-    )?;
+    within("heartbeat.silence", heartbeat.silence, ms(3), Duration::from_secs(60), "write at most 60s")?;
+    within("heartbeat.unacknowledged", heartbeat.unacknowledged, ms(10), Duration::from_secs(60), "write 10ms to 60s")?;
+    require((1..=MAX_PIPELINE).contains(&epoch.pipeline), "epoch.pipeline", epoch.pipeline, "write 1 to 16 epochs")?;
     let share = |share: u8| (1..=90).contains(&share);
-    require(
-        share(epoch.busy_share),
-        "epoch.busy_share",
-        epoch.busy_share,
-        "write 1 to 90 percent",
-    )?;
-    require(
-        share(epoch.idle_share),
-        "epoch.idle_share",
-        epoch.idle_share,
-        "write 1 to 90 percent",
-    )?;
-    within(
-        "epoch.longest",
-        epoch.longest,
-        ms(5),
-        Duration::from_secs(10),
-        "write 5ms to 10s",
-    )?;
+    require(share(epoch.busy_share), "epoch.busy_share", epoch.busy_share, "write 1 to 90 percent")?;
+    require(share(epoch.idle_share), "epoch.idle_share", epoch.idle_share, "write 1 to 90 percent")?;
+    within("epoch.longest", epoch.longest, ms(5), Duration::from_secs(10), "write 5ms to 10s")?;
     require(
         epoch.gather <= epoch.longest,
         "epoch.gather",
@@ -540,13 +460,7 @@ fn check_agent(config: &AgentConfig) -> Result<(), ConfigError> {
         ByteSize(config.gate.bytes),
         "it is more than this host can address",
     )?;
-    within(
-        "gate.age",
-        config.gate.age,
-        ms(100),
-        Duration::from_secs(60),
-        "write 100ms to 60s",
-    )?;
+    within("gate.age", config.gate.age, ms(100), Duration::from_secs(60), "write 100ms to 60s")?;
     require(
         config.standby.staging >= 16 << 20,
         "standby.staging",
@@ -572,12 +486,7 @@ fn within(
     most: Duration,
     why: &'static str,
 ) -> Result<(), ConfigError> {
-    require(
-        (least..=most).contains(&value),
-        key,
-        humantime::format_duration(value),
-        why,
-    )
+    require((least..=most).contains(&value), key, humantime::format_duration(value), why)
 }
 
 fn require(
@@ -586,15 +495,7 @@ fn require(
     value: impl std::fmt::Display,
     why: &'static str,
 ) -> Result<(), ConfigError> {
-    if holds {
-        Ok(())
-    } else {
-        Err(ConfigError::Value {
-            key,
-            value: value.to_string(),
-            why,
-        })
-    }
+    if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), why }) }
 }
 
 #[cfg(test)]

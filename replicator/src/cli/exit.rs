@@ -65,12 +65,7 @@ impl CliError {
     /// An error without causes and advice.
     #[must_use]
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self {
-            exit,
-            message: message.into(),
-            causes: Vec::new(),
-            advice: String::new(),
-        }
+        Self { exit, message: message.into(), causes: Vec::new(), advice: String::new() }
     }
 
     /// Adds what is safe and what to do.
@@ -89,12 +84,7 @@ impl CliError {
             causes.push(cause.to_string());
             next = cause.source();
         }
-        Self {
-            exit,
-            message: error.to_string(),
-            causes,
-            advice: String::new(),
-        }
+        Self { exit, message: error.to_string(), causes, advice: String::new() }
     }
 
     /// The text for the terminal: message, causes, advice, each once.
@@ -126,12 +116,7 @@ impl From<ErrorBody> for CliError {
             ErrorKind::Unavailable => Exit::Unavailable,
             ErrorKind::Failed => Exit::Failed,
         };
-        Self {
-            exit,
-            message: body.message,
-            causes: body.causes,
-            advice: body.advice,
-        }
+        Self { exit, message: body.message, causes: body.causes, advice: body.advice }
     }
 }
 
@@ -187,10 +172,7 @@ mod tests {
     fn a_cause_that_repeats_the_message_is_left_out() {
         let mut error = CliError::new(Exit::Failed, "cannot read x: no such file");
         error.causes = vec!["no such file".into(), "os error 2".into()];
-        assert_eq!(
-            error.render(),
-            "error: cannot read x: no such file\n  because os error 2\n"
-        );
+        assert_eq!(error.render(), "error: cannot read x: no such file\n  because os error 2\n");
     }
 
     #[test]
@@ -204,26 +186,12 @@ mod tests {
             (ErrorKind::Unavailable, 6),
             (ErrorKind::NotFound, 7),
         ] {
-            assert_eq!(
-                CliError::from(ErrorBody::new(kind, "x")).exit as u8,
-                code,
-                "{kind:?}"
-            );
+            assert_eq!(CliError::from(ErrorBody::new(kind, "x")).exit as u8, code, "{kind:?}");
         }
-        let none = CliError::from(ClientError::NoAgent {
-            socket: "/s".into(),
-        });
+        let none = CliError::from(ClientError::NoAgent { socket: "/s".into() });
         assert_eq!(none.exit as u8, 4);
-        assert!(
-            none.render().contains("no agent answers on /s"),
-            "{}",
-            none.render()
-        );
-        assert!(
-            none.render().contains("understudy agent"),
-            "{}",
-            none.render()
-        );
+        assert!(none.render().contains("no agent answers on /s"), "{}", none.render());
+        assert!(none.render().contains("understudy agent"), "{}", none.render());
     }
 
     #[test]
@@ -238,10 +206,7 @@ mod tests {
             Exit::Unavailable,
             Exit::NotFound,
         ] {
-            assert!(
-                EXIT_CODES.contains(&format!("\n  {}  ", exit as u8)),
-                "{exit:?}"
-            );
+            assert!(EXIT_CODES.contains(&format!("\n  {}  ", exit as u8)), "{exit:?}");
         }
     }
 }

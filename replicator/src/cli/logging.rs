@@ -10,15 +10,9 @@ pub(super) const VARIABLE: &str = "UNDERSTUDY_LOG";
 /// Starts logging at `level` and above. Under systemd lines have no time and no colour: the journal has its own.
 pub(super) fn start(level: &str) {
     let filter = EnvFilter::try_from_env(VARIABLE).unwrap_or_else(|_| EnvFilter::new(level));
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if std::env::var_os("JOURNAL_STREAM").is_some() {
-        lines
-            .with_ansi(false)
-            .without_time()
-            .with_target(false)
-            .init();
+        lines.with_ansi(false).without_time().with_target(false).init();
     } else {
         lines.with_ansi(std::io::stderr().is_terminal()).init();
     }

@@ -19,8 +19,8 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub use args::{
-    AgentArgs, AskCommand, Cli, Command, DoctorArgs, FailoverArgs, MAX_PAIRING, PairArgs,
-    ProtectArgs, StatusArgs, VmArgs, WitnessArgs,
+    AgentArgs, AskCommand, Cli, Command, DoctorArgs, FailoverArgs, MAX_PAIRING, PairArgs, ProtectArgs, StatusArgs,
+    VmArgs, WitnessArgs,
 };
 pub use exit::{CliError, EXIT_CODES, Exit};
 pub use units::{HostPort, HostPortError, Listen, ListenError, Span};
@@ -69,11 +69,7 @@ fn run_agent(args: AgentArgs) -> Result<Exit, CliError> {
     };
     let config = config::agent(args.config.as_deref(), flags)?;
     logging::start("info");
-    block_on(async move {
-        crate::agent::run(config)
-            .await
-            .map_err(|error| CliError::of(Exit::Failed, &error))
-    })?;
+    block_on(async move { crate::agent::run(config).await.map_err(|error| CliError::of(Exit::Failed, &error)) })?;
     Ok(Exit::Ok)
 }
 

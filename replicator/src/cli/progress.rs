@@ -51,12 +51,11 @@ pub(super) async fn follow(client: &Client, vm: &str, goal: Goal) -> Result<VmSt
 fn stage(status: &VmStatus, goal: Goal) -> Stage {
     use ProtectionState as State;
     match (goal, &status.state) {
-        (Goal::Protected, State::Pairing | State::Syncing(_))
-        | (Goal::HandedOver, State::FailingOver) => Stage::UnderWay,
-        (Goal::Protected, State::Protected) | (Goal::HandedOver, State::Fenced) => Stage::Reached,
-        (Goal::HandedOver, state) if status.role == Role::Survivor && *state != State::Error => {
-            Stage::Reached
+        (Goal::Protected, State::Pairing | State::Syncing(_)) | (Goal::HandedOver, State::FailingOver) => {
+            Stage::UnderWay
         }
+        (Goal::Protected, State::Protected) | (Goal::HandedOver, State::Fenced) => Stage::Reached,
+        (Goal::HandedOver, state) if status.role == Role::Survivor && *state != State::Error => Stage::Reached,
         _ => Stage::Missed,
     }
 }
@@ -66,10 +65,7 @@ fn missed(status: &VmStatus, goal: Goal) -> CliError {
         Goal::Protected => "is not protected",
         Goal::HandedOver => "did not change hands",
     };
-    let mut error = CliError::new(
-        Exit::Failed,
-        format!("{} {what}: it is {}", status.name, status.state),
-    );
+    let mut error = CliError::new(Exit::Failed, format!("{} {what}: it is {}", status.name, status.state));
     if !status.reason.is_empty() {
         error.causes.push(status.reason.clone());
     }
@@ -84,10 +80,7 @@ struct Display {
 
 impl Display {
     fn new() -> Self {
-        Self {
-            terminal: std::io::stderr().is_terminal(),
-            last: String::new(),
-        }
+        Self { terminal: std::io::stderr().is_terminal(), last: String::new() }
     }
 
     fn show(&mut self, status: &VmStatus) {
@@ -142,11 +135,7 @@ mod tests {
             (State::Fenced, Stage::Missed),
             (State::Error, Stage::Missed),
         ] {
-            assert_eq!(
-                stage(&at(state.clone(), Role::Primary), Goal::Protected),
-                expected,
-                "{state}"
-            );
+            assert_eq!(stage(&at(state.clone(), Role::Primary), Goal::Protected), expected, "{state}");
         }
     }
 
@@ -162,20 +151,13 @@ mod tests {
             (State::Protected, Role::Primary, Stage::Missed),
             (State::Protected, Role::Standby, Stage::Missed),
         ] {
-            assert_eq!(
-                stage(&at(state.clone(), role), Goal::HandedOver),
-                expected,
-                "{state} {role:?}"
-            );
+            assert_eq!(stage(&at(state.clone(), role), Goal::HandedOver), expected, "{state} {role:?}");
         }
     }
 
     #[test]
     fn a_missed_goal_says_why_and_what_is_safe() {
-        let error = missed(
-            &at(ProtectionState::Degraded, Role::Primary),
-            Goal::Protected,
-        );
+        let error = missed(&at(ProtectionState::Degraded, Role::Primary), Goal::Protected);
         assert_eq!(
             error.render(),
             "error: web-1 is not protected: it is degraded\n  because host-b is silent\n  web-1 runs on.\n"

@@ -14,11 +14,7 @@ impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let read = humantime::parse_duration(&text).map(Self);
-        read.map_err(|_| {
-            serde::de::Error::custom(format!(
-                "`{text}` is no duration: write one such as `200ms`"
-            ))
-        })
+        read.map_err(|_| serde::de::Error::custom(format!("`{text}` is no duration: write one such as `200ms`")))
     }
 }
 
@@ -54,17 +50,13 @@ impl FromStr for Listen {
         if text == "off" {
             return Ok(Self::Off);
         }
-        text.parse()
-            .map(Self::At)
-            .map_err(|_| ListenError(text.into()))
+        text.parse().map(Self::At).map_err(|_| ListenError(text.into()))
     }
 }
 
 impl<'de> Deserialize<'de> for Listen {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -88,10 +80,7 @@ impl FromStr for HostPort {
     fn from_str(text: &str) -> Result<Self, HostPortError> {
         let bad = || HostPortError(text.into());
         if text.parse::<IpAddr>().is_ok() {
-            return Ok(Self {
-                host: text.into(),
-                port: None,
-            });
+            return Ok(Self { host: text.into(), port: None });
         }
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => {
@@ -111,10 +100,7 @@ impl FromStr for HostPort {
         if host.is_empty() || port == Some(0) || host.contains(char::is_whitespace) {
             return Err(bad());
         }
-        Ok(Self {
-            host: host.into(),
-            port,
-        })
+        Ok(Self { host: host.into(), port })
     }
 }
 
@@ -133,26 +119,9 @@ mod tests {
             ("[fe80::1]", "fe80::1", None),
             ("[fe80::1]:7844", "fe80::1", Some(7844)),
         ] {
-            assert_eq!(
-                text.parse(),
-                Ok(HostPort {
-                    host: host.into(),
-                    port
-                }),
-                "{text}"
-            );
+            assert_eq!(text.parse(), Ok(HostPort { host: host.into(), port }), "{text}");
         }
-        for text in [
-            "",
-            ":7844",
-            "host:",
-            "host:70000",
-            "host:0",
-            "[::1",
-            "[::1]7844",
-            "a b",
-            "a:b:c",
-        ] {
+        for text in ["", ":7844", "host:", "host:70000", "host:0", "[::1", "[::1]7844", "a b", "a:b:c"] {
             assert!(text.parse::<HostPort>().is_err(), "{text}");
         }
     }
@@ -160,10 +129,7 @@ mod tests {
     #[test]
     fn listening_can_be_off() {
         assert_eq!("off".parse(), Ok(Listen::Off));
-        assert_eq!(
-            "127.0.0.1:9644".parse::<Listen>().unwrap().address(),
-            "127.0.0.1:9644".parse().ok()
-        );
+        assert_eq!("127.0.0.1:9644".parse::<Listen>().unwrap().address(), "127.0.0.1:9644".parse().ok());
         assert!("localhost".parse::<Listen>().is_err());
     }
 }

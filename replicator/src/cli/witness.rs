@@ -29,20 +29,14 @@ pub(super) async fn run(config: WitnessConfig) -> anyhow::Result<()> {
         listen: config.listen,
         name: config.name.clone(),
     })?;
-    let api = Arc::new(Witness {
-        daemon,
-        config,
-        window: Mutex::new(None),
-    });
+    let api = Arc::new(Witness { daemon, config, window: Mutex::new(None) });
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = tokio::signal::ctrl_c() => {}
         }
     };
-    let served = serve_witness(socket, Arc::clone(&api), stop)
-        .await
-        .context("the control socket failed");
+    let served = serve_witness(socket, Arc::clone(&api), stop).await.context("the control socket failed");
     tracing::info!("the witness stops");
     api.daemon.stop().await;
     served
@@ -62,9 +56,7 @@ impl Witness {
         let mut tries = 1;
         loop {
             match self.daemon.open_pairing(self.config.pair_listen, limits) {
-                Err(PairError::Bind { .. }) if tries < BIND_TRIES => {
-                    tokio::time::sleep(BIND_AGAIN).await
-                }
+                Err(PairError::Bind { .. }) if tries < BIND_TRIES => tokio::time::sleep(BIND_AGAIN).await,
                 other => return other,
             }
             tries += 1;
@@ -79,38 +71,22 @@ impl WitnessApi for Witness {
             node_id: self.daemon.identity().node().to_string(),
             store_id: self.daemon.store().to_string(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            peers: self
-                .daemon
-                .peers()
-                .list()
-                .into_iter()
-                .map(|peer| peer.name)
-                .collect(),
+            peers: self.daemon.peers().list().into_iter().map(|peer| peer.name).collect(),
         })
     }
 
     async fn pair_open(&self, request: PairOpenRequest) -> Result<PairWindow, ErrorBody> {
         let open_for = Duration::from_secs(request.ttl_s);
         if open_for.is_zero() || open_for > super::args::MAX_PAIRING {
-            return Err(ErrorBody::new(
-                ErrorKind::Invalid,
-                "a pairing window is open for 1 second to 1 hour",
-            ));
+            return Err(ErrorBody::new(ErrorKind::Invalid, "a pairing window is open for 1 second to 1 hour"));
         }
         let mut open = self.window.lock().await;
         if let Some(old) = open.take() {
             old.abort();
         }
-        let failed = |error: PairError| {
-            ErrorBody::new(ErrorKind::Failed, "the pairing window cannot be opened").because(&error)
-        };
-        let window = self
-            .open(WindowLimits {
-                open_for,
-                ..WindowLimits::default()
-            })
-            .await
-            .map_err(failed)?;
+        let failed =
+            |error: PairError| ErrorBody::new(ErrorKind::Failed, "the pairing window cannot be opened").because(&error);
+        let window = self.open(WindowLimits { open_for, ..WindowLimits::default() }).await.map_err(failed)?;
         let answer = PairWindow {
             name: self.daemon.identity().name().to_owned(),
             code: window.code().to_string(),

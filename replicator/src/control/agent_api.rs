@@ -6,9 +6,8 @@
 use std::future::Future;
 
 use super::api::{
-    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest,
-    PairJoinRequest, PairOpenRequest, PairWindow, Paired, ProtectRequest, RehearsalReport,
-    VmRequest, VmStatus, WitnessStatus,
+    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
+    PairWindow, Paired, ProtectRequest, RehearsalReport, VmRequest, VmStatus, WitnessStatus,
 };
 
 /// An agent, as its control server sees it.
@@ -21,46 +20,25 @@ pub trait AgentApi: Send + Sync + 'static {
 
     /// Starts to protect a VM. Returns when it was found, is not refused and work has begun; from then on its status shows
     /// how far it is, until it is `protected`, or `error` with a reason.
-    fn protect(
-        &self,
-        request: ProtectRequest,
-    ) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
+    fn protect(&self, request: ProtectRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
 
     /// Ends a protection and leaves the VM as it was found, running. Returns when that is done.
-    fn unprotect(
-        &self,
-        request: VmRequest,
-    ) -> impl Future<Output = Result<VmStatus, ErrorBody>> + Send;
+    fn unprotect(&self, request: VmRequest) -> impl Future<Output = Result<VmStatus, ErrorBody>> + Send;
 
     /// Has the standby load its copy into a scratch twin. Returns when that is done.
-    fn rehearse(
-        &self,
-        request: VmRequest,
-    ) -> impl Future<Output = Result<RehearsalReport, ErrorBody>> + Send;
+    fn rehearse(&self, request: VmRequest) -> impl Future<Output = Result<RehearsalReport, ErrorBody>> + Send;
 
     /// Starts a change of hands. Returns when work has begun.
-    fn failover(
-        &self,
-        request: FailoverRequest,
-    ) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
+    fn failover(&self, request: FailoverRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
 
     /// Opens a pairing window.
-    fn pair_open(
-        &self,
-        request: PairOpenRequest,
-    ) -> impl Future<Output = Result<PairWindow, ErrorBody>> + Send;
+    fn pair_open(&self, request: PairOpenRequest) -> impl Future<Output = Result<PairWindow, ErrorBody>> + Send;
 
     /// Pairs with a node whose window is open. Returns when both have pinned each other.
-    fn pair_join(
-        &self,
-        request: PairJoinRequest,
-    ) -> impl Future<Output = Result<Paired, ErrorBody>> + Send;
+    fn pair_join(&self, request: PairJoinRequest) -> impl Future<Output = Result<Paired, ErrorBody>> + Send;
 
     /// Checks what would stop protection here. Changes nothing.
-    fn doctor(
-        &self,
-        request: DoctorRequest,
-    ) -> impl Future<Output = Result<DoctorReport, ErrorBody>> + Send;
+    fn doctor(&self, request: DoctorRequest) -> impl Future<Output = Result<DoctorReport, ErrorBody>> + Send;
 }
 
 /// A witness, as its control server sees it.
@@ -69,8 +47,5 @@ pub trait WitnessApi: Send + Sync + 'static {
     fn status(&self) -> impl Future<Output = Result<WitnessStatus, ErrorBody>> + Send;
 
     /// Opens a pairing window.
-    fn pair_open(
-        &self,
-        request: PairOpenRequest,
-    ) -> impl Future<Output = Result<PairWindow, ErrorBody>> + Send;
+    fn pair_open(&self, request: PairOpenRequest) -> impl Future<Output = Result<PairWindow, ErrorBody>> + Send;
 }

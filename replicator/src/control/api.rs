@@ -73,16 +73,8 @@ pub struct SyncProgress {
 
 impl ProtectionState {
     /// The words of all states, in the order of a protection's life.
-    pub const WORDS: [&'static str; 8] = [
-        "unprotected",
-        "pairing",
-        "syncing",
-        "protected",
-        "degraded",
-        "failing-over",
-        "fenced",
-        "error",
-    ];
+    pub const WORDS: [&'static str; 8] =
+        ["unprotected", "pairing", "syncing", "protected", "degraded", "failing-over", "fenced", "error"];
 
     /// The word that operators see.
     #[must_use]
@@ -194,20 +186,8 @@ impl Suspicion {
     /// Bounds `phi` to what can be reported.
     #[must_use]
     pub fn new(phi: f64, silence_ms: f64, suspected: bool) -> Self {
-        let phi = if phi.is_nan() {
-            0.0
-        } else {
-            phi.clamp(0.0, MAX_PHI)
-        };
-        Self {
-            phi,
-            silence_ms: if silence_ms.is_finite() {
-                silence_ms.max(0.0)
-            } else {
-                0.0
-            },
-            suspected,
-        }
+        let phi = if phi.is_nan() { 0.0 } else { phi.clamp(0.0, MAX_PHI) };
+        Self { phi, silence_ms: if silence_ms.is_finite() { silence_ms.max(0.0) } else { 0.0 }, suspected }
     }
 }
 
@@ -321,9 +301,7 @@ impl From<vmm_hooks::guest::Held> for HeldOutput {
         Self {
             frames: held.frames,
             bytes: held.bytes,
-            oldest_ms: held
-                .oldest
-                .map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3),
+            oldest_ms: held.oldest.map_or(0.0, |at| at.elapsed().as_secs_f64() * 1e3),
             released: held.released,
             dropped: held.dropped,
         }
@@ -348,13 +326,8 @@ pub enum FailoverCause {
 
 impl FailoverCause {
     /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Silence,
-        Self::Unacknowledged,
-        Self::PeerRestarted,
-        Self::GuestDied,
-        Self::Planned,
-    ];
+    pub const ALL: [Self; 5] =
+        [Self::Silence, Self::Unacknowledged, Self::PeerRestarted, Self::GuestDied, Self::Planned];
 
     /// The word that operators and metrics use.
     #[must_use]
@@ -591,9 +564,7 @@ impl DoctorReport {
     /// Whether nothing found would stop protection.
     #[must_use]
     pub fn passed(&self) -> bool {
-        self.checks
-            .iter()
-            .all(|check| check.verdict != Verdict::Refused)
+        self.checks.iter().all(|check| check.verdict != Verdict::Refused)
     }
 }
 
@@ -681,12 +652,7 @@ impl ErrorBody {
     /// An error without advice and causes.
     #[must_use]
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self {
-            kind,
-            message: message.into(),
-            advice: String::new(),
-            causes: Vec::new(),
-        }
+        Self { kind, message: message.into(), advice: String::new(), causes: Vec::new() }
     }
 
     /// Adds what is safe and what to do.

@@ -16,9 +16,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::api::{
-    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest,
-    PairJoinRequest, PairOpenRequest, PairWindow, Paired, ProtectRequest, RehearsalReport,
-    VmRequest, VmStatus, WitnessStatus,
+    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
+    PairWindow, Paired, ProtectRequest, RehearsalReport, VmRequest, VmStatus, WitnessStatus,
 };
 
 /// The longest answer that is read, in bytes.
@@ -78,9 +77,7 @@ impl Client {
     /// A client of the agent that listens on `socket`. Connects at each call.
     #[must_use]
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self {
-            socket: socket.into(),
-        }
+        Self { socket: socket.into() }
     }
 
     /// The socket.
@@ -152,18 +149,12 @@ impl Client {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        self.call(Method::GET, path, Bytes::new(), STATUS_TIMEOUT)
-            .await
+        self.call(Method::GET, path, Bytes::new(), STATUS_TIMEOUT).await
     }
 
-    async fn post<R: Serialize + Sync, T: DeserializeOwned>(
-        &self,
-        path: &str,
-        request: &R,
-    ) -> Result<T, ClientError> {
+    async fn post<R: Serialize + Sync, T: DeserializeOwned>(&self, path: &str, request: &R) -> Result<T, ClientError> {
         let body = serde_json::to_vec(request).expect("a request is plain data");
-        self.call(Method::POST, path, body.into(), WORK_TIMEOUT)
-            .await
+        self.call(Method::POST, path, body.into(), WORK_TIMEOUT).await
     }
 
     async fn call<T: DeserializeOwned>(
@@ -184,17 +175,9 @@ impl Client {
     }
 
     /// Whether it succeeded, and the body.
-    async fn exchange(
-        &self,
-        method: Method,
-        path: &str,
-        body: Bytes,
-    ) -> Result<(bool, Bytes), ClientError> {
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| self.connect_error(source))?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    async fn exchange(&self, method: Method, path: &str, body: Bytes) -> Result<(bool, Bytes), ClientError> {
+        let stream = UnixStream::connect(&self.socket).await.map_err(|source| self.connect_error(source))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let driver = tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -217,9 +200,7 @@ impl Client {
     fn connect_error(&self, source: io::Error) -> ClientError {
         let socket = self.socket.clone();
         match source.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                ClientError::NoAgent { socket }
-            }
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => ClientError::NoAgent { socket },
             io::ErrorKind::PermissionDenied => ClientError::NotAllowed { socket },
             _ => ClientError::Io { socket, source },
         }

@@ -11,10 +11,7 @@ use super::api::{Check, DoctorReport, ErrorBody, Verdict};
 /// If no running VM, or more than one, is meant by `vm`.
 pub fn local(vm: Option<&str>) -> Result<DoctorReport, ErrorBody> {
     let target = vm.map(qemu::resolve).transpose()?;
-    let checks = qemu::doctor(target.as_ref())
-        .into_iter()
-        .map(Check::from)
-        .collect();
+    let checks = qemu::doctor(target.as_ref()).into_iter().map(Check::from).collect();
     Ok(DoctorReport { checks })
 }
 
@@ -25,11 +22,6 @@ impl From<qemu::Check> for Check {
             qemu::CheckLevel::Warning => Verdict::Warning,
             qemu::CheckLevel::Refusal => Verdict::Refused,
         };
-        Self {
-            name: check.name,
-            verdict,
-            found: check.message,
-            advice: check.advice,
-        }
+        Self { name: check.name, verdict, found: check.message, advice: check.advice }
     }
 }

@@ -65,8 +65,7 @@ impl FromStr for EpochPolicy {
         if text == "auto" {
             return Ok(Self::Auto);
         }
-        let length = humantime::parse_duration(text)
-            .map_err(|_| PolicyError::Epoch { given: text.into() })?;
+        let length = humantime::parse_duration(text).map_err(|_| PolicyError::Epoch { given: text.into() })?;
         if !(MIN_EPOCH..=MAX_EPOCH).contains(&length) {
             return Err(PolicyError::EpochBounds { given: text.into() });
         }
@@ -79,11 +78,7 @@ impl fmt::Display for EpochPolicy {
         match self {
             Self::Auto => f.write_str("auto"),
             // Without spaces, so that it is one word on a command line.
-            Self::Fixed(length) => f.write_str(
-                &humantime::format_duration(*length)
-                    .to_string()
-                    .replace(' ', ""),
-            ),
+            Self::Fixed(length) => f.write_str(&humantime::format_duration(*length).to_string().replace(' ', "")),
         }
     }
 }
@@ -161,34 +156,17 @@ mod tests {
             let error = text.parse::<EpochPolicy>().unwrap_err();
             assert!(error.to_string().contains("1ms to 10s"), "{error}");
         }
-        assert!(matches!(
-            "often".parse::<EpochPolicy>(),
-            Err(PolicyError::Epoch { .. })
-        ));
+        assert!(matches!("often".parse::<EpochPolicy>(), Err(PolicyError::Epoch { .. })));
     }
 
     #[test]
     fn a_shadow_policy_reads_back_as_written() {
-        for policy in [
-            ShadowPolicy::Full,
-            ShadowPolicy::Off,
-            ShadowPolicy::Size(512 << 20),
-            ShadowPolicy::Size(1),
-        ] {
+        for policy in [ShadowPolicy::Full, ShadowPolicy::Off, ShadowPolicy::Size(512 << 20), ShadowPolicy::Size(1)] {
             assert_eq!(policy.to_string().parse::<ShadowPolicy>().unwrap(), policy);
         }
-        assert_eq!(
-            "512MiB".parse::<ShadowPolicy>().unwrap(),
-            ShadowPolicy::Size(512 << 20)
-        );
+        assert_eq!("512MiB".parse::<ShadowPolicy>().unwrap(), ShadowPolicy::Size(512 << 20));
         for text in ["0", "none", "-1", ""] {
-            assert!(
-                matches!(
-                    text.parse::<ShadowPolicy>(),
-                    Err(PolicyError::Shadow { .. })
-                ),
-                "{text}"
-            );
+            assert!(matches!(text.parse::<ShadowPolicy>(), Err(PolicyError::Shadow { .. })), "{text}");
         }
     }
 }

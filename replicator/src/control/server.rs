@@ -53,38 +53,27 @@ async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let (listener, _guard) = socket.into_parts();
-    let routes = routes
-        .fallback(no_such_route)
-        .layer(DefaultBodyLimit::max(MAX_REQUEST));
-    axum::serve(listener, routes)
-        .with_graceful_shutdown(stop)
-        .await
+    let routes = routes.fallback(no_such_route).layer(DefaultBodyLimit::max(MAX_REQUEST));
+    axum::serve(listener, routes).with_graceful_shutdown(stop).await
 }
 
 fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
     // One line per route: the method's name in the trait is the handler.
     macro_rules! handle {
         ($method:ident) => {
-            post(
-                async |State(api): State<Arc<A>>, body: Bytes| match parse(&body) {
-                    Ok(request) => answer(async move { api.$method(request).await }).await,
-                    Err(error) => failure(&error),
-                },
-            )
+            post(async |State(api): State<Arc<A>>, body: Bytes| match parse(&body) {
+                Ok(request) => answer(async move { api.$method(request).await }).await,
+                Err(error) => failure(&error),
+            })
         };
     }
     Router::new()
-        .route(
-            "/v1/status",
-            get(async |State(api): State<Arc<A>>| answer(async move { api.status().await }).await),
-        )
+        .route("/v1/status", get(async |State(api): State<Arc<A>>| answer(async move { api.status().await }).await))
         .route(
             "/v1/vms/{name}",
-            get(
-                async |State(api): State<Arc<A>>, Path(name): Path<String>| {
-                    answer(async move { api.vm_status(&name).await }).await
-                },
-            ),
+            get(async |State(api): State<Arc<A>>, Path(name): Path<String>| {
+                answer(async move { api.vm_status(&name).await }).await
+            }),
         )
         .route("/v1/protect", handle!(protect))
         .route("/v1/unprotect", handle!(unprotect))
@@ -98,17 +87,12 @@ fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
 
 fn witness_routes<W: WitnessApi>(api: Arc<W>) -> Router {
     Router::new()
-        .route(
-            "/v1/status",
-            get(async |State(api): State<Arc<W>>| answer(async move { api.status().await }).await),
-        )
+        .route("/v1/status", get(async |State(api): State<Arc<W>>| answer(async move { api.status().await }).await))
         .route(
             "/v1/pair/open",
-            post(async |State(api): State<Arc<W>>, body: Bytes| {
-                match parse::<PairOpenRequest>(&body) {
-                    Ok(request) => answer(async move { api.pair_open(request).await }).await,
-                    Err(error) => failure(&error),
-                }
+            post(async |State(api): State<Arc<W>>, body: Bytes| match parse::<PairOpenRequest>(&body) {
+                Ok(request) => answer(async move { api.pair_open(request).await }).await,
+                Err(error) => failure(&error),
             }),
         )
         .with_state(api)
@@ -122,9 +106,8 @@ async fn no_such_route() -> Response {
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ErrorBody> {
-    serde_json::from_slice(body).map_err(|error| {
-        ErrorBody::new(ErrorKind::Invalid, "the request cannot be read").because(&error)
-    })
+    serde_json::from_slice(body)
+        .map_err(|error| ErrorBody::new(ErrorKind::Invalid, "the request cannot be read").because(&error))
 }
 
 async fn answer<T: Serialize + Send + 'static>(
@@ -134,11 +117,8 @@ async fn answer<T: Serialize + Send + 'static>(
         Ok(Ok(value)) => json(StatusCode::OK, &value),
         Ok(Err(error)) => failure(&error),
         Err(_) => failure(
-            &ErrorBody::new(
-                ErrorKind::Failed,
-                "the request ended early inside the agent",
-            )
-            .advise("See the agent's log."),
+            &ErrorBody::new(ErrorKind::Failed, "the request ended early inside the agent")
+                .advise("See the agent's log."),
         ),
     }
 }

@@ -10,9 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, Mode, flock};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use tokio::net::UnixListener;
 
 /// Connections that may wait to be accepted.
@@ -71,10 +69,7 @@ impl ControlSocket {
     /// # Errors
     /// If another process has it, or the system refuses.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let failed = |source: io::Error| SocketError::Io {
-            path: path.into(),
-            source,
-        };
+        let failed = |source: io::Error| SocketError::Io { path: path.into(), source };
         if let Some(directory) = path.parent() {
             fs::create_dir_all(directory).map_err(failed)?;
         }
@@ -92,13 +87,7 @@ impl ControlSocket {
         }
         let listener = open(path).map_err(|errno| failed(errno.into()))?;
         let listener = UnixListener::from_std(listener).map_err(failed)?;
-        Ok(Self {
-            listener,
-            guard: Guard {
-                path: path.into(),
-                _lock: lock,
-            },
-        })
+        Ok(Self { listener, guard: Guard { path: path.into(), _lock: lock } })
     }
 
     /// Where it listens.
@@ -120,17 +109,11 @@ fn take_lock(path: &Path) -> Result<File, SocketError> {
         .truncate(false)
         .mode(0o600)
         .open(&lock_path)
-        .map_err(|source| SocketError::Io {
-            path: lock_path.clone(),
-            source,
-        })?;
+        .map_err(|source| SocketError::Io { path: lock_path.clone(), source })?;
     match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(lock),
         Err(Errno::WOULDBLOCK) => Err(SocketError::InUse { path: path.into() }),
-        Err(errno) => Err(SocketError::Io {
-            path: lock_path,
-            source: errno.into(),
-        }),
+        Err(errno) => Err(SocketError::Io { path: lock_path, source: errno.into() }),
     }
 }
 
@@ -166,10 +149,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.sock");
         let _first = ControlSocket::bind(&path).unwrap();
-        assert!(matches!(
-            ControlSocket::bind(&path),
-            Err(SocketError::InUse { .. })
-        ));
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::InUse { .. })));
     }
 
     #[tokio::test]
@@ -177,10 +157,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.sock");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-        assert!(
-            path.exists(),
-            "std leaves the file behind, as a killed agent does"
-        );
+        assert!(path.exists(), "std leaves the file behind, as a killed agent does");
         ControlSocket::bind(&path).unwrap();
     }
 
@@ -189,10 +166,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.sock");
         let _other = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(matches!(
-            ControlSocket::bind(&path),
-            Err(SocketError::InUse { .. })
-        ));
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::InUse { .. })));
         assert!(path.exists());
     }
 
@@ -201,10 +175,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.sock");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(
-            ControlSocket::bind(&path),
-            Err(SocketError::NotASocket { .. })
-        ));
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::NotASocket { .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     }
 }

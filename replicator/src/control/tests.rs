@@ -30,17 +30,9 @@ impl FakeAgent {
 
 fn vm() -> VmStatus {
     let mut vm = VmStatus::new("web 1/ä", "id-1", Role::Primary);
-    vm.state = ProtectionState::Syncing(SyncProgress {
-        done_pages: 1,
-        total_pages: 2,
-        round: 3,
-    });
+    vm.state = ProtectionState::Syncing(SyncProgress { done_pages: 1, total_pages: 2, round: 3 });
     vm.suspicion = Some(Suspicion::new(f64::INFINITY, 12.5, true));
-    vm.epochs = Some(EpochSummary {
-        epochs: 5,
-        pause_ms_p50: 0.25,
-        ..EpochSummary::default()
-    });
+    vm.epochs = Some(EpochSummary { epochs: 5, pause_ms_p50: 0.25, ..EpochSummary::default() });
     vm.failover = Some(FailoverReport {
         cause: FailoverCause::Silence,
         generation: 2,
@@ -74,10 +66,7 @@ impl AgentApi for FakeAgent {
         if name == vm().name {
             return Ok(vm());
         }
-        Err(
-            ErrorBody::new(ErrorKind::NotFound, format!("no VM is called `{name}`"))
-                .advise("See `understudy status`."),
-        )
+        Err(ErrorBody::new(ErrorKind::NotFound, format!("no VM is called `{name}`")).advise("See `understudy status`."))
     }
 
     async fn protect(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
@@ -112,28 +101,13 @@ impl AgentApi for FakeAgent {
     }
 
     async fn pair_join(&self, request: PairJoinRequest) -> Result<Paired, ErrorBody> {
-        Ok(Paired {
-            name: request.host,
-            node_id: request.code,
-            kind: PeerKind::Agent,
-        })
+        Ok(Paired { name: request.host, node_id: request.code, kind: PeerKind::Agent })
     }
 
     async fn doctor(&self, request: DoctorRequest) -> Result<DoctorReport, ErrorBody> {
-        let check = |verdict| Check {
-            name: "x".into(),
-            verdict,
-            found: "y".into(),
-            advice: String::new(),
-        };
-        let verdict = if request.vm.is_some() {
-            Verdict::Refused
-        } else {
-            Verdict::Warning
-        };
-        Ok(DoctorReport {
-            checks: vec![check(Verdict::Ok), check(verdict)],
-        })
+        let check = |verdict| Check { name: "x".into(), verdict, found: "y".into(), advice: String::new() };
+        let verdict = if request.vm.is_some() { Verdict::Refused } else { Verdict::Warning };
+        Ok(DoctorReport { checks: vec![check(Verdict::Ok), check(verdict)] })
     }
 }
 
@@ -156,14 +130,7 @@ impl Fixture {
         let server = tokio::spawn(serve_agent(bound, Arc::clone(&agent), async {
             let _ = stopped.await;
         }));
-        Self {
-            agent,
-            client: Client::new(&socket),
-            stop,
-            server,
-            socket,
-            _dir: dir,
-        }
+        Self { agent, client: Client::new(&socket), stop, server, socket, _dir: dir }
     }
 
     async fn finish(self) {
@@ -173,9 +140,7 @@ impl Fixture {
     }
 }
 
-async fn refused<T: std::fmt::Debug>(
-    call: impl Future<Output = Result<T, ClientError>>,
-) -> ErrorBody {
+async fn refused<T: std::fmt::Debug>(call: impl Future<Output = Result<T, ClientError>>) -> ErrorBody {
     match call.await {
         Err(ClientError::Agent(body)) => body,
         other => panic!("{other:?}"),
@@ -201,36 +166,11 @@ async fn every_request_arrives_and_is_answered() {
         fixture.agent.asked.lock().unwrap()[0],
         r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","witness":null}"#
     );
-    assert_eq!(
-        client
-            .pair_open(&PairOpenRequest { ttl_s: 60 })
-            .await
-            .unwrap()
-            .expires_unix_ms,
-        60_000
-    );
-    let join = PairJoinRequest {
-        host: "host-b".into(),
-        port: 1,
-        code: "7".into(),
-    };
+    assert_eq!(client.pair_open(&PairOpenRequest { ttl_s: 60 }).await.unwrap().expires_unix_ms, 60_000);
+    let join = PairJoinRequest { host: "host-b".into(), port: 1, code: "7".into() };
     assert_eq!(client.pair_join(&join).await.unwrap().node_id, "7");
-    assert!(
-        client
-            .doctor(&DoctorRequest::default())
-            .await
-            .unwrap()
-            .passed()
-    );
-    assert!(
-        !client
-            .doctor(&DoctorRequest {
-                vm: Some("x".into())
-            })
-            .await
-            .unwrap()
-            .passed()
-    );
+    assert!(client.doctor(&DoctorRequest::default()).await.unwrap().passed());
+    assert!(!client.doctor(&DoctorRequest { vm: Some("x".into()) }).await.unwrap().passed());
     fixture.finish().await;
 }
 
@@ -238,25 +178,11 @@ async fn every_request_arrives_and_is_answered() {
 async fn errors_keep_their_kind_advice_and_causes() {
     let fixture = Fixture::new();
     let missing = refused(fixture.client.vm_status("web-2")).await;
-    assert_eq!(
-        (missing.kind, missing.advice.as_str()),
-        (ErrorKind::NotFound, "See `understudy status`.")
-    );
-    let busy = refused(fixture.client.failover(&FailoverRequest {
-        vm: "web-1".into(),
-        planned: true,
-    }))
-    .await;
-    assert_eq!(
-        (busy.kind, busy.causes),
-        (ErrorKind::Busy, vec!["the disk is full".to_owned()])
-    );
+    assert_eq!((missing.kind, missing.advice.as_str()), (ErrorKind::NotFound, "See `understudy status`."));
+    let busy = refused(fixture.client.failover(&FailoverRequest { vm: "web-1".into(), planned: true })).await;
+    assert_eq!((busy.kind, busy.causes), (ErrorKind::Busy, vec!["the disk is full".to_owned()]));
     let ended = refused(fixture.client.rehearse(&VmRequest { vm: "web-1".into() })).await;
-    assert_eq!(
-        ended.kind,
-        ErrorKind::Failed,
-        "a panic is answered, and the server lives: {ended:?}"
-    );
+    assert_eq!(ended.kind, ErrorKind::Failed, "a panic is answered, and the server lives: {ended:?}");
     assert!(fixture.client.status().await.is_ok());
     fixture.finish().await;
 }
@@ -265,8 +191,7 @@ async fn errors_keep_their_kind_advice_and_causes() {
 async fn a_request_runs_to_its_end_when_its_client_leaves() {
     let fixture = Fixture::new();
     let client = fixture.client.clone();
-    let call =
-        tokio::spawn(async move { client.unprotect(&VmRequest { vm: "web-1".into() }).await });
+    let call = tokio::spawn(async move { client.unprotect(&VmRequest { vm: "web-1".into() }).await });
     fixture.agent.begun.notified().await;
     call.abort();
     assert!(call.await.unwrap_err().is_cancelled());
@@ -283,13 +208,9 @@ async fn bad_requests_are_refused() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let fixture = Fixture::new();
     let ask = async |path: &str, body: &str| {
-        let mut stream = tokio::net::UnixStream::connect(&fixture.socket)
-            .await
-            .unwrap();
+        let mut stream = tokio::net::UnixStream::connect(&fixture.socket).await.unwrap();
         let length = body.len();
-        let head = format!(
-            "POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
-        );
+        let head = format!("POST {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
         // The server may close while a body that is too long is written.
         let _ = stream.write_all(body.as_bytes()).await;
@@ -298,17 +219,11 @@ async fn bad_requests_are_refused() {
         String::from_utf8_lossy(&answer).into_owned()
     };
     let typo = ask("/v1/protect", r#"{"vm":"a","to":"b","epok":"auto"}"#).await;
-    assert!(
-        typo.starts_with("HTTP/1.1 400") && typo.contains("unknown field `epok`"),
-        "{typo}"
-    );
+    assert!(typo.starts_with("HTTP/1.1 400") && typo.contains("unknown field `epok`"), "{typo}");
     let bounds = ask("/v1/protect", r#"{"vm":"a","to":"b","epoch":"1h"}"#).await;
     assert!(bounds.contains("out of bounds"), "{bounds}");
     let route = ask("/v1/format-disk", "{}").await;
-    assert!(
-        route.starts_with("HTTP/1.1 400") && route.contains("no such request"),
-        "{route}"
-    );
+    assert!(route.starts_with("HTTP/1.1 400") && route.contains("no such request"), "{route}");
     let long = ask("/v1/unprotect", &" ".repeat(MAX_REQUEST + 1)).await;
     assert!(long.starts_with("HTTP/1.1 413"), "{long}");
     assert!(fixture.agent.asked.lock().unwrap().is_empty());
@@ -320,16 +235,10 @@ async fn no_agent_is_an_error_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("agent.sock");
     let client = Client::new(&socket);
-    assert!(matches!(
-        client.status().await,
-        Err(ClientError::NoAgent { .. })
-    ));
+    assert!(matches!(client.status().await, Err(ClientError::NoAgent { .. })));
     // A socket that a killed agent left behind.
     drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    assert!(matches!(
-        client.status().await,
-        Err(ClientError::NoAgent { .. })
-    ));
+    assert!(matches!(client.status().await, Err(ClientError::NoAgent { .. })));
 }
 
 #[test]
@@ -351,12 +260,6 @@ fn a_state_is_one_word_and_its_progress_beside_it() {
         if word != "syncing" {
             json.as_object_mut().unwrap().remove("progress");
         }
-        assert_eq!(
-            serde_json::from_value::<VmStatus>(json)
-                .unwrap()
-                .state
-                .word(),
-            word
-        );
+        assert_eq!(serde_json::from_value::<VmStatus>(json).unwrap().state.word(), word);
     }
 }

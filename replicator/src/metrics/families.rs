@@ -1,9 +1,7 @@
 //! The metric families: names, labels, help texts and buckets, all in one place.
 
 use prometheus::core::Collector;
-use prometheus::{
-    GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry,
-};
+use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 
 /// Bucket bounds of pauses and their parts: 10 us to 2.6 s, doubling.
 const PAUSE_SECONDS: (f64, f64, usize) = (10e-6, 2.0, 19);
@@ -15,8 +13,7 @@ const PAGES: (f64, f64, usize) = (1.0, 4.0, 12);
 /// The parts of a pause, as label values.
 pub(super) const PAUSE_PARTS: [&str; 6] = ["stop", "harvest", "device", "copy", "resume", "total"];
 /// The phases of a failover, as label values.
-pub(super) const FAILOVER_PHASES: [&str; 5] =
-    ["detection", "grant", "load", "resume", "activation"];
+pub(super) const FAILOVER_PHASES: [&str; 5] = ["detection", "grant", "load", "resume", "activation"];
 
 /// Every family, registered once.
 #[derive(Debug)]
@@ -57,9 +54,7 @@ impl Families {
     #[allow(clippy::too_many_lines)] // A table: one entry per family.
     pub(super) fn new() -> Self {
         let registry = Registry::new();
-        let make = Maker {
-            registry: &registry,
-        };
+        let make = Maker { registry: &registry };
         Self {
             build_info: make.gauges("build_info", "1; the label is the program's version.", &["version"]),
             vm_state: make.gauges(
@@ -208,9 +203,7 @@ struct Maker<'a> {
 impl Maker<'_> {
     fn register<C: Collector + Clone + 'static>(&self, family: Result<C, prometheus::Error>) -> C {
         let family = family.expect("a metric's name and labels are valid");
-        self.registry
-            .register(Box::new(family.clone()))
-            .expect("a metric is registered once");
+        self.registry.register(Box::new(family.clone())).expect("a metric is registered once");
         family
     }
 
@@ -230,19 +223,9 @@ impl Maker<'_> {
         self.register(IntCounterVec::new(Self::opts(name, help), labels))
     }
 
-    fn histograms(
-        &self,
-        name: &str,
-        help: &str,
-        labels: &[&str],
-        bounds: (f64, f64, usize),
-    ) -> HistogramVec {
+    fn histograms(&self, name: &str, help: &str, labels: &[&str], bounds: (f64, f64, usize)) -> HistogramVec {
         let (start, factor, count) = bounds;
-        let buckets =
-            prometheus::exponential_buckets(start, factor, count).expect("bucket bounds are valid");
-        self.register(HistogramVec::new(
-            HistogramOpts::from(Self::opts(name, help)).buckets(buckets),
-            labels,
-        ))
+        let buckets = prometheus::exponential_buckets(start, factor, count).expect("bucket bounds are valid");
+        self.register(HistogramVec::new(HistogramOpts::from(Self::opts(name, help)).buckets(buckets), labels))
     }
 }

@@ -34,9 +34,7 @@ impl MetricsServer {
     /// # Errors
     /// If the address cannot be bound.
     pub async fn bind(address: SocketAddr, metrics: Metrics) -> Result<Self, MetricsServerError> {
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|source| MetricsServerError { address, source })?;
+        let listener = TcpListener::bind(address).await.map_err(|source| MetricsServerError { address, source })?;
         Ok(Self { listener, metrics })
     }
 
@@ -56,13 +54,7 @@ impl MetricsServer {
         let metrics = self.metrics;
         let page = move || {
             let text = metrics.encode();
-            async move {
-                (
-                    [(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
-                    text,
-                )
-                    .into_response()
-            }
+            async move { ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response() }
         };
         axum::serve(self.listener, Router::new().route("/metrics", get(page))).await
     }

@@ -36,13 +36,8 @@ impl Metrics {
     #[must_use]
     pub fn new() -> Self {
         let families = Families::new();
-        families
-            .build_info
-            .with_label_values(&[env!("CARGO_PKG_VERSION")])
-            .set(1);
-        Self {
-            families: Arc::new(families),
-        }
+        families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Self { families: Arc::new(families) }
     }
 
     /// The handle of one VM. Take one per protection and clone it: counters that a gate reports as totals are kept apart by

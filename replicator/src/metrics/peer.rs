@@ -54,11 +54,7 @@ impl PeerMetrics {
 /// Removes every series of the peer.
 pub(super) fn remove(families: &Families, name: &str) {
     let peer = &[name];
-    for family in [
-        &families.peer_phi,
-        &families.peer_silence_seconds,
-        &families.peer_rtt_seconds,
-    ] {
+    for family in [&families.peer_phi, &families.peer_silence_seconds, &families.peer_rtt_seconds] {
         let _ = family.remove_label_values(peer);
     }
     for family in [&families.heartbeats_sent, &families.heartbeats_received] {
@@ -88,10 +84,7 @@ pub struct WitnessMetrics {
 
 impl WitnessMetrics {
     pub(super) fn new(families: &Families, name: &str) -> Self {
-        Self {
-            seconds: families.witness_request_seconds.clone(),
-            name: name.to_owned(),
-        }
+        Self { seconds: families.witness_request_seconds.clone(), name: name.to_owned() }
     }
 
     /// A request ended after `took`.
@@ -102,8 +95,6 @@ impl WitnessMetrics {
             WitnessOutcome::Read => "read",
             WitnessOutcome::Lost => "lost",
         };
-        self.seconds
-            .with_label_values(&[self.name.as_str(), word])
-            .observe(took.as_secs_f64());
+        self.seconds.with_label_values(&[self.name.as_str(), word]).observe(took.as_secs_f64());
     }
 }

@@ -8,8 +8,8 @@ use vmm_hooks::guest::PauseParts;
 
 use super::*;
 use crate::control::api::{
-    ActivationMs, EncodedBytes, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role,
-    Suspicion, SyncProgress,
+    ActivationMs, EncodedBytes, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, Suspicion,
+    SyncProgress,
 };
 use crate::status::EpochObservation;
 
@@ -24,11 +24,7 @@ fn epoch(n: u64) -> EpochObservation {
         },
         commit: Duration::from_millis(3),
         dirty_pages: 300,
-        bytes: EncodedBytes {
-            delta: 1_000,
-            raw: 4_096,
-            ..EncodedBytes::default()
-        },
+        bytes: EncodedBytes { delta: 1_000, raw: 4_096, ..EncodedBytes::default() },
         wire_bytes: 6_000,
     }
 }
@@ -46,11 +42,7 @@ fn report() -> FailoverReport {
         running_monotonic_ns: Some(5),
         detection_ms: 200.0,
         grant_ms: Some(2.0),
-        activation_ms: Some(ActivationMs {
-            load: 30.0,
-            resume: 1.0,
-            total: 32.0,
-        }),
+        activation_ms: Some(ActivationMs { load: 30.0, resume: 1.0, total: 32.0 }),
     }
 }
 
@@ -60,57 +52,37 @@ fn all() -> Metrics {
     let vm = metrics.vm("web-1");
     vm.set_role(Role::Primary);
     vm.set_generation(3);
-    vm.set_state(&ProtectionState::Syncing(SyncProgress {
-        done_pages: 5,
-        total_pages: 9,
-        round: 2,
-    }));
+    vm.set_state(&ProtectionState::Syncing(SyncProgress { done_pages: 5, total_pages: 9, round: 2 }));
     vm.observe_epoch(&epoch(7));
-    vm.set_held(&HeldOutput {
-        frames: 2,
-        bytes: 120,
-        oldest_ms: 1.5,
-        released: 10,
-        dropped: 3,
-    });
+    vm.set_held(&HeldOutput { frames: 2, bytes: 120, oldest_ms: 1.5, released: 10, dropped: 3 });
     vm.observe_failover(&report());
     let peer = metrics.peer("host-b");
     peer.set_suspicion(&Suspicion::new(0.5, 12.0, false));
     peer.set_rtt(Duration::from_micros(250));
     peer.sent(4);
     peer.received(3);
-    metrics
-        .witness("w")
-        .observe(WitnessOutcome::Granted, Duration::from_millis(2));
+    metrics.witness("w").observe(WitnessOutcome::Granted, Duration::from_millis(2));
     metrics
 }
 
 /// The value of a series as exported, or `None` if it is not.
 fn value(text: &str, series: &str) -> Option<f64> {
-    text.lines()
-        .find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
+    text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
 }
 
 #[test]
 fn every_family_is_written_somewhere() {
     let metrics = all();
     // A family without series is not gathered, so what is defined is counted at the registry's other end.
-    let gathered: BTreeSet<String> = metrics
-        .families
-        .registry
-        .gather()
-        .iter()
-        .map(|f| f.name().to_owned())
-        .collect();
+    let gathered: BTreeSet<String> = metrics.families.registry.gather().iter().map(|f| f.name().to_owned()).collect();
     let defined = include_str!("families.rs").matches("make.").count();
     assert_eq!(gathered.len(), defined, "{gathered:#?}");
     let text = metrics.encode();
     for name in &gathered {
         assert!(name.starts_with("understudy_"), "{name}");
         let lines = text.lines().filter(|line| line.starts_with(name.as_str()));
-        let written = lines
-            .filter_map(|line| line.rsplit(' ').next())
-            .any(|number| number.parse::<f64>().unwrap() != 0.0);
+        let written =
+            lines.filter_map(|line| line.rsplit(' ').next()).any(|number| number.parse::<f64>().unwrap() != 0.0);
         assert!(written, "{name} is 0 in all of its series");
     }
 }
@@ -122,34 +94,16 @@ fn an_epoch_is_counted_in_base_units() {
         ("understudy_epochs_total{vm=\"web-1\"}", 1.0),
         ("understudy_epoch_committed{vm=\"web-1\"}", 7.0),
         ("understudy_epoch_seconds_sum{vm=\"web-1\"}", 0.025),
-        (
-            "understudy_epoch_pause_seconds_sum{part=\"stop\",vm=\"web-1\"}",
-            0.000_2,
-        ),
-        (
-            "understudy_epoch_pause_seconds_sum{part=\"total\",vm=\"web-1\"}",
-            0.002,
-        ),
+        ("understudy_epoch_pause_seconds_sum{part=\"stop\",vm=\"web-1\"}", 0.000_2),
+        ("understudy_epoch_pause_seconds_sum{part=\"total\",vm=\"web-1\"}", 0.002),
         ("understudy_epoch_commit_seconds_sum{vm=\"web-1\"}", 0.003),
         ("understudy_epoch_dirty_pages_sum{vm=\"web-1\"}", 300.0),
-        (
-            "understudy_epoch_encoded_bytes_total{encoding=\"delta\",vm=\"web-1\"}",
-            1_000.0,
-        ),
-        (
-            "understudy_epoch_encoded_bytes_total{encoding=\"lz4\",vm=\"web-1\"}",
-            0.0,
-        ),
+        ("understudy_epoch_encoded_bytes_total{encoding=\"delta\",vm=\"web-1\"}", 1_000.0),
+        ("understudy_epoch_encoded_bytes_total{encoding=\"lz4\",vm=\"web-1\"}", 0.0),
         ("understudy_epoch_wire_bytes_total{vm=\"web-1\"}", 6_000.0),
         ("understudy_held_output_age_seconds{vm=\"web-1\"}", 0.001_5),
-        (
-            "understudy_failovers_total{cause=\"silence\",vm=\"web-1\"}",
-            1.0,
-        ),
-        (
-            "understudy_failover_phase_seconds_sum{phase=\"activation\",vm=\"web-1\"}",
-            0.032,
-        ),
+        ("understudy_failovers_total{cause=\"silence\",vm=\"web-1\"}", 1.0),
+        ("understudy_failover_phase_seconds_sum{phase=\"activation\",vm=\"web-1\"}", 0.032),
         ("understudy_sync_done_pages{vm=\"web-1\"}", 5.0),
         ("understudy_peer_silence_seconds{peer=\"host-b\"}", 0.012),
     ] {
@@ -161,25 +115,14 @@ fn an_epoch_is_counted_in_base_units() {
 fn a_vm_is_in_one_state_at_a_time() {
     let metrics = Metrics::new();
     let vm = metrics.vm("web-1");
-    for state in [
-        ProtectionState::Pairing,
-        ProtectionState::Protected,
-        ProtectionState::Fenced,
-    ] {
+    for state in [ProtectionState::Pairing, ProtectionState::Protected, ProtectionState::Fenced] {
         vm.set_state(&state);
         let text = metrics.encode();
         for word in ProtectionState::WORDS {
             let series = format!("understudy_vm_state{{state=\"{word}\",vm=\"web-1\"}}");
-            assert_eq!(
-                value(&text, &series),
-                Some(f64::from(u8::from(word == state.word()))),
-                "{series}"
-            );
+            assert_eq!(value(&text, &series), Some(f64::from(u8::from(word == state.word()))), "{series}");
         }
-        assert_eq!(
-            value(&text, "understudy_sync_round{vm=\"web-1\"}"),
-            Some(0.0)
-        );
+        assert_eq!(value(&text, "understudy_sync_round{vm=\"web-1\"}"), Some(0.0));
     }
 }
 
@@ -188,27 +131,11 @@ fn a_gates_totals_become_steps_also_when_it_is_made_anew() {
     let metrics = Metrics::new();
     let vm = metrics.vm("web-1");
     for (released, dropped) in [(10, 1), (15, 1), (4, 2)] {
-        vm.set_held(&HeldOutput {
-            released,
-            dropped,
-            ..HeldOutput::default()
-        });
+        vm.set_held(&HeldOutput { released, dropped, ..HeldOutput::default() });
     }
     let text = metrics.encode();
-    assert_eq!(
-        value(
-            &text,
-            "understudy_output_released_frames_total{vm=\"web-1\"}"
-        ),
-        Some(19.0)
-    );
-    assert_eq!(
-        value(
-            &text,
-            "understudy_output_dropped_frames_total{vm=\"web-1\"}"
-        ),
-        Some(2.0)
-    );
+    assert_eq!(value(&text, "understudy_output_released_frames_total{vm=\"web-1\"}"), Some(19.0));
+    assert_eq!(value(&text, "understudy_output_dropped_frames_total{vm=\"web-1\"}"), Some(2.0));
 }
 
 #[test]
@@ -218,10 +145,7 @@ fn a_removed_vm_and_peer_leave_nothing() {
     metrics.remove_vm("web-1");
     metrics.remove_peer("host-b");
     let text = metrics.encode();
-    assert!(
-        !text.contains("web-1") && !text.contains("host-b"),
-        "{text}"
-    );
+    assert!(!text.contains("web-1") && !text.contains("host-b"), "{text}");
     assert!(text.contains("understudy_epochs_total{vm=\"web-2\"} 1"));
 }
 
@@ -234,62 +158,32 @@ fn two_agents_in_one_process_do_not_mix() {
 
 #[tokio::test]
 async fn metrics_are_served_as_text() {
-    let server = MetricsServer::bind("127.0.0.1:0".parse().unwrap(), all())
-        .await
-        .unwrap();
+    let server = MetricsServer::bind("127.0.0.1:0".parse().unwrap(), all()).await.unwrap();
     let address = server.address().unwrap();
     let serving = tokio::spawn(server.serve());
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    stream
-        .write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-        .await
-        .unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    assert!(
-        answer
-            .to_ascii_lowercase()
-            .contains("content-type: text/plain; version=0.0.4"),
-        "{answer}"
-    );
-    assert!(
-        answer.contains("# HELP understudy_epochs_total "),
-        "{answer}"
-    );
+    assert!(answer.to_ascii_lowercase().contains("content-type: text/plain; version=0.0.4"), "{answer}");
+    assert!(answer.contains("# HELP understudy_epochs_total "), "{answer}");
     serving.abort();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let error = MetricsServer::bind(taken.local_addr().unwrap(), Metrics::new())
-        .await
-        .unwrap_err();
-    assert!(
-        error.to_string().contains("metrics cannot be served"),
-        "{error}"
-    );
+    let error = MetricsServer::bind(taken.local_addr().unwrap(), Metrics::new()).await.unwrap_err();
+    assert!(error.to_string().contains("metrics cannot be served"), "{error}");
 }
 
 /// Where Prometheus' own checker is installed it must find nothing.
 #[test]
 fn promtool_finds_nothing() {
-    let check = Command::new("promtool")
-        .args(["check", "metrics"])
-        .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn();
+    let check =
+        Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let Ok(mut check) = check else {
         eprintln!("skipped: promtool is not installed");
         return;
     };
-    check
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(all().encode().as_bytes())
-        .unwrap();
+    check.stdin.take().unwrap().write_all(all().encode().as_bytes()).unwrap();
     let output = check.wait_with_output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -49,12 +49,10 @@ impl VmMetrics {
             epochs: families.epochs.with_label_values(vm),
             epoch_committed: families.epoch_committed.with_label_values(vm),
             epoch_seconds: families.epoch_seconds.with_label_values(vm),
-            pause_seconds: PAUSE_PARTS
-                .map(|part| families.pause_seconds.with_label_values(&[name, part])),
+            pause_seconds: PAUSE_PARTS.map(|part| families.pause_seconds.with_label_values(&[name, part])),
             commit_seconds: families.commit_seconds.with_label_values(vm),
             dirty_pages: families.dirty_pages.with_label_values(vm),
-            encoded_bytes: bytes
-                .map(|(encoding, _)| families.encoded_bytes.with_label_values(&[name, encoding])),
+            encoded_bytes: bytes.map(|(encoding, _)| families.encoded_bytes.with_label_values(&[name, encoding])),
             wire_bytes: families.wire_bytes.with_label_values(vm),
             generation: families.vm_generation.with_label_values(vm),
             held_frames: families.held_frames.with_label_values(vm),
@@ -71,9 +69,7 @@ impl VmMetrics {
             name: name.to_owned(),
             families,
         };
-        let handle = Self {
-            series: Arc::new(series),
-        };
+        let handle = Self { series: Arc::new(series) };
         handle.set_state(&ProtectionState::Unprotected);
         handle
     }
@@ -88,14 +84,7 @@ impl VmMetrics {
         #[allow(clippy::cast_precision_loss)] // Exact below 2^53 pages.
         series.dirty_pages.observe(epoch.dirty_pages as f64);
         let pause = &epoch.pause;
-        let parts = [
-            pause.stop,
-            pause.harvest,
-            pause.device,
-            pause.copy,
-            pause.resume,
-            pause.total,
-        ];
+        let parts = [pause.stop, pause.harvest, pause.device, pause.copy, pause.resume, pause.total];
         for (histogram, part) in series.pause_seconds.iter().zip(parts) {
             histogram.observe(part.as_secs_f64());
         }
@@ -115,11 +104,7 @@ impl VmMetrics {
         let series = &*self.series;
         for word in ProtectionState::WORDS {
             let is = i64::from(word == state.word());
-            series
-                .families
-                .vm_state
-                .with_label_values(&[series.name.as_str(), word])
-                .set(is);
+            series.families.vm_state.with_label_values(&[series.name.as_str(), word]).set(is);
         }
         let progress = match state {
             ProtectionState::Syncing(progress) => *progress,
@@ -134,11 +119,7 @@ impl VmMetrics {
     pub fn set_role(&self, role: Role) {
         for one in [Role::Primary, Role::Standby, Role::Survivor] {
             let labels = [self.series.name.as_str(), one.word()];
-            self.series
-                .families
-                .vm_role
-                .with_label_values(&labels)
-                .set(i64::from(one == role));
+            self.series.families.vm_role.with_label_values(&labels).set(i64::from(one == role));
         }
     }
 
@@ -153,10 +134,7 @@ impl VmMetrics {
         series.held_frames.set(gauge(held.frames));
         series.held_bytes.set(gauge(held.bytes));
         series.held_age_seconds.set(held.oldest_ms / 1e3);
-        let mut last = series
-            .gate_totals
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut last = series.gate_totals.lock().unwrap_or_else(PoisonError::into_inner);
         series.released_frames.inc_by(step(last.0, held.released));
         series.dropped_frames.inc_by(step(last.1, held.dropped));
         *last = (held.released, held.dropped);
@@ -178,11 +156,7 @@ impl VmMetrics {
         for (phase, ms) in FAILOVER_PHASES.into_iter().zip(phases) {
             if let Some(ms) = ms {
                 let labels = [series.name.as_str(), phase];
-                series
-                    .families
-                    .failover_phase_seconds
-                    .with_label_values(&labels)
-                    .observe(ms / 1e3);
+                series.families.failover_phase_seconds.with_label_values(&labels).observe(ms / 1e3);
             }
         }
     }
@@ -202,19 +176,10 @@ pub(super) fn remove(families: &Families, name: &str) {
     ] {
         let _ = family.remove_label_values(vm);
     }
-    for family in [
-        &families.epochs,
-        &families.wire_bytes,
-        &families.released_frames,
-        &families.dropped_frames,
-    ] {
+    for family in [&families.epochs, &families.wire_bytes, &families.released_frames, &families.dropped_frames] {
         let _ = family.remove_label_values(vm);
     }
-    for family in [
-        &families.epoch_seconds,
-        &families.commit_seconds,
-        &families.dirty_pages,
-    ] {
+    for family in [&families.epoch_seconds, &families.commit_seconds, &families.dirty_pages] {
         let _ = family.remove_label_values(vm);
     }
     let _ = families.held_age_seconds.remove_label_values(vm);
@@ -228,19 +193,13 @@ pub(super) fn remove(families: &Families, name: &str) {
         let _ = families.pause_seconds.remove_label_values(&[name, part]);
     }
     for (encoding, _) in EncodedBytes::default().named() {
-        let _ = families
-            .encoded_bytes
-            .remove_label_values(&[name, encoding]);
+        let _ = families.encoded_bytes.remove_label_values(&[name, encoding]);
     }
     for cause in FailoverCause::ALL {
-        let _ = families
-            .failovers
-            .remove_label_values(&[name, cause.word()]);
+        let _ = families.failovers.remove_label_values(&[name, cause.word()]);
     }
     for phase in FAILOVER_PHASES {
-        let _ = families
-            .failover_phase_seconds
-            .remove_label_values(&[name, phase]);
+        let _ = families.failover_phase_seconds.remove_label_values(&[name, phase]);
     }
 }
 

@@ -14,7 +14,8 @@ use vmm_hooks::layout::PAGE_SIZE;
 
 use super::delta;
 use super::frame::{
-    DeviceBase, FRAME_HEADER, FrameError, FrameHeader, FrameKind, HEAD_BYTES, StreamHead, TRAILER_BYTES, Totals, Trailer,
+    DeviceBase, FRAME_HEADER, FrameError, FrameHeader, FrameKind, HEAD_BYTES, StreamHead, TRAILER_BYTES, Totals,
+    Trailer,
 };
 use super::record::{self, Body, Record, RecordError, RecordKind};
 use super::staged::{Arena, DeviceState, StagedEpoch, padded};

@@ -30,7 +30,9 @@ const LZ4_PROBE: u32 = 32;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum EncodeError {
     /// The device state is above [`MAX_DEVICE_BYTES`].
-    #[error("the guest's device state has {length} bytes, at most {MAX_DEVICE_BYTES} can be replicated; the guest runs on unprotected")]
+    #[error(
+        "the guest's device state has {length} bytes, at most {MAX_DEVICE_BYTES} can be replicated; the guest runs on unprotected"
+    )]
     DeviceTooLarge {
         /// Its bytes.
         length: usize,

@@ -42,10 +42,7 @@ impl EpochStats {
     /// Nothing observed.
     #[must_use]
     pub fn new() -> Self {
-        Self {
-            recent: VecDeque::with_capacity(WINDOW),
-            ..Self::default()
-        }
+        Self { recent: VecDeque::with_capacity(WINDOW), ..Self::default() }
     }
 
     /// Adds an epoch; forgets the oldest beyond [`WINDOW`].
@@ -65,9 +62,7 @@ impl EpochStats {
         if self.recent.is_empty() {
             return None;
         }
-        let ms = |rank: u32, of: fn(&EpochObservation) -> Duration| {
-            self.percentile(rank, of).as_secs_f64() * 1e3
-        };
+        let ms = |rank: u32, of: fn(&EpochObservation) -> Duration| self.percentile(rank, of).as_secs_f64() * 1e3;
         Some(EpochSummary {
             epochs: self.epochs,
             epoch_ms_p50: ms(50, |e| e.length),
@@ -111,11 +106,7 @@ mod tests {
             },
             commit: Duration::from_millis(2 * n),
             dirty_pages: 10 * n,
-            bytes: EncodedBytes {
-                delta: n,
-                raw: 4096,
-                ..EncodedBytes::default()
-            },
+            bytes: EncodedBytes { delta: n, raw: 4096, ..EncodedBytes::default() },
             wire_bytes: 5_000,
         }
     }
@@ -162,10 +153,7 @@ mod tests {
             stats.observe(&epoch(1));
         }
         let summary = stats.summary().unwrap();
-        assert_eq!(
-            summary.pause_ms_p99, 1.0,
-            "the slow epoch has left the window"
-        );
+        assert_eq!(summary.pause_ms_p99, 1.0, "the slow epoch has left the window");
         assert_eq!(summary.epochs, WINDOW as u64 + 1);
         assert_eq!(summary.bytes.delta, 100_000 + WINDOW as u64);
     }

@@ -5,34 +5,20 @@ use std::fmt::Write as _;
 use bytesize::ByteSize;
 
 use crate::control::api::{
-    AgentStatus, DoctorReport, EpochSummary, FailoverReport, PeerKind, PeerStatus, ProtectionState,
-    SyncProgress, Verdict, VmStatus,
+    AgentStatus, DoctorReport, EpochSummary, FailoverReport, PeerKind, PeerStatus, ProtectionState, SyncProgress,
+    Verdict, VmStatus,
 };
 
 /// An agent's VMs and peers, as tables.
 #[must_use]
 pub fn agent(status: &AgentStatus) -> String {
-    let mut text = format!(
-        "agent {} (version {}, incarnation {})\n\n",
-        status.name, status.version, status.incarnation
-    );
+    let mut text =
+        format!("agent {} (version {}, incarnation {})\n\n", status.name, status.version, status.incarnation);
     if status.vms.is_empty() {
-        text.push_str(
-            "No VM is protected here. Protect one with `understudy protect VM --to HOST`.\n",
-        );
+        text.push_str("No VM is protected here. Protect one with `understudy protect VM --to HOST`.\n");
     } else {
-        let mut rows = vec![row([
-            "VM",
-            "ROLE",
-            "STATE",
-            "PEER",
-            "GEN",
-            "COMMITTED",
-            "EPOCH",
-            "PAUSE p50/p99",
-            "COMMIT",
-            "HELD",
-        ])];
+        let mut rows =
+            vec![row(["VM", "ROLE", "STATE", "PEER", "GEN", "COMMITTED", "EPOCH", "PAUSE p50/p99", "COMMIT", "HELD"])];
         rows.extend(status.vms.iter().map(vm_row));
         text.push_str(&table(&rows));
     }
@@ -46,15 +32,7 @@ pub fn agent(status: &AgentStatus) -> String {
     if status.peers.is_empty() {
         text.push_str("Paired with nobody. Pair with `understudy pair`.\n");
     } else {
-        let mut rows = vec![row([
-            "PEER",
-            "KIND",
-            "ADDRESS",
-            "CONNECTED",
-            "SILENCE",
-            "PHI",
-            "RTT",
-        ])];
+        let mut rows = vec![row(["PEER", "KIND", "ADDRESS", "CONNECTED", "SILENCE", "PHI", "RTT"])];
         rows.extend(status.peers.iter().map(peer_row));
         text.push_str(&table(&rows));
     }
@@ -71,13 +49,9 @@ fn vm_row(vm: &VmStatus) -> Vec<String> {
         vm.generation.to_string(),
         vm.epoch_committed.to_string(),
         epochs.map_or("-".into(), |e| ms(e.epoch_ms_p50)),
-        epochs.map_or("-".into(), |e| {
-            format!("{} / {}", ms(e.pause_ms_p50), ms(e.pause_ms_p99))
-        }),
+        epochs.map_or("-".into(), |e| format!("{} / {}", ms(e.pause_ms_p50), ms(e.pause_ms_p99))),
         epochs.map_or("-".into(), |e| ms(e.commit_ms_p50)),
-        vm.held
-            .as_ref()
-            .map_or("-".into(), |held| held.frames.to_string()),
+        vm.held.as_ref().map_or("-".into(), |held| held.frames.to_string()),
     ]
 }
 
@@ -106,58 +80,28 @@ pub fn vm(vm: &VmStatus) -> String {
         let _ = writeln!(text, "{name:<14}{value}");
     };
     line("VM", format!("{} ({})", vm.name, vm.vm_id));
-    let reason = if vm.reason.is_empty() {
-        String::new()
-    } else {
-        format!(": {}", vm.reason)
-    };
+    let reason = if vm.reason.is_empty() { String::new() } else { format!(": {}", vm.reason) };
     line("state", format!("{}{reason}", state(&vm.state)));
     if !vm.advice.is_empty() {
         line("", vm.advice.clone());
     }
-    let peer = if vm.peer.is_empty() {
-        String::new()
-    } else {
-        format!(", with {}", vm.peer)
-    };
-    line(
-        "role",
-        format!("{}{peer}, generation {}", vm.role.word(), vm.generation),
-    );
+    let peer = if vm.peer.is_empty() { String::new() } else { format!(", with {}", vm.peer) };
+    line("role", format!("{}{peer}, generation {}", vm.role.word(), vm.generation));
     if let Some(at) = &vm.survivor {
         line("runs as", format!("process {}, {}", at.pid, at.control));
     }
     if let Some(s) = &vm.suspicion {
         let judged = if s.suspected { ", suspected" } else { "" };
-        line(
-            "peer",
-            format!("silent for {}, phi {:.1}{judged}", ms(s.silence_ms), s.phi),
-        );
+        line("peer", format!("silent for {}, phi {:.1}{judged}", ms(s.silence_ms), s.phi));
     }
-    line(
-        "epoch",
-        format!(
-            "{} committed, {} under way",
-            vm.epoch_committed, vm.epoch_current
-        ),
-    );
+    line("epoch", format!("{} committed, {} under way", vm.epoch_committed, vm.epoch_current));
     if let Some(epochs) = &vm.epochs {
         epoch_lines(&mut line, epochs);
     }
     if let Some(held) = &vm.held {
-        let age = if held.frames == 0 {
-            String::new()
-        } else {
-            format!(", oldest {}", ms(held.oldest_ms))
-        };
+        let age = if held.frames == 0 { String::new() } else { format!(", oldest {}", ms(held.oldest_ms)) };
         let now = format!("{} frames, {}{age}", held.frames, ByteSize(held.bytes));
-        line(
-            "held output",
-            format!(
-                "{now} ({} released, {} dropped)",
-                held.released, held.dropped
-            ),
-        );
+        line("held output", format!("{now} ({} released, {} dropped)", held.released, held.dropped));
     }
     if let Some(report) = &vm.failover {
         line("failover", failover(report));
@@ -172,21 +116,9 @@ fn epoch_lines(line: &mut impl FnMut(&str, String), epochs: &EpochSummary) {
     let parts = &epochs.pause_parts_ms_p50;
     line(
         "epochs",
-        format!(
-            "{}, {} each, {} dirty pages",
-            epochs.epochs,
-            ms(epochs.epoch_ms_p50),
-            epochs.dirty_pages_p50
-        ),
+        format!("{}, {} each, {} dirty pages", epochs.epochs, ms(epochs.epoch_ms_p50), epochs.dirty_pages_p50),
     );
-    line(
-        "pause",
-        format!(
-            "{} (p99 {})",
-            ms(epochs.pause_ms_p50),
-            ms(epochs.pause_ms_p99)
-        ),
-    );
+    line("pause", format!("{} (p99 {})", ms(epochs.pause_ms_p50), ms(epochs.pause_ms_p99)));
     line(
         "",
         format!(
@@ -198,14 +130,7 @@ fn epoch_lines(line: &mut impl FnMut(&str, String), epochs: &EpochSummary) {
             ms(parts.resume)
         ),
     );
-    line(
-        "commit",
-        format!(
-            "{} (p99 {})",
-            ms(epochs.commit_ms_p50),
-            ms(epochs.commit_ms_p99)
-        ),
-    );
+    line("commit", format!("{} (p99 {})", ms(epochs.commit_ms_p50), ms(epochs.commit_ms_p99)));
     let by: Vec<String> = epochs
         .bytes
         .named()
@@ -213,11 +138,7 @@ fn epoch_lines(line: &mut impl FnMut(&str, String), epochs: &EpochSummary) {
         .filter(|(_, bytes)| *bytes > 0)
         .map(|(encoding, bytes)| format!("{encoding} {}", ByteSize(bytes)))
         .collect();
-    let by = if by.is_empty() {
-        String::new()
-    } else {
-        format!(" ({})", by.join(", "))
-    };
+    let by = if by.is_empty() { String::new() } else { format!(" ({})", by.join(", ")) };
     line("sent", format!("{}{by}", ByteSize(epochs.wire_bytes)));
 }
 
@@ -237,13 +158,7 @@ pub fn failover(report: &FailoverReport) -> String {
         let _ = write!(text, ", grant {}", ms(grant));
     }
     if let Some(a) = report.activation_ms {
-        let _ = write!(
-            text,
-            ", activation {} (load {}, resume {})",
-            ms(a.total),
-            ms(a.load),
-            ms(a.resume)
-        );
+        let _ = write!(text, ", activation {} (load {}, resume {})", ms(a.total), ms(a.load), ms(a.resume));
     }
     text
 }
@@ -263,32 +178,18 @@ pub fn checklist(report: &DoctorReport) -> String {
             let _ = writeln!(text, "         {}", check.advice);
         }
     }
-    let count = |verdict| {
-        report
-            .checks
-            .iter()
-            .filter(|check| check.verdict == verdict)
-            .count()
-    };
+    let count = |verdict| report.checks.iter().filter(|check| check.verdict == verdict).count();
     let (refused, warnings) = (count(Verdict::Refused), count(Verdict::Warning));
     let _ = match (refused, warnings) {
         (0, 0) => writeln!(text, "\nNothing stands in the way of protection."),
         (0, n) => writeln!(text, "\nProtection works; {}.", plural(n, "warning")),
-        (n, _) => writeln!(
-            text,
-            "\nProtection would be refused: {}.",
-            plural(n, "reason")
-        ),
+        (n, _) => writeln!(text, "\nProtection would be refused: {}.", plural(n, "reason")),
     };
     text
 }
 
 fn plural(count: usize, what: &str) -> String {
-    if count == 1 {
-        format!("1 {what}")
-    } else {
-        format!("{count} {what}s")
-    }
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 /// A state, with its progress while syncing.
@@ -305,14 +206,8 @@ pub fn state(state: &ProtectionState) -> String {
 /// How much of its round is done; 0 before the round is known.
 #[must_use]
 pub fn percent(progress: &SyncProgress) -> u64 {
-    let SyncProgress {
-        done_pages,
-        total_pages,
-        ..
-    } = *progress;
-    (done_pages.min(total_pages) * 100)
-        .checked_div(total_pages)
-        .unwrap_or(0)
+    let SyncProgress { done_pages, total_pages, .. } = *progress;
+    (done_pages.min(total_pages) * 100).checked_div(total_pages).unwrap_or(0)
 }
 
 /// Milliseconds with three digits that matter, at most.
@@ -326,11 +221,7 @@ fn ms(value: f64) -> String {
 }
 
 fn dash(text: &str) -> String {
-    if text.is_empty() {
-        "-".into()
-    } else {
-        text.into()
-    }
+    if text.is_empty() { "-".into() } else { text.into() }
 }
 
 fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
@@ -340,12 +231,7 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
 /// Rows of equal length as columns, two spaces apart, without spaces at the ends of lines.
 fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
-    let width = |column: usize| {
-        rows.iter()
-            .map(|row| row[column].chars().count())
-            .max()
-            .unwrap_or(0)
-    };
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
     for row in rows {

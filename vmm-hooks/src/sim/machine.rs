@@ -69,7 +69,8 @@ impl Registers {
     }
 
     fn load(bytes: &[u8]) -> Result<Self, GuestError> {
-        let bad = || GuestError::new(GuestErrorKind::Failed, "the device state does not load: it is not a register file");
+        let bad =
+            || GuestError::new(GuestErrorKind::Failed, "the device state does not load: it is not a register file");
         if bytes.len() != DEVICE_BYTES || bytes[..8] != REGISTERS_MAGIC {
             return Err(bad());
         }
@@ -133,7 +134,11 @@ impl Inner {
             1 => self.fill(pages, |_| [0; 8]),
             _ => {
                 // Most writes go to few pages, as in a real guest.
-                let page = if self.registers.below(4) == 0 { self.registers.below(pages) } else { self.registers.below(pages.min(4)) };
+                let page = if self.registers.below(4) == 0 {
+                    self.registers.below(pages)
+                } else {
+                    self.registers.below(pages.min(4))
+                };
                 let at = self.registers.below(PAGE_SIZE / 8) * 8;
                 let value = self.registers.next().to_le_bytes();
                 self.write(page as u64, at, &value);
@@ -173,7 +178,12 @@ impl SimMachine {
     }
 
     /// A running machine that goes on from `device` and `memory`.
-    pub(super) fn resume(seed: u64, layout: Layout, memory: Arc<Mutex<Vec<u8>>>, device: &[u8]) -> Result<Self, GuestError> {
+    pub(super) fn resume(
+        seed: u64,
+        layout: Layout,
+        memory: Arc<Mutex<Vec<u8>>>,
+        device: &[u8],
+    ) -> Result<Self, GuestError> {
         Ok(Self::assemble(seed, layout, memory, Registers::load(device)?))
     }
 
@@ -311,7 +321,11 @@ impl SimMachine {
 impl std::fmt::Debug for SimMachine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let inner = self.lock();
-        write!(f, "SimMachine(seed {}, {:?}, running {}, ended {})", self.seed, inner.registers, inner.running, inner.ended)
+        write!(
+            f,
+            "SimMachine(seed {}, {:?}, running {}, ended {})",
+            self.seed, inner.registers, inner.running, inner.ended
+        )
     }
 }
 

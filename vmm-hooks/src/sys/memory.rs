@@ -248,7 +248,11 @@ impl TwinMemory for BlockMemory {
     }
 
     fn write(&self, page: u64, offset: usize, bytes: &[u8]) {
-        assert!(offset <= PAGE_SIZE && bytes.len() <= PAGE_SIZE - offset, "{} bytes at {offset} leave the page", bytes.len());
+        assert!(
+            offset <= PAGE_SIZE && bytes.len() <= PAGE_SIZE - offset,
+            "{} bytes at {offset} leave the page",
+            bytes.len()
+        );
         let (memory, start) = self.locate(page);
         memory.write(start + offset as u64, bytes);
     }

@@ -144,7 +144,11 @@ impl PidFd {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
             Err(error) => return Err(os(self.pid, "kill", error.into())),
         }
-        if self.wait_exit(timeout) { Ok(()) } else { Err(ProcessError::NotConfirmed { pid: self.pid, waited: timeout }) }
+        if self.wait_exit(timeout) {
+            Ok(())
+        } else {
+            Err(ProcessError::NotConfirmed { pid: self.pid, waited: timeout })
+        }
     }
 
     /// Its command line, one string an argument. Bytes that are no UTF-8 are replaced.

@@ -237,7 +237,8 @@ mod tests {
     }
 
     fn acts() -> impl Strategy<Value = Vec<Act>> {
-        let step = || prop::option::weighted(0.4, prop_oneof![0..8_usize, Just(usize::try_from(PAGES).expect("small"))]);
+        let step =
+            || prop::option::weighted(0.4, prop_oneof![0..8_usize, Just(usize::try_from(PAGES).expect("small"))]);
         let act = prop_oneof![
             4 => (0..PAGES).prop_map(Act::Write),
             3 => (step(), any::<bool>()).prop_map(|(fail, commit)| Act::Harvest(fail, commit)),

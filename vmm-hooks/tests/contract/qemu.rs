@@ -77,7 +77,8 @@ impl QemuWorld {
         }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("QEMU starts");
         let stream = connect(&directory.path().join("other"));
-        let mut world = Self { child: RefCell::new(child), directory, monitor: RefCell::new(stream), tap, host_address: 0 };
+        let mut world =
+            Self { child: RefCell::new(child), directory, monitor: RefCell::new(stream), tap, host_address: 0 };
         world.line();
         world.ask("qmp_capabilities", json!({}));
         if let Some(tap) = &world.tap {
@@ -165,7 +166,9 @@ impl World for QemuWorld {
         let links = files.filter_map(|file| fs::read_link(file.ok()?.path()).ok());
         found.extend(links.map(|link| link.display().to_string()).filter(|link| link.contains("userfaultfd")));
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it is there");
-        found.extend(status.lines().filter(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0")).map(str::to_owned));
+        found.extend(
+            status.lines().filter(|line| line.starts_with("TracerPid:") && !line.ends_with("\t0")).map(str::to_owned),
+        );
         found
     }
 
@@ -196,7 +199,8 @@ impl World for QemuWorld {
     fn twin_traces(&self) -> Vec<String> {
         let run_dir = self.directory.path().join("twins");
         let entries = fs::read_dir(&run_dir).into_iter().flatten();
-        let mut found: Vec<String> = entries.filter_map(|entry| Some(entry.ok()?.path().display().to_string())).collect();
+        let mut found: Vec<String> =
+            entries.filter_map(|entry| Some(entry.ok()?.path().display().to_string())).collect();
         let needle = run_dir.display().to_string();
         for process in fs::read_dir("/proc").expect("there are processes").flatten() {
             let command = fs::read(process.path().join("cmdline")).unwrap_or_default();

@@ -16,7 +16,12 @@ impl Fixture for Sim {
     }
 
     fn boot(&self, _network: bool) -> Result<Box<dyn World>, String> {
-        Ok(Box::new(SimWorld { machine: machine(1), host: SimHost::new(), wire: RefCell::default(), frames: RefCell::default() }))
+        Ok(Box::new(SimWorld {
+            machine: machine(1),
+            host: SimHost::new(),
+            wire: RefCell::default(),
+            frames: RefCell::default(),
+        }))
     }
 }
 

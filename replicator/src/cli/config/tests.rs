@@ -26,10 +26,7 @@ fn an_empty_file_is_the_defaults() {
     assert_eq!(config.heartbeat_listen, "0.0.0.0:7845".parse().unwrap());
     assert_eq!(config.pair_listen, "0.0.0.0:7843".parse().unwrap());
     assert_eq!(config.metrics, "127.0.0.1:9644".parse().ok());
-    assert_eq!(
-        config.control_socket(),
-        Path::new("/run/understudy/agent.sock")
-    );
+    assert_eq!(config.control_socket(), Path::new("/run/understudy/agent.sock"));
     assert_eq!(config.heartbeat.interval, ms(20));
     assert_eq!(config.heartbeat.silence, ms(200));
     assert_eq!(config.epoch.policy, EpochPolicy::Auto);
@@ -40,18 +37,12 @@ fn every_key_of_the_shipped_example_is_known() {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/agent.toml");
     // The example is all comments: uncommented it must still be right.
     let text = fs::read_to_string(example).unwrap();
-    let keys: Vec<&str> = text
-        .lines()
-        .filter_map(|line| line.strip_prefix('#'))
-        .filter(|l| !l.starts_with(' '))
-        .collect();
+    let keys: Vec<&str> =
+        text.lines().filter_map(|line| line.strip_prefix('#')).filter(|l| !l.starts_with(' ')).collect();
     assert!(keys.len() > 15, "{keys:?}");
     let config = agent_of(&keys.join("\n")).unwrap();
     let defaults = agent_of("").unwrap();
-    assert_eq!(
-        config.heartbeat, defaults.heartbeat,
-        "the example shows the defaults"
-    );
+    assert_eq!(config.heartbeat, defaults.heartbeat, "the example shows the defaults");
     assert_eq!(config.epoch, defaults.epoch);
     assert_eq!(config.gate, defaults.gate);
     assert_eq!(config.listen, defaults.listen);
@@ -60,8 +51,7 @@ fn every_key_of_the_shipped_example_is_known() {
 
 #[test]
 fn flags_beat_the_file() {
-    let (_dir, path) =
-        written("name = 'a'\nlisten = '10.0.0.1:1'\nmetrics = '127.0.0.1:1'\nrun_dir = '/r'\n");
+    let (_dir, path) = written("name = 'a'\nlisten = '10.0.0.1:1'\nmetrics = '127.0.0.1:1'\nrun_dir = '/r'\n");
     let flags = AgentOverrides {
         name: Some("b".into()),
         listen: "10.0.0.2:2".parse().ok(),
@@ -94,12 +84,7 @@ fn values_have_units() {
 fn a_typo_names_its_line_and_key() {
     let error = agent_of("[heartbeat]\nintervall = '10ms'\n").unwrap_err();
     let text = whole(&error);
-    assert!(
-        text.contains("agent.toml is wrong")
-            && text.contains("line 2")
-            && text.contains("`intervall`"),
-        "{text}"
-    );
+    assert!(text.contains("agent.toml is wrong") && text.contains("line 2") && text.contains("`intervall`"), "{text}");
     let text = whole(&agent_of("[heartbeat]\ninterval = '10'\n").unwrap_err());
     assert!(text.contains("`10` is no duration"), "{text}");
     let text = whole(&agent_of("metrics = 'yes'\n").unwrap_err());
@@ -111,16 +96,10 @@ fn values_that_cannot_be_are_refused_by_key() {
     for (text, key) in [
         ("name = 'a b'", "name"),
         ("name = ''", "name"),
-        (
-            "listen = '1.2.3.4:5'\nheartbeat_listen = '1.2.3.4:5'",
-            "heartbeat_listen",
-        ),
+        ("listen = '1.2.3.4:5'\nheartbeat_listen = '1.2.3.4:5'", "heartbeat_listen"),
         ("[heartbeat]\ninterval = '2s'", "heartbeat.interval"),
         ("[heartbeat]\nsilence = '40ms'", "heartbeat.silence"),
-        (
-            "[heartbeat]\nunacknowledged = '1ms'",
-            "heartbeat.unacknowledged",
-        ),
+        ("[heartbeat]\nunacknowledged = '1ms'", "heartbeat.unacknowledged"),
         ("[epoch]\npipeline = 0", "epoch.pipeline"),
         ("[epoch]\npipeline = 17", "epoch.pipeline"),
         ("[epoch]\nbusy_share = 91", "epoch.busy_share"),
@@ -140,11 +119,7 @@ fn values_that_cannot_be_are_refused_by_key() {
 
 #[test]
 fn a_file_that_was_named_must_exist() {
-    let error = agent(
-        Some(Path::new("/nonexistent/agent.toml")),
-        AgentOverrides::default(),
-    )
-    .unwrap_err();
+    let error = agent(Some(Path::new("/nonexistent/agent.toml")), AgentOverrides::default()).unwrap_err();
     assert!(matches!(error, ConfigError::Read { .. }), "{error:?}");
 }
 
@@ -153,13 +128,7 @@ fn a_witness_has_its_own_port_and_socket() {
     let (_dir, path) = written("name = 'w'\n");
     let config = witness(Some(&path), WitnessOverrides::default()).unwrap();
     assert_eq!(config.listen.port(), DEFAULT_WITNESS_PORT);
-    assert_eq!(
-        config.control_socket(),
-        Path::new("/run/understudy-witness/witness.sock")
-    );
+    assert_eq!(config.control_socket(), Path::new("/run/understudy-witness/witness.sock"));
     let (_dir, path) = written("metrics = 'off'\n");
-    assert!(matches!(
-        witness(Some(&path), WitnessOverrides::default()),
-        Err(ConfigError::Parse { .. })
-    ));
+    assert!(matches!(witness(Some(&path), WitnessOverrides::default()), Err(ConfigError::Parse { .. })));
 }

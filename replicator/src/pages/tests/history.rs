@@ -26,7 +26,9 @@ enum Fate {
     /// The first application dies after so many writes.
     HalfThenWhole(u64),
     /// Never staged; so are this many epochs that were encoded after it.
-    Abandoned { with: usize },
+    Abandoned {
+        with: usize,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -64,8 +66,13 @@ fn epochs() -> impl Strategy<Value = Vec<Epoch>> {
     let device = (0..9000_usize, 1..20_000_usize, any::<u8>());
     let piece = prop_oneof![1..60_usize, 1000..70_000_usize];
     let chunk = prop::option::weighted(0.3, (0..PAGES, 0..20_u64));
-    let epoch = (writes(), device, fate, piece, chunk)
-        .prop_map(|(writes, device, fate, piece, chunk)| Epoch { writes, device, fate, piece, chunk });
+    let epoch = (writes(), device, fate, piece, chunk).prop_map(|(writes, device, fate, piece, chunk)| Epoch {
+        writes,
+        device,
+        fate,
+        piece,
+        chunk,
+    });
     prop::collection::vec(epoch, 1..12)
 }
 
@@ -223,7 +230,9 @@ fn frames_are_bounded_and_their_memory_is_used_again() {
     for epoch in 0..20 {
         let mut frames = Vec::new();
         encoder.encode_epoch(&id(epoch), &capture, &mut |frame| frames.push(frame)).expect("small");
-        assert!(frames.iter().all(|frame| frame.len() <= crate::pages::frame::FRAME_HEADER + crate::pages::MAX_PAYLOAD));
+        assert!(
+            frames.iter().all(|frame| frame.len() <= crate::pages::frame::FRAME_HEADER + crate::pages::MAX_PAYLOAD)
+        );
         assert!(frames.len() < 12, "300 raw pages need five full frames: {}", frames.len());
         places.insert(frames[0].as_ptr() as usize);
     }

@@ -1,7 +1,6 @@
 use super::*;
 use crate::control::api::{
-    ActivationMs, Check, EncodedBytes, FailoverCause, HeldOutput, PausePartsMs, Role, SurvivorAt,
-    Suspicion,
+    ActivationMs, Check, EncodedBytes, FailoverCause, HeldOutput, PausePartsMs, Role, SurvivorAt, Suspicion,
 };
 
 fn protected() -> VmStatus {
@@ -17,31 +16,14 @@ fn protected() -> VmStatus {
         epoch_ms_p50: 24.96,
         pause_ms_p50: 1.872,
         pause_ms_p99: 4.2,
-        pause_parts_ms_p50: PausePartsMs {
-            stop: 0.2,
-            harvest: 0.1,
-            device: 1.1,
-            copy: 0.4,
-            resume: 0.07,
-        },
+        pause_parts_ms_p50: PausePartsMs { stop: 0.2, harvest: 0.1, device: 1.1, copy: 0.4, resume: 0.07 },
         dirty_pages_p50: 312,
         commit_ms_p50: 3.16,
         commit_ms_p99: 12.5,
-        bytes: EncodedBytes {
-            delta: 3 << 20,
-            raw: 4096,
-            device: 1 << 20,
-            ..EncodedBytes::default()
-        },
+        bytes: EncodedBytes { delta: 3 << 20, raw: 4096, device: 1 << 20, ..EncodedBytes::default() },
         wire_bytes: 5 << 20,
     });
-    vm.held = Some(HeldOutput {
-        frames: 2,
-        bytes: 180,
-        oldest_ms: 1.5,
-        released: 40,
-        dropped: 1,
-    });
+    vm.held = Some(HeldOutput { frames: 2, bytes: 180, oldest_ms: 1.5, released: 40, dropped: 1 });
     vm.warnings = vec!["serial port serial0 is not held".into()];
     vm
 }
@@ -54,10 +36,7 @@ fn survivor() -> VmStatus {
     vm.generation = 4;
     vm.epoch_committed = 77;
     vm.epoch_current = 77;
-    vm.survivor = Some(SurvivorAt {
-        control: "/run/understudy/twins/db/qmp".into(),
-        pid: 4711,
-    });
+    vm.survivor = Some(SurvivorAt { control: "/run/understudy/twins/db/qmp".into(), pid: 4711 });
     vm.failover = Some(FailoverReport {
         cause: FailoverCause::Silence,
         generation: 4,
@@ -70,11 +49,7 @@ fn survivor() -> VmStatus {
         running_monotonic_ns: Some(5),
         detection_ms: 205.4,
         grant_ms: Some(2.25),
-        activation_ms: Some(ActivationMs {
-            load: 31.0,
-            resume: 1.04,
-            total: 33.5,
-        }),
+        activation_ms: Some(ActivationMs { load: 31.0, resume: 1.04, total: 33.5 }),
     });
     vm
 }
@@ -189,19 +164,9 @@ activation 33.5 ms (load 31.0 ms, resume 1.04 ms)
 
 #[test]
 fn progress_is_a_share_of_the_round() {
-    let of = |done_pages, total_pages| SyncProgress {
-        done_pages,
-        total_pages,
-        round: 1,
-    };
-    assert_eq!(
-        [percent(&of(0, 0)), percent(&of(1, 3)), percent(&of(9, 3))],
-        [0, 33, 100]
-    );
-    assert_eq!(
-        state(&ProtectionState::Syncing(of(1, 2))),
-        "syncing 50% (round 1)"
-    );
+    let of = |done_pages, total_pages| SyncProgress { done_pages, total_pages, round: 1 };
+    assert_eq!([percent(&of(0, 0)), percent(&of(1, 3)), percent(&of(9, 3))], [0, 33, 100]);
+    assert_eq!(state(&ProtectionState::Syncing(of(1, 2))), "syncing 50% (round 1)");
 }
 
 #[test]
@@ -212,20 +177,11 @@ fn a_checklist_ends_with_its_verdict() {
         found: "found".into(),
         advice: advice.into(),
     };
-    let mut report = DoctorReport {
-        checks: vec![check("kernel", Verdict::Ok, "")],
-    };
-    assert_eq!(
-        checklist(&report),
-        "ok       kernel: found\n\nNothing stands in the way of protection.\n"
-    );
-    report
-        .checks
-        .push(check("serial", Verdict::Warning, "Mind it."));
+    let mut report = DoctorReport { checks: vec![check("kernel", Verdict::Ok, "")] };
+    assert_eq!(checklist(&report), "ok       kernel: found\n\nNothing stands in the way of protection.\n");
+    report.checks.push(check("serial", Verdict::Warning, "Mind it."));
     assert!(
-        checklist(&report).ends_with(
-            "warning  serial: found\n         Mind it.\n\nProtection works; 1 warning.\n"
-        )
+        checklist(&report).ends_with("warning  serial: found\n         Mind it.\n\nProtection works; 1 warning.\n")
     );
     report.checks.push(check("disk", Verdict::Refused, ""));
     report.checks.push(check("net", Verdict::Refused, ""));

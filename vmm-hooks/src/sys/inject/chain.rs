@@ -147,7 +147,8 @@ impl<'a> Session<'a> {
         let deadline = Instant::now() + CALL_TIMEOUT;
         let called = self.code.syscall + SYSCALL_BYTES;
         let frame = self.place.frame;
-        let entry = |stop| matches!(stop, SyscallStop::Entry { ip, sp, number: n } if (ip, sp, n) == (called, frame, number));
+        let entry =
+            |stop| matches!(stop, SyscallStop::Entry { ip, sp, number: n } if (ip, sp, n) == (called, frame, number));
         self.run_until(deadline, entry)?;
         (self.observer)("call entered");
         // The same place again without an exit: the kernel restarted it for a signal.
@@ -155,7 +156,8 @@ impl<'a> Session<'a> {
         let SyscallStop::Exit { result, .. } = self.run_until(deadline, exit)? else { unreachable!("just matched") };
         (self.observer)("call left");
         let back = frame + 8;
-        let leaving = |stop| matches!(stop, SyscallStop::Entry { sp, number, .. } if (sp, number) == (back, RT_SIGRETURN));
+        let leaving =
+            |stop| matches!(stop, SyscallStop::Entry { sp, number, .. } if (sp, number) == (back, RT_SIGRETURN));
         self.run_until(deadline, leaving)?;
         (self.observer)("restore entered");
         let (ip, sp) = (self.resume.regs.rip, self.resume.regs.rsp);
@@ -168,7 +170,11 @@ impl<'a> Session<'a> {
     }
 
     /// Lets the thread run from system call stop to system call stop until `wanted`; signals on their way are passed on.
-    fn run_until(&mut self, deadline: Instant, wanted: impl Fn(SyscallStop) -> bool) -> Result<SyscallStop, InjectError> {
+    fn run_until(
+        &mut self,
+        deadline: Instant,
+        wanted: impl Fn(SyscallStop) -> bool,
+    ) -> Result<SyscallStop, InjectError> {
         let mut signal = 0;
         for _ in 0..MAX_STOPS {
             self.tracee.run_to_syscall(signal).map_err(|e| self.trace(e))?;
@@ -333,10 +339,9 @@ fn in_rseq(tracee: &Tracee, memory: &ProcessMemory, rip: u64) -> std::io::Result
 fn same(a: &libc::user_regs_struct, b: &libc::user_regs_struct) -> bool {
     let words = |r: &libc::user_regs_struct| {
         [
-            r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp,
-            r.rip, r.cs, r.ss, r.ds, r.es, r.fs, r.gs, r.fs_base, r.gs_base,
+            r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx,
+            r.rsp, r.rip, r.cs, r.ss, r.ds, r.es, r.fs, r.gs, r.fs_base, r.gs_base,
         ]
     };
     words(a) == words(b) && a.eflags | 2 == b.eflags | 2
 }
-

@@ -86,8 +86,8 @@ pub(super) fn build(place: Place, restorer: u64, resume: &Resume) -> Vec<u8> {
     put_half(&mut bytes, UC + 24, KEEP_ALTERNATE_STACK);
     let r = &resume.regs;
     let registers = [
-        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp, r.rip,
-        r.eflags,
+        r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx, r.rax, r.rcx, r.rsp,
+        r.rip, r.eflags,
     ];
     for (index, value) in registers.into_iter().enumerate() {
         put(&mut bytes, MCONTEXT + index * 8, value);

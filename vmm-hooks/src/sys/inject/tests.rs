@@ -279,7 +279,8 @@ fn tracks_writes_of_the_program_and_of_the_kernel_in_its_name() {
     };
     assert!(harvest(&mut tracker).is_empty(), "what was written before the arming is not dirty");
     // Pages that were there and pages never touched before, by the program and by the kernel.
-    for command in ["touch anonymous 1", "touch anonymous 5", "kernel anonymous 9", "touch shared 2", "kernel shared 7"] {
+    for command in ["touch anonymous 1", "touch anonymous 5", "kernel anonymous 9", "touch shared 2", "kernel shared 7"]
+    {
         victim.tell(command);
     }
     assert_eq!(harvest(&mut tracker), [1, 5, 9, pages + 2, pages + 7]);

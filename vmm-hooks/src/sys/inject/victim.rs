@@ -147,7 +147,9 @@ pub(super) fn userfaultfds(process: &PidFd) -> Result<Vec<Userfaultfd>, InjectEr
     let mut found = Vec::new();
     for entry in entries.flatten() {
         let is_one = fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]");
-        let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()).filter(|_| is_one) else { continue };
+        let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()).filter(|_| is_one) else {
+            continue;
+        };
         let features = status(&format!("/proc/{pid}/fdinfo/{fd}"), "API").and_then(|api| parse_features(&api));
         found.push(match features {
             Some(0) => Userfaultfd::Idle(fd),
@@ -178,7 +180,8 @@ mod tests {
 
     #[test]
     fn stacks_must_be_private_and_whole() {
-        let maps = [parse_mapping("1000-3000 rw-p 0 0:0 0"), parse_mapping("4000-5000 rw-s 0 0:0 0")].map(Option::unwrap);
+        let maps =
+            [parse_mapping("1000-3000 rw-p 0 0:0 0"), parse_mapping("4000-5000 rw-s 0 0:0 0")].map(Option::unwrap);
         assert!(writable(&maps, &(0x1000..0x3000)));
         assert!(!writable(&maps, &(0x2000..0x3001)));
         assert!(!writable(&maps, &(0x4000..0x4100)));

@@ -251,33 +251,42 @@ pub(super) fn live() {
     start("sleeps", Box::new(sleeps));
     start("even", Box::new(move |p| turns(p, &even, 0)));
     start("odd", Box::new(move |p| turns(p, &odd, 1)));
-    start("read", Box::new(move |p| {
-        let mut expected = 0_u8;
-        while running() {
-            assert_eq!(receive(read_out), expected);
-            expected = expected.wrapping_add(1);
-            p.fetch_add(1, Ordering::Relaxed);
-        }
-    }));
-    start("feeder", Box::new(move |p| {
-        let mut byte = 0_u8;
-        while running() {
+    start(
+        "read",
+        Box::new(move |p| {
+            let mut expected = 0_u8;
+            while running() {
+                assert_eq!(receive(read_out), expected);
+                expected = expected.wrapping_add(1);
+                p.fetch_add(1, Ordering::Relaxed);
+            }
+        }),
+    );
+    start(
+        "feeder",
+        Box::new(move |p| {
+            let mut byte = 0_u8;
+            while running() {
+                send(poll_in, byte);
+                send(read_in, byte);
+                byte = byte.wrapping_add(1);
+                p.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(3));
+            }
             send(poll_in, byte);
             send(read_in, byte);
-            byte = byte.wrapping_add(1);
-            p.fetch_add(1, Ordering::Relaxed);
-            std::thread::sleep(Duration::from_millis(3));
-        }
-        send(poll_in, byte);
-        send(read_in, byte);
-    }));
-    start("spawner", Box::new(|p| {
-        while running() {
-            let work = std::thread::spawn(|| (0..1000_u64).sum::<u64>());
-            assert_eq!(work.join().expect("it does not panic"), 499_500);
-            p.fetch_add(1, Ordering::Relaxed);
-        }
-    }));
+        }),
+    );
+    start(
+        "spawner",
+        Box::new(|p| {
+            while running() {
+                let work = std::thread::spawn(|| (0..1000_u64).sum::<u64>());
+                assert_eq!(work.join().expect("it does not panic"), 499_500);
+                p.fetch_add(1, Ordering::Relaxed);
+            }
+        }),
+    );
     let sent = Arc::new(AtomicU64::new(0));
     let total = sent.clone();
     start("signals", Box::new(move |p| total.store(signals(p), Ordering::Relaxed)));
