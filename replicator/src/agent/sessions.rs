@@ -1,5 +1,6 @@
 //! Protections that begin: on the primary by an operator's request, on the standby by a primary's connection.
 
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -294,13 +295,11 @@ impl Agent {
             durable,
             view: Arc::clone(&view),
         };
-        let spare = {
-            let mut vms = self.vms();
-            if vms.contains_key(&name) {
-                Some(setup)
-            } else {
+        let spare = match self.vms().entry(name) {
+            Entry::Occupied(_) => Some(setup),
+            Entry::Vacant(place) => {
                 let task = tokio::spawn(standby::run(setup));
-                vms.insert(name, Vm { view, requests: sender, task });
+                place.insert(Vm { view, requests: sender, task });
                 None
             }
         };
