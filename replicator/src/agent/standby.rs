@@ -23,7 +23,7 @@ use super::encoder::Session;
 use super::intake::{self, IntakeEnd, Staged};
 use super::link::{Link, Received};
 use super::primary::wait_until;
-use super::twin::{self, Command};
+use super::twin::{self, Command, TwinThread};
 use super::view::{View, api_state};
 use super::{Request, clock, wrong_side};
 use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt};
@@ -74,7 +74,7 @@ struct Task {
     asker: Asker,
     durable: Durable,
     view: Arc<View>,
-    twin: mpsc::UnboundedSender<Command>,
+    twin: Option<TwinThread>,
     fence: Arc<dyn Fence>,
     staged: BTreeMap<u64, Staged>,
     rehearsing: Option<u64>,
@@ -92,7 +92,6 @@ pub(super) async fn run(setup: Setup) {
         setup;
     let (asker, mut answers) = asker;
     let fence = twin.fence();
-    let (commands, inbox) = mpsc::unbounded_channel();
     let (reports, mut twin_reports) = mpsc::unbounded_channel();
     let (staged_in, mut staged) = mpsc::unbounded_channel();
     let mut intake: JoinHandle<IntakeEnd> = tokio::spawn(intake::run(connection, session, staging, staged_in));
@@ -104,7 +103,7 @@ pub(super) async fn run(setup: Setup) {
         asker,
         durable,
         view,
-        twin: commands,
+        twin: None,
         fence,
         staged: BTreeMap::new(),
         rehearsing: None,
@@ -115,9 +114,11 @@ pub(super) async fn run(setup: Setup) {
         leaving: false,
         finished: false,
     };
-    let thread = std::thread::Builder::new().name("us-twin".into());
-    match thread.spawn(move || twin::run(twin, inbox, &reports)) {
-        Ok(_) => task.core.handle_prepared(clock::now()),
+    match TwinThread::start(twin, reports) {
+        Ok(thread) => {
+            task.twin = Some(thread);
+            task.core.handle_prepared(clock::now());
+        }
         Err(error) => {
             task.gone = true;
             task.core.handle_prepare_failed(clock::now(), &clip(&format!("the twin's thread cannot start: {error}")));
@@ -156,8 +157,9 @@ fn told(error: &GuestError) -> String {
 
 impl Task {
     fn command(&self, command: Command) {
-        // The thread ends only when it is told to: then there is nothing left to command.
-        let _ = self.twin.send(command);
+        if let Some(twin) = &self.twin {
+            twin.command(command);
+        }
     }
 
     fn outputs(&mut self) {

@@ -3,7 +3,9 @@
 //! Promise: commands are done in the order in which they came, so an activation finds exactly the last epoch that was
 //! given before it. How many epochs may wait is bounded by the intake's room ([`super::intake`]).
 
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use std::thread::JoinHandle;
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm_hooks::guest::{Activation, GuestError, Rehearsal, Survivor, Twin};
 
 use super::intake::Staged;
@@ -37,9 +39,47 @@ pub(super) enum Report {
     Destroyed(Result<(), GuestError>),
 }
 
-/// Runs until released or destroyed. If its task is gone, a twin that was not activated is destroyed: nobody can
+/// The running thread. Dropping it waits for its end: a twin that was not activated is destroyed then, for nobody can
 /// acknowledge for it any more.
-pub(super) fn run(
+#[derive(Debug)]
+pub(super) struct TwinThread {
+    commands: Option<UnboundedSender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl TwinThread {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// If the system has no thread; the twin is gone then.
+    pub(super) fn start(twin: Box<dyn Twin>, reports: UnboundedSender<Report>) -> std::io::Result<Self> {
+        let (commands, inbox) = unbounded_channel();
+        let thread = std::thread::Builder::new().name("us-twin".into()).spawn(move || run(twin, inbox, &reports))?;
+        Ok(Self { commands: Some(commands), thread: Some(thread) })
+    }
+
+    /// Asks for something. A thread that has ended was told to: then there is nothing left to ask.
+    pub(super) fn command(&self, command: Command) {
+        if let Some(commands) = &self.commands {
+            let _ = commands.send(command);
+        }
+    }
+}
+
+impl Drop for TwinThread {
+    fn drop(&mut self) {
+        // The closed queue is what ends the thread.
+        drop(self.commands.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a twin's thread panicked");
+        }
+    }
+}
+
+/// Runs until released or destroyed, or until nobody asks any more.
+fn run(
     mut twin: Box<dyn Twin>,
     mut commands: UnboundedReceiver<Command>,
     reports: &UnboundedSender<Report>,
