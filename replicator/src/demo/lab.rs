@@ -21,18 +21,21 @@ use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::netns::{full_name, ip, kill_all, sweep};
-use super::process::{Daemon, Helper, output};
+use super::process::{Daemon, Ended, Helper, outcome};
 use super::wait::{now_ns, until};
 use crate::control::api::PairOpenRequest;
 use crate::control::client::Client;
 
+/// The guest's hardware address.
+pub const MAC: &str = "52:54:00:77:00:10";
 /// The guest's address.
-pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 10);
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 10);
 /// Its Redis.
-pub(super) const REDIS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(GUEST), 6379);
+pub const REDIS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(GUEST), 6379);
 /// The VM's name.
-pub(super) const VM: &str = "web-1";
-const WITNESS: &str = "10.77.0.3";
+pub const VM: &str = "web-1";
+/// The witness's address.
+pub const WITNESS: &str = "10.77.0.3";
 const MEMORY_MIB: u32 = 256;
 
 /// Bound on booting the guest; it takes 3 s on an idle machine.
@@ -40,13 +43,13 @@ const BOOT: Duration = Duration::from_secs(120);
 /// Bound on a daemon's start.
 const START: Duration = Duration::from_secs(20);
 /// Bound on a command of the CLI that answers at once.
-pub(super) const COMMAND: Duration = Duration::from_secs(30);
+pub const COMMAND: Duration = Duration::from_secs(30);
 /// Bound on the end of a killed process.
 const END: Duration = Duration::from_secs(10);
 
 /// A host of the laboratory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Host {
+pub enum Host {
     /// Where the VM runs first.
     A,
     /// The standby.
@@ -54,7 +57,9 @@ pub(super) enum Host {
 }
 
 impl Host {
-    fn role(self) -> &'static str {
+    /// The letter that its namespace has.
+    #[must_use]
+    pub fn role(self) -> &'static str {
         match self {
             Self::A => "a",
             Self::B => "b",
@@ -62,14 +67,17 @@ impl Host {
     }
 
     /// The name its agent has.
-    pub(super) fn name(self) -> &'static str {
+    #[must_use]
+    pub fn name(self) -> &'static str {
         match self {
             Self::A => "host-a",
             Self::B => "host-b",
         }
     }
 
-    fn address(self) -> &'static str {
+    /// Its address.
+    #[must_use]
+    pub fn address(self) -> &'static str {
         match self {
             Self::A => "10.77.0.1",
             Self::B => "10.77.0.2",
@@ -79,16 +87,16 @@ impl Host {
 
 /// The instants of a host's death.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Death {
+pub struct Death {
     /// Before the first signal was sent.
-    pub(super) begun_ns: u64,
+    pub begun_ns: u64,
     /// The VM's process had ended: nothing that is answered to a later question comes from it.
-    pub(super) over_ns: u64,
+    pub over_ns: u64,
 }
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Lab {
+pub struct Lab {
     maker: u32,
     dir: PathBuf,
     guest: PathBuf,
@@ -99,16 +107,16 @@ pub(super) struct Lab {
 }
 
 impl Lab {
-    /// Builds the network. `dir` is empty, `guest` holds the guest image.
+    /// Builds the network. `dir` is empty, `guest` holds the guest image, `understudy` is the program.
     ///
     /// # Errors
     /// If `ip` refuses; what was built is removed again.
-    pub(super) fn build(dir: &Path, guest: &Path) -> Result<Self> {
+    pub fn build(dir: &Path, guest: &Path, understudy: &Path) -> Result<Self> {
         let lab = Self {
             maker: std::process::id(),
             dir: dir.to_path_buf(),
             guest: guest.to_path_buf(),
-            understudy: std::env::current_exe().context("cannot find this program's own file")?,
+            understudy: understudy.to_path_buf(),
             vm: None,
             agents: Vec::new(),
             witness: None,
@@ -145,7 +153,8 @@ impl Lab {
     }
 
     /// The full name of a namespace.
-    pub(super) fn namespace(&self, role: &str) -> String {
+    #[must_use]
+    pub fn namespace(&self, role: &str) -> String {
         full_name(self.maker, role)
     }
 
@@ -160,7 +169,7 @@ impl Lab {
     ///
     /// # Errors
     /// If it does not within a bound.
-    pub(super) async fn boot(&mut self) -> Result<Duration> {
+    pub async fn boot(&mut self) -> Result<Duration> {
         let dir = self.part("vm")?;
         let cmdline = self.guest.join("cmdline");
         let cmdline = fs::read_to_string(&cmdline).with_context(|| format!("cannot read {}", cmdline.display()))?;
@@ -179,9 +188,9 @@ impl Lab {
             "-netdev",
             "tap,id=net0,ifname=tap0,script=no,downscript=no",
             "-device",
-            "virtio-net-pci,netdev=net0,mac=52:54:00:77:00:10",
+            &format!("virtio-net-pci,netdev=net0,mac={MAC}"),
             "-qmp",
-            &format!("unix:{},server=on,wait=off", dir.join("qmp.sock").display()),
+            &format!("unix:{},server=on,wait=off", self.vm_control().display()),
             "-serial",
             &format!("file:{}", dir.join("console.log").display()),
             "-display",
@@ -206,24 +215,34 @@ impl Lab {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub(super) fn helper(&self, what: &str, args: &[&str]) -> Result<Helper> {
+    pub fn helper(&self, what: &str, args: &[&str]) -> Result<Helper> {
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-        Helper::start(what, &self.namespace("c"), &args)
+        Helper::start(what, &self.namespace("c"), &self.understudy, &args)
     }
 
     /// Starts the witness and both agents, and waits until each answers on its control socket.
     ///
     /// # Errors
     /// If one does not within a bound.
-    pub(super) async fn start_daemons(&mut self) -> Result<()> {
+    pub async fn start_daemons(&mut self) -> Result<()> {
+        self.start_witness().await?;
+        self.start_agent(Host::A).await?;
+        self.start_agent(Host::B).await
+    }
+
+    /// Starts the witness, for the first time or again, and waits until it answers on its control socket.
+    ///
+    /// # Errors
+    /// If it does not within a bound.
+    pub async fn start_witness(&mut self) -> Result<()> {
         let dir = self.part("witness")?;
         let mut args: Vec<String> = ["witness", "--name", "witness", "--listen"].map(str::to_owned).into();
         args.push(format!("{WITNESS}:7846"));
         args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
         args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
-        let env = [("RUST_LOG", "info".to_owned())];
         let log = dir.join("witness.log");
-        let mut witness = Daemon::start("the witness", &self.namespace("w"), &self.understudy, &args, &env, &log)?;
+        let mut witness =
+            Daemon::start("the witness", &self.namespace("w"), &self.understudy, &args, &log_env(), &log)?;
         let client = self.witness_client();
         until("the witness to answer on its control socket", START, async || {
             witness.check()?;
@@ -231,41 +250,124 @@ impl Lab {
         })
         .await?;
         self.witness = Some(witness);
-        for host in [Host::A, Host::B] {
-            let dir = self.part(host.name())?;
-            let mut args: Vec<String> = ["agent", "--name", host.name(), "--listen"].map(str::to_owned).into();
-            args.push(format!("{}:7844", host.address()));
-            args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
-            args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
-            let what = format!("the agent of {}", host.name());
-            let log = dir.join("agent.log");
-            let mut agent = Daemon::start(&what, &self.namespace(host.role()), &self.understudy, &args, &env, &log)?;
-            let client = self.client(host);
-            until(&format!("{what} to answer on its control socket"), START, async || {
-                agent.check()?;
-                Ok(client.status().await.map_err(|error| error.to_string()))
-            })
-            .await?;
-            self.agents.push((host, agent));
-        }
         Ok(())
     }
 
+    /// Starts a host's agent, for the first time or again, and waits until it answers on its control socket.
+    ///
+    /// # Errors
+    /// If it does not within a bound.
+    pub async fn start_agent(&mut self, host: Host) -> Result<()> {
+        let dir = self.part(host.name())?;
+        let mut args: Vec<String> = ["agent", "--name", host.name(), "--listen"].map(str::to_owned).into();
+        args.push(format!("{}:7844", host.address()));
+        args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
+        args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
+        let what = format!("the agent of {}", host.name());
+        let (namespace, log) = (self.namespace(host.role()), dir.join("agent.log"));
+        let mut agent = Daemon::start(&what, &namespace, &self.understudy, &args, &log_env(), &log)?;
+        let client = self.client(host);
+        until(&format!("{what} to answer on its control socket"), START, async || {
+            agent.check()?;
+            Ok(client.status().await.map_err(|error| error.to_string()))
+        })
+        .await?;
+        self.agents.push((host, agent));
+        Ok(())
+    }
+
+    /// Kills a host's agent alone.
+    ///
+    /// # Errors
+    /// If it does not run, or does not end.
+    pub async fn kill_agent(&mut self, host: Host) -> Result<()> {
+        let at = self.agents.iter().position(|(its, _)| *its == host);
+        let (_, mut agent) = self.agents.swap_remove(at.with_context(|| format!("{} runs no agent", host.name()))?);
+        agent.check()?;
+        agent.kill();
+        agent.ended(END).await
+    }
+
+    /// Kills the witness.
+    ///
+    /// # Errors
+    /// If it does not run, or does not end.
+    pub async fn kill_witness(&mut self) -> Result<()> {
+        let mut witness = self.witness.take().context("no witness runs")?;
+        witness.check()?;
+        witness.kill();
+        witness.ended(END).await
+    }
+
+    /// Kills the VM's process on host A alone.
+    ///
+    /// # Errors
+    /// If it had ended before, or does not end.
+    pub async fn kill_vm(&mut self) -> Result<()> {
+        let mut vm = self.vm.take().context("no VM was booted")?;
+        vm.check()?;
+        vm.kill();
+        vm.ended(END).await
+    }
+
+    /// Waits until the VM's process on host A has ended by another hand.
+    ///
+    /// # Errors
+    /// If it does not within `bound`.
+    pub async fn vm_ended(&mut self, bound: Duration) -> Result<()> {
+        self.vm.as_mut().context("no VM was booted")?.ended(bound).await?;
+        self.vm = None;
+        Ok(())
+    }
+
+    /// Connects a host with the switch, or cuts it off: nothing passes in either direction.
+    ///
+    /// # Errors
+    /// If `ip` refuses.
+    pub fn set_link(&self, host: Host, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        ip(&format!("-n {} link set to-{} {state}", self.namespace("s"), host.role()))
+    }
+
+    /// The QMP socket of the VM on host A. QEMU serves one client at a time.
+    #[must_use]
+    pub fn vm_control(&self) -> PathBuf {
+        self.dir.join("vm/qmp.sock")
+    }
+
+    /// The pid of a host's agent.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn agent_pid(&self, host: Host) -> Result<u32> {
+        let agent = self.agents.iter().find(|(its, _)| *its == host).and_then(|(_, agent)| agent.pid());
+        agent.with_context(|| format!("{} runs no agent", host.name()))
+    }
+
+    /// Where a host's agent keeps its sockets and twins.
+    #[must_use]
+    pub fn run_dir(&self, host: Host) -> PathBuf {
+        self.dir.join(host.name()).join("run")
+    }
+
     fn control(&self, host: Host) -> PathBuf {
-        self.dir.join(host.name()).join("run/agent.sock")
+        self.run_dir(host).join("agent.sock")
     }
 
     /// A client of a host's agent.
-    pub(super) fn client(&self, host: Host) -> Client {
+    #[must_use]
+    pub fn client(&self, host: Host) -> Client {
         Client::new(self.control(host))
     }
 
-    fn witness_client(&self) -> Client {
+    /// A client of the witness.
+    #[must_use]
+    pub fn witness_client(&self) -> Client {
         Client::new(self.dir.join("witness/run/witness.sock"))
     }
 
     /// What the agents say about themselves, for an error's reader.
-    pub(super) async fn statuses(&self) -> String {
+    pub async fn statuses(&self) -> String {
         let mut text = String::new();
         for host in [Host::A, Host::B] {
             let status = match self.client(host).status().await {
@@ -281,23 +383,54 @@ impl Lab {
     ///
     /// # Errors
     /// With what it said, if it fails or takes longer than `bound`.
-    pub(super) async fn understudy(&self, host: Host, args: &[&str], bound: Duration) -> Result<String> {
+    pub async fn understudy(&self, host: Host, args: &[&str], bound: Duration) -> Result<String> {
+        let Ended { code, out, err } = self.try_understudy(host, args, bound).await?;
+        if code == Some(0) {
+            return Ok(out);
+        }
+        let code = code.map_or_else(|| "a signal".to_owned(), |code| code.to_string());
+        bail!("`understudy {}` on {} ended with {code}: {}{}", args.join(" "), host.name(), out, err.trim())
+    }
+
+    /// The same, however it ends.
+    ///
+    /// # Errors
+    /// If it cannot be started or takes longer than `bound`.
+    pub async fn try_understudy(&self, host: Host, args: &[&str], bound: Duration) -> Result<Ended> {
         let what = format!("`understudy {}` on {}", args.join(" "), host.name());
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
         let env = [("UNDERSTUDY_CONTROL", self.control(host).display().to_string())];
-        output(&what, &self.namespace(host.role()), &self.understudy, &args, &env, bound).await
+        outcome(&what, &self.namespace(host.role()), &self.understudy, &args, &env, bound).await
     }
 
     /// Pairs both hosts with the witness, and with each other.
     ///
     /// # Errors
     /// If a window cannot be opened or joined.
-    pub(super) async fn pair(&self) -> Result<()> {
-        let window = PairOpenRequest { ttl_s: 60 };
+    pub async fn pair(&self) -> Result<()> {
         for host in [Host::A, Host::B] {
-            let code = self.witness_client().pair_open(&window).await.context("the witness opens no window")?.code;
-            self.understudy(host, &["pair", WITNESS, "--code", &code, "--witness"], COMMAND).await?;
+            self.pair_witness(host).await?;
         }
+        self.pair_hosts().await
+    }
+
+    /// Pairs a host with the witness.
+    ///
+    /// # Errors
+    /// If the window cannot be opened or joined.
+    pub async fn pair_witness(&self, host: Host) -> Result<()> {
+        let window = PairOpenRequest { ttl_s: 60 };
+        let code = self.witness_client().pair_open(&window).await.context("the witness opens no window")?.code;
+        self.understudy(host, &["pair", WITNESS, "--code", &code, "--witness"], COMMAND).await?;
+        Ok(())
+    }
+
+    /// Pairs both hosts with each other.
+    ///
+    /// # Errors
+    /// If the window cannot be opened or joined.
+    pub async fn pair_hosts(&self) -> Result<()> {
+        let window = PairOpenRequest { ttl_s: 60 };
         let code = self.client(Host::B).pair_open(&window).await.context("host-b opens no window")?.code;
         self.understudy(Host::A, &["pair", Host::B.address(), "--code", &code], COMMAND).await?;
         Ok(())
@@ -307,7 +440,7 @@ impl Lab {
     ///
     /// # Errors
     /// If the VM had ended before, or a process does not end.
-    pub(super) async fn kill_host_a(&mut self) -> Result<Death> {
+    pub async fn kill_host_a(&mut self) -> Result<Death> {
         let mut vm = self.vm.take().context("no VM was booted")?;
         vm.check().context("before its host was killed")?;
         let agent = self.agents.iter().find(|(host, _)| *host == Host::A).and_then(|(_, agent)| agent.pid());
@@ -328,7 +461,7 @@ impl Lab {
     ///
     /// # Errors
     /// See above.
-    pub(super) fn check(&mut self, hosts: &[Host]) -> Result<()> {
+    pub fn check(&mut self, hosts: &[Host]) -> Result<()> {
         for (host, agent) in &mut self.agents {
             if hosts.contains(host) {
                 agent.check()?;
@@ -347,12 +480,17 @@ impl Lab {
     ///
     /// # Errors
     /// If it has ended.
-    pub(super) fn vm_pid(&self) -> Result<u32> {
+    pub fn vm_pid(&self) -> Result<u32> {
         match self.vm.as_ref().and_then(Daemon::pid) {
             Some(pid) => Ok(pid),
             None => bail!("the VM does not run on host A"),
         }
     }
+}
+
+/// Where a daemon's log level comes from, unless ours says otherwise.
+fn log_env() -> [(&'static str, String); 1] {
+    [("RUST_LOG", std::env::var("UNDERSTUDY_LOG").unwrap_or_else(|_| "info".to_owned()))]
 }
 
 impl Drop for Lab {

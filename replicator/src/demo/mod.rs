@@ -2,17 +2,19 @@
 //!
 //! Two hosts, a client and a witness as network namespaces ([`lab`]); a VM with Redis that knows nothing of this; the
 //! agents and the command line of this very program. Each round kills host A at a random moment and compares what the
-//! client was promised with what the survivor holds ([`round`]). All instants are `CLOCK_MONOTONIC` of this machine.
+//! client was promised with what the survivor holds (`round`). All instants are `CLOCK_MONOTONIC` of this machine.
+//!
+//! The laboratory and its tools are public: the tests of whole scenarios are played in it too.
 //!
 //! Promise: it cleans up after itself, also when interrupted and when it panics, and at its start after one that was killed.
 
 mod figures;
-mod lab;
-mod netns;
-mod process;
+pub mod lab;
+pub mod netns;
+pub mod process;
 mod round;
-mod wait;
-mod worker;
+pub mod wait;
+pub mod worker;
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -133,7 +135,8 @@ async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
         println!("round {number} of {}", args.rounds);
         let dir = dir.join(number.to_string());
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        let mut lab = lab::Lab::build(&dir, &args.guest)?;
+        let own = std::env::current_exe().context("cannot find this program's own file")?;
+        let mut lab = lab::Lab::build(&dir, &args.guest, &own)?;
         let plan = round::Plan { number, load_seconds: args.load_seconds, epoch: args.epoch.clone() };
         let figures = match round::run(&mut lab, &plan).await {
             Ok(figures) => figures,

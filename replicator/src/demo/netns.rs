@@ -21,7 +21,7 @@ const LEAVE: Duration = Duration::from_secs(5);
 
 /// A namespace's full name: `us-PID-ROLE`.
 #[must_use]
-pub(super) fn full_name(maker: u32, role: &str) -> String {
+pub fn full_name(maker: u32, role: &str) -> String {
     format!("{}{role}", prefix(maker))
 }
 
@@ -33,7 +33,7 @@ fn prefix(maker: u32) -> String {
 ///
 /// # Errors
 /// With what `ip` said.
-pub(super) fn ip(words: &str) -> Result<()> {
+pub fn ip(words: &str) -> Result<()> {
     let output = Command::new("ip")
         .args(words.split_whitespace())
         .stdin(Stdio::null())
@@ -46,7 +46,7 @@ pub(super) fn ip(words: &str) -> Result<()> {
 }
 
 /// The processes whose network namespace is `name`. None if there is no such namespace.
-pub(super) fn processes_in(name: &str) -> Vec<Pid> {
+pub fn processes_in(name: &str) -> Vec<Pid> {
     let Ok(namespace) = fs::metadata(Path::new(NAMES).join(name)) else {
         return Vec::new();
     };
@@ -66,7 +66,7 @@ pub(super) fn processes_in(name: &str) -> Vec<Pid> {
 ///
 /// # Errors
 /// If one stays for longer than [`LEAVE`].
-pub(super) fn kill_all(name: &str) -> Result<()> {
+pub fn kill_all(name: &str) -> Result<()> {
     let deadline = Instant::now() + LEAVE;
     loop {
         let left = processes_in(name);
@@ -85,7 +85,7 @@ pub(super) fn kill_all(name: &str) -> Result<()> {
 }
 
 /// Removes everything that the laboratory of process `maker` made in the kernel. Best effort, says what it could not do.
-pub(super) fn sweep(maker: u32) {
+pub fn sweep(maker: u32) {
     let names = match names() {
         Ok(names) => names,
         Err(error) => {
@@ -104,7 +104,7 @@ pub(super) fn sweep(maker: u32) {
 ///
 /// # Errors
 /// If the names cannot be listed.
-pub(super) fn sweep_leftovers() -> io::Result<Vec<u32>> {
+pub fn sweep_leftovers() -> io::Result<Vec<u32>> {
     let mut dead: Vec<u32> = names()?.iter().filter_map(|name| maker(name)).filter(|&pid| !is_maker(pid)).collect();
     dead.sort_unstable();
     dead.dedup();
@@ -128,10 +128,10 @@ fn maker(name: &str) -> Option<u32> {
     (role.len() == 1).then(|| pid.parse().ok())?
 }
 
-/// Whether a process of this pid runs this program; a reused pid does not.
+/// Whether there is a process of this pid. Laboratories are made by more than one program, so its name says nothing; a pid
+/// that is used again only keeps what was left until the next start.
 fn is_maker(pid: u32) -> bool {
-    let name = |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).ok();
-    name(&pid.to_string()).is_some_and(|comm| Some(comm) == name("self"))
+    Path::new("/proc").join(pid.to_string()).exists()
 }
 
 #[cfg(test)]

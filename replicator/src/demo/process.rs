@@ -26,7 +26,7 @@ fn command<S: AsRef<OsStr>>(namespace: &str, program: &Path, args: &[S]) -> Comm
 
 /// A daemon of the laboratory.
 #[derive(Debug)]
-pub(super) struct Daemon {
+pub struct Daemon {
     what: String,
     child: Child,
 }
@@ -36,7 +36,7 @@ impl Daemon {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub(super) fn start(
+    pub fn start(
         what: &str,
         namespace: &str,
         program: &Path,
@@ -53,12 +53,12 @@ impl Daemon {
     }
 
     /// Its pid, if it was not seen to end.
-    pub(super) fn pid(&self) -> Option<u32> {
+    pub fn pid(&self) -> Option<u32> {
         self.child.id()
     }
 
     /// Sends SIGKILL. One that has ended already is no error.
-    pub(super) fn kill(&mut self) {
+    pub fn kill(&mut self) {
         let _ = self.child.start_kill();
     }
 
@@ -66,7 +66,7 @@ impl Daemon {
     ///
     /// # Errors
     /// If it does not within `bound`.
-    pub(super) async fn ended(&mut self, bound: Duration) -> Result<()> {
+    pub async fn ended(&mut self, bound: Duration) -> Result<()> {
         match timeout(bound, self.child.wait()).await {
             Ok(status) => status.map(drop).with_context(|| format!("cannot wait for {}", self.what)),
             Err(_) => bail!("{} did not end within {bound:?}", self.what),
@@ -74,7 +74,7 @@ impl Daemon {
     }
 
     /// Waits until it ends, which it should not: the error says how.
-    pub(super) async fn ends_by_itself(&mut self) -> anyhow::Error {
+    pub async fn ends_by_itself(&mut self) -> anyhow::Error {
         let status = self.child.wait().await;
         anyhow::anyhow!("{} has ended by itself: {status:?}", self.what)
     }
@@ -83,7 +83,7 @@ impl Daemon {
     ///
     /// # Errors
     /// See above.
-    pub(super) fn check(&mut self) -> Result<()> {
+    pub fn check(&mut self) -> Result<()> {
         match self.child.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => bail!("{} has ended by itself: {status}", self.what),
@@ -92,34 +92,42 @@ impl Daemon {
     }
 }
 
-/// Runs a program in a namespace to its end and returns what it printed.
+/// How a program ended, and what it said.
+#[derive(Debug, Clone)]
+pub struct Ended {
+    /// Its exit code; none if a signal ended it.
+    pub code: Option<i32>,
+    /// Its standard output.
+    pub out: String,
+    /// Its standard error.
+    pub err: String,
+}
+
+/// Runs a program in a namespace to its end, however it ends.
 ///
 /// # Errors
-/// If it fails, with its error output, or takes longer than `bound`.
-pub(super) async fn output(
+/// If it cannot be started or takes longer than `bound`.
+pub async fn outcome(
     what: &str,
     namespace: &str,
     program: &Path,
     args: &[String],
     env: &[(&str, String)],
     bound: Duration,
-) -> Result<String> {
+) -> Result<Ended> {
     let mut command = command(namespace, program, args);
     command.envs(env.iter().map(|(key, value)| (key, value)));
     let output = match timeout(bound, command.output()).await {
         Ok(output) => output.with_context(|| format!("cannot start {what}"))?,
         Err(_) => bail!("{what} took longer than {bound:?}"),
     };
-    if !output.status.success() {
-        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned());
-        bail!("{what} ended with {}: {}", output.status, said.join("\n").trim());
-    }
-    String::from_utf8(output.stdout).with_context(|| format!("{what} printed no text"))
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    Ok(Ended { code: output.status.code(), out, err })
 }
 
 /// A helper of ours in a namespace: answers in JSON, one line each, and takes lines.
 #[derive(Debug)]
-pub(super) struct Helper {
+pub struct Helper {
     what: String,
     child: Child,
     stdin: Option<ChildStdin>,
@@ -127,15 +135,14 @@ pub(super) struct Helper {
 }
 
 impl Helper {
-    /// Starts this program again in `namespace` as `understudy demo worker ARGS`.
+    /// Starts the program `understudy` in `namespace` as `understudy demo worker ARGS`.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub(super) fn start(what: &str, namespace: &str, args: &[String]) -> Result<Self> {
-        let own = std::env::current_exe().context("cannot find this program's own file")?;
+    pub fn start(what: &str, namespace: &str, understudy: &Path, args: &[String]) -> Result<Self> {
         let mut all = vec!["demo".to_owned(), "worker".to_owned()];
         all.extend_from_slice(args);
-        let mut command = command(namespace, &own, &all);
+        let mut command = command(namespace, understudy, &all);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().with_context(|| format!("cannot start {what}"))?;
         let stdout = child.stdout.take().expect("it was asked for");
@@ -147,14 +154,14 @@ impl Helper {
     ///
     /// # Errors
     /// If it has ended.
-    pub(super) async fn tell(&mut self, line: &str) -> Result<()> {
+    pub async fn tell(&mut self, line: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().with_context(|| format!("{} was told to end", self.what))?;
         let line = format!("{line}\n");
         stdin.write_all(line.as_bytes()).await.with_context(|| format!("{} does not listen", self.what))
     }
 
     /// Tells it to come to its end.
-    pub(super) fn end(&mut self) {
+    pub fn end(&mut self) {
         self.stdin = None;
     }
 
@@ -162,7 +169,7 @@ impl Helper {
     ///
     /// # Errors
     /// If none comes within `bound`, or it is none.
-    pub(super) async fn answer<T: DeserializeOwned>(&mut self, bound: Duration) -> Result<T> {
+    pub async fn answer<T: DeserializeOwned>(&mut self, bound: Duration) -> Result<T> {
         let line = match timeout(bound, self.answers.next_line()).await {
             Ok(line) => line.with_context(|| format!("cannot read what {} says", self.what))?,
             Err(_) => bail!("{} gave no answer within {bound:?}", self.what),
@@ -176,7 +183,7 @@ impl Helper {
 }
 
 /// The ends of all logs below `dir`, for an error's reader.
-pub(super) fn log_tails(dir: &Path) -> String {
+pub fn log_tails(dir: &Path) -> String {
     let mut logs: Vec<PathBuf> = Vec::new();
     let mut dirs = vec![dir.to_path_buf()];
     while let Some(dir) = dirs.pop() {

@@ -10,7 +10,7 @@ const LOOK: Duration = Duration::from_millis(10);
 
 /// `CLOCK_MONOTONIC` in nanoseconds: the clock of every figure, the same in all processes of one machine.
 #[must_use]
-pub(super) fn now_ns() -> u64 {
+pub fn now_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).expect("the monotonic clock starts at 0");
     seconds * 1_000_000_000 + u64::try_from(now.tv_nsec).expect("a part of a second is not negative")
@@ -18,7 +18,7 @@ pub(super) fn now_ns() -> u64 {
 
 /// Milliseconds from one instant to a later one.
 #[must_use]
-pub(super) fn ms_between(from_ns: u64, to_ns: u64) -> f64 {
+pub fn ms_between(from_ns: u64, to_ns: u64) -> f64 {
     Duration::from_nanos(to_ns.saturating_sub(from_ns)).as_secs_f64() * 1e3
 }
 
@@ -26,7 +26,7 @@ pub(super) fn ms_between(from_ns: u64, to_ns: u64) -> f64 {
 ///
 /// # Errors
 /// After `bound`, with `what` was waited for and what was seen last.
-pub(super) async fn until<T>(
+pub async fn until<T>(
     what: &str,
     bound: Duration,
     mut look: impl AsyncFnMut() -> Result<Result<T, String>>,

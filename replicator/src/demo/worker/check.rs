@@ -16,11 +16,11 @@ const NAMED: usize = 10;
 
 /// What was found.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(in crate::demo) struct Checked {
+pub struct Checked {
     /// Acknowledged writes that are not there, or not as they were written.
-    pub(in crate::demo) lost: u64,
+    pub lost: u64,
     /// The first of them.
-    pub(in crate::demo) first_lost: Vec<u64>,
+    pub first_lost: Vec<u64>,
 }
 
 /// Checks the writes `0..acked` over a new connection and answers with [`Checked`].

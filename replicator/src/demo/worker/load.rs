@@ -22,9 +22,9 @@ const ANSWER: Duration = Duration::from_secs(10);
 
 /// What was measured.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(in crate::demo) struct Loaded {
+pub struct Loaded {
     /// Acknowledged SETs per second.
-    pub(in crate::demo) ops_per_s: f64,
+    pub ops_per_s: f64,
 }
 
 /// Measures for `length` after a warm-up and answers with [`Loaded`].

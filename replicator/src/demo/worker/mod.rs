@@ -17,10 +17,10 @@ use serde::Serialize;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-pub(super) use check::Checked;
-pub(super) use load::Loaded;
-pub(super) use probe::{FIRST_REPLY, FirstReply};
-pub(super) use write::{ANSWER as WRITE_ANSWER, Started, Written};
+pub use check::Checked;
+pub use load::Loaded;
+pub use probe::{FIRST_REPLY, FirstReply};
+pub use write::{ANSWER as WRITE_ANSWER, Started, Written};
 
 /// Bound on opening a connection.
 const CONNECT: Duration = Duration::from_secs(10);

@@ -18,7 +18,7 @@ use crate::demo::wait::now_ns;
 /// Time between two requests.
 const INTERVAL: Duration = Duration::from_millis(1);
 /// Bound on waiting for a first reply.
-pub(in crate::demo) const FIRST_REPLY: Duration = Duration::from_secs(60);
+pub const FIRST_REPLY: Duration = Duration::from_secs(60);
 /// Marks our requests among all echoes.
 const MAGIC: [u8; 8] = *b"undrstdy";
 /// Type, code, checksum, identifier, sequence number, magic, time of sending.
@@ -26,11 +26,11 @@ const LENGTH: usize = 24;
 
 /// The first reply to a request that was sent after a given instant.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(in crate::demo) struct FirstReply {
+pub struct FirstReply {
     /// When the answered request was sent.
-    pub(in crate::demo) sent_ns: u64,
+    pub sent_ns: u64,
     /// When the reply came; absent if none came in time.
-    pub(in crate::demo) received_ns: Option<u64>,
+    pub received_ns: Option<u64>,
 }
 
 /// Probes until its input is closed. Each line of input is an instant in nanoseconds, answered with [`FirstReply`].

@@ -1,7 +1,9 @@
 //! The client whose writes must not get lost: numbered keys, one after the other, over one connection, never another one.
 
-use std::io::Read as _;
+use std::io::BufRead as _;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -15,55 +17,69 @@ use super::{connect, key, say, value};
 use crate::demo::wait::now_ns;
 
 /// How long one answer may take before the connection counts as broken.
-pub(in crate::demo) const ANSWER: Duration = Duration::from_secs(30);
+pub const ANSWER: Duration = Duration::from_secs(30);
 /// Gaps between answers that are at least this long are remembered.
 const GAP: Duration = Duration::from_millis(20);
 /// Bound on remembered gaps: the longest are kept.
 const MAX_GAPS: usize = 10_000;
-/// After this many answers the writer counts as under way.
+/// After this many answers the writer counts as under way, and as going on.
 const UNDER_WAY: u64 = 50;
 
-/// The first answer of the writer.
+/// The first answer of the writer, and the one to each line of its input, which asks whether it goes on.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub(in crate::demo) struct Started {
+pub struct Started {
     /// Acknowledged so far.
-    pub(in crate::demo) acked: u64,
+    pub acked: u64,
 }
 
 /// The last answer of the writer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(in crate::demo) struct Written {
+pub struct Written {
     /// Acknowledged writes: the keys `0..acked`.
-    pub(in crate::demo) acked: u64,
+    pub acked: u64,
     /// Why the connection broke, if it did.
-    pub(in crate::demo) broken: Option<String>,
+    pub broken: Option<String>,
     /// When the last answer came.
-    pub(in crate::demo) last_ns: u64,
+    pub last_ns: u64,
     /// Long gaps between two answers: from, to. The last may be open, ending with the writer.
-    pub(in crate::demo) gaps_ns: Vec<(u64, u64)>,
+    pub gaps_ns: Vec<(u64, u64)>,
 }
 
 impl Written {
     /// The longest gap that was not over at `instant_ns`, in nanoseconds; 0 if none was long enough to be remembered.
-    pub(in crate::demo) fn longest_gap_after(&self, instant_ns: u64) -> u64 {
+    pub fn longest_gap_after(&self, instant_ns: u64) -> u64 {
         self.gaps_ns.iter().filter(|(_, to)| *to >= instant_ns).map(|(from, to)| to - from).max().unwrap_or(0)
     }
 }
 
-/// Writes until its input is closed or the connection breaks; answers with [`Started`], then [`Written`].
+/// Writes until its input is closed or the connection breaks; answers with [`Started`] once and to each line, then with
+/// [`Written`].
 ///
 /// # Errors
 /// If the connection cannot be opened.
 pub(super) async fn run(to: SocketAddr, tag: &str) -> Result<()> {
     let mut connection = connect(to).await?;
     let (tell, told_to_end) = oneshot::channel();
+    let asked = Arc::new(AtomicU64::new(0));
+    let asks = Arc::clone(&asked);
     // Ends with its input, or with the process.
     thread::spawn(move || {
-        let _ = std::io::stdin().read(&mut [0; 1]);
+        for _ in std::io::stdin().lock().lines() {
+            asks.fetch_add(1, Ordering::SeqCst);
+        }
         let _ = tell.send(());
     });
+    let (mut answered, mut goal) = (0, Some(UNDER_WAY));
     let started = |acked| {
-        if acked == UNDER_WAY { say(&Started { acked }) } else { Ok(()) }
+        if goal.is_none() && asked.load(Ordering::SeqCst) > answered {
+            answered += 1;
+            goal = Some(acked + UNDER_WAY);
+        }
+        if goal != Some(acked) {
+            return Ok(());
+        }
+        goal = None;
+        say(&Started { acked })
     };
     say(&write(&mut connection, tag, told_to_end, started).await?)
 }
