@@ -79,11 +79,7 @@ impl Drop for TwinThread {
 }
 
 /// Runs until released or destroyed, or until nobody asks any more.
-fn run(
-    mut twin: Box<dyn Twin>,
-    mut commands: UnboundedReceiver<Command>,
-    reports: &UnboundedSender<Report>,
-) {
+fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, reports: &UnboundedSender<Report>) {
     let memory = twin.memory();
     let mut device = DeviceState::default();
     let mut activated = false;
