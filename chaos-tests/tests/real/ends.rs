@@ -1,0 +1,54 @@
+//! Protections that end because somebody asked.
+
+use anyhow::ensure;
+use replicator::control::api::FailoverCause;
+use replicator::demo::lab::{COMMAND, Host, VM};
+
+use crate::stage::{SOON, play};
+
+#[test]
+fn unprotected_as_it_was_found_and_protected_again() {
+    play("unprotect", async |stage| {
+        stage.set().await?;
+        let found = stage.appearance().await?;
+        let mut client = stage.writer("u").await?;
+        stage.protect().await?;
+        client.goes_on().await?;
+        for host in [Host::A, Host::B] {
+            let said = stage.lab.understudy(host, &["rehearse", VM], COMMAND).await?;
+            ensure!(said.contains("loads"), "{said}");
+        }
+        stage.lab.understudy(Host::A, &["unprotect", VM], COMMAND).await?;
+        let left = stage.appearance().await?;
+        left.has_nothing_of_ours()?;
+        ensure!(left == found, "found {found:?}, left {left:?}");
+        client.goes_on().await?;
+        stage.until_b_is_clean().await?;
+
+        stage.protect().await?;
+        client.goes_on().await?;
+        stage.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        stage.until_survivor().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
+fn a_planned_failover_loses_nothing() {
+    play("planned failover", async |stage| {
+        stage.set_protected().await?;
+        let mut client = stage.writer("p").await?;
+        let said = stage.lab.understudy(Host::A, &["failover", VM, "--planned"], SOON).await?;
+        ensure!(said.contains("runs on host-b now"), "{said}");
+        client.goes_on().await?;
+        stage.lab.vm_ended(SOON).await?;
+        stage.until_state(Host::A, "fenced").await?;
+        let survivor = stage.until_survivor().await?;
+        ensure!(survivor.state.word() == "degraded", "{survivor:?}");
+        let cause = survivor.failover.as_ref().map(|report| report.cause);
+        ensure!(cause == Some(FailoverCause::Planned), "{survivor:?}");
+        client.goes_on().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}

@@ -1,0 +1,277 @@
+//! The stage of a scenario: a laboratory, a client that writes, and questions with bounds.
+
+use std::env;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use replicator::control::api::{ProtectionState, VmStatus};
+use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, MAC, REDIS, VM};
+use replicator::demo::netns::{self, ip};
+use replicator::demo::process::{Helper, log_tails};
+use replicator::demo::wait::until;
+use replicator::demo::worker::{Checked, Started, WRITE_ANSWER, Written};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::monitor::{Appearance, Monitor};
+
+/// Bound on one scenario, far above what it takes.
+const SCENARIO: Duration = Duration::from_secs(300);
+/// Bound on becoming protected.
+const PROTECT: Duration = Duration::from_secs(120);
+/// Bound on anything that an agent does by itself.
+pub(crate) const SOON: Duration = Duration::from_secs(60);
+/// Questions that must have reached a guest before its silence means something.
+const QUESTIONS: u64 = 300;
+
+/// One scenario at a time in this process; a file's lock does the same between processes.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Plays one scenario. Skips it, and says so, where it cannot be played.
+///
+/// # Panics
+/// If it fails, after everything it made was removed.
+pub(crate) fn play(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) {
+    let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+    if let Some(missing) = missing(&guest) {
+        println!("skipped: {name}: {missing}");
+        return;
+    }
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let lock = File::create(env::temp_dir().join("understudy-real.lock")).expect("a lock file can be made");
+    flock(&lock, FlockOperation::LockExclusive).expect("the lock can be had");
+    let dir = env::temp_dir().join(format!("us-real-{}", std::process::id()));
+    for maker in netns::sweep_leftovers().expect("namespaces can be listed") {
+        let _ = fs::remove_dir_all(env::temp_dir().join(format!("us-real-{maker}")));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
+    let outcome = runtime.block_on(perform(&dir, &guest, scenario));
+    fs::remove_dir_all(&dir).expect("the scenario's directory can be removed");
+    if let Err(error) = outcome {
+        panic!("{name}: {error:#}");
+    }
+    for role in ["s", "a", "b", "w", "c"] {
+        let left = Path::new("/run/netns").join(netns::full_name(std::process::id(), role));
+        assert!(!left.exists(), "{name} left {}", left.display());
+    }
+}
+
+async fn perform(dir: &Path, guest: &Path, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) -> Result<()> {
+    fs::create_dir_all(dir)?;
+    fs::set_permissions(dir, Permissions::from_mode(0o700))?;
+    let mut stage = Stage { lab: Lab::build(dir, guest, &program()?)? };
+    let outcome = match tokio::time::timeout(SCENARIO, scenario(&mut stage)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(anyhow::anyhow!("the scenario took longer than {SCENARIO:?}")),
+    };
+    if outcome.is_err() {
+        eprintln!("{}{}", log_tails(dir), stage.lab.statuses().await);
+    }
+    outcome
+}
+
+/// What is missing on this machine, if anything.
+fn missing(guest: &Path) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("needs root, for network namespaces".to_owned());
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    for program in ["qemu-system-x86_64", "ip"] {
+        if !env::split_paths(&path).any(|dir| dir.join(program).is_file()) {
+            return Some(format!("{program} is not installed"));
+        }
+    }
+    let files = ["vmlinuz", "initrd.img", "cmdline"];
+    let absent = files.into_iter().find(|file| !guest.join(file).is_file())?;
+    Some(format!("{} is missing: run `cargo xtask setup`", guest.join(absent).display()))
+}
+
+/// The program, as it was built beside this test.
+fn program() -> Result<PathBuf> {
+    let path = match env::var_os("UNDERSTUDY_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => {
+            let own = env::current_exe()?;
+            let profile = own.parent().and_then(Path::parent).context("the test lies in no target directory")?;
+            profile.join("understudy")
+        }
+    };
+    ensure!(
+        path.is_file(),
+        "{} is missing: `cargo test --workspace` or `cargo build -p replicator` builds it",
+        path.display()
+    );
+    Ok(path.canonicalize()?)
+}
+
+/// See the module.
+pub(crate) struct Stage {
+    /// The laboratory.
+    pub(crate) lab: Lab,
+}
+
+impl Stage {
+    /// A VM that runs on host A, two agents and a witness, all paired.
+    pub(crate) async fn set(&mut self) -> Result<()> {
+        self.lab.boot().await?;
+        self.lab.start_daemons().await?;
+        self.lab.pair().await
+    }
+
+    /// The same, and the VM is protected.
+    pub(crate) async fn set_protected(&mut self) -> Result<()> {
+        self.set().await?;
+        self.protect().await
+    }
+
+    /// What an operator calls the VM: other VMs of its name may run on this machine.
+    pub(crate) fn vm(&self) -> Result<String> {
+        Ok(self.lab.vm_pid()?.to_string())
+    }
+
+    /// `understudy protect` on host A, to its end.
+    pub(crate) async fn protect(&self) -> Result<()> {
+        self.lab.understudy(Host::A, &["protect", &self.vm()?, "--to", Host::B.name()], PROTECT).await?;
+        let status = self.status(Host::A).await?;
+        ensure!(status.state == ProtectionState::Protected, "protect returned while the VM is {status:?}");
+        self.until_state(Host::B, "protected").await?;
+        Ok(())
+    }
+
+    /// What a host's agent says of the VM.
+    pub(crate) async fn status(&self, host: Host) -> Result<VmStatus> {
+        self.lab.client(host).vm_status(VM).await.with_context(|| format!("asking {} about the VM", host.name()))
+    }
+
+    /// Waits until a host's agent says something of the VM.
+    pub(crate) async fn until(&self, host: Host, what: &str, is: impl Fn(&VmStatus) -> bool) -> Result<VmStatus> {
+        until(&format!("{} to say {what} of the VM", host.name()), SOON, async || {
+            let status = self.status(host).await?;
+            let seen = format!("{} as {}: {}", status.state, status.role.word(), status.reason);
+            Ok(if is(&status) { Ok(status) } else { Err(seen) })
+        })
+        .await
+    }
+
+    /// The same, for a state's word.
+    pub(crate) async fn until_state(&self, host: Host, word: &str) -> Result<VmStatus> {
+        self.until(host, word, |status| status.state.word() == word).await
+    }
+
+    /// Waits until host B's agent says that its copy runs, and returns its report.
+    pub(crate) async fn until_survivor(&self) -> Result<VmStatus> {
+        self.until(Host::B, "where the survivor runs", |status| status.survivor.is_some()).await
+    }
+
+    /// Waits until nothing of the twin is left on host B: no process but the agent, no link but the host's own, no directory.
+    pub(crate) async fn until_b_is_clean(&self) -> Result<()> {
+        until("host-b to be as it was before", SOON, async || {
+            let agent = self.lab.agent_pid(Host::B).ok();
+            let namespace = self.lab.namespace(Host::B.role());
+            let mut left: Vec<String> = Vec::new();
+            for pid in netns::processes_in(&namespace) {
+                let pid = u32::try_from(pid.as_raw_nonzero().get())?;
+                if Some(pid) != agent {
+                    left.push(format!("process {pid}"));
+                }
+            }
+            let links: serde_json::Value = serde_json::from_str(&ip_says(&format!("-n {namespace} -j link show"))?)?;
+            for link in links.as_array().into_iter().flatten() {
+                let name = link["ifname"].as_str().unwrap_or_default();
+                if !["lo", "br0", "uplink"].contains(&name) {
+                    left.push(format!("link {name}"));
+                }
+            }
+            for entry in fs::read_dir(self.lab.run_dir(Host::B).join("twins")).into_iter().flatten() {
+                left.push(entry?.path().display().to_string());
+            }
+            Ok(if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) })
+        })
+        .await
+    }
+
+    /// How the QEMU on host A looks from outside. Nobody else may hold its monitor.
+    pub(crate) async fn appearance(&self) -> Result<Appearance> {
+        Appearance::of(&self.lab.vm_control(), self.lab.vm_pid()?)
+    }
+
+    /// Starts a client that writes over one connection, and waits until it is under way.
+    pub(crate) async fn writer(&self, tag: &'static str) -> Result<Writer> {
+        let helper = self.lab.helper("the writing client", &["write", "--to", &REDIS.to_string(), "--tag", tag])?;
+        let mut writer = Writer { helper, tag };
+        writer.answers().await?;
+        Ok(writer)
+    }
+
+    /// Ends the client: its one connection is whole, and everything that it was promised is there.
+    pub(crate) async fn nothing_lost(&self, writer: Writer) -> Result<Written> {
+        let Writer { mut helper, tag } = writer;
+        helper.end();
+        let written: Written = helper.answer(WRITE_ANSWER + COMMAND).await?;
+        ensure!(written.broken.is_none(), "the client's connection broke: {written:?}");
+        let (to, acked) = (REDIS.to_string(), written.acked.to_string());
+        let args = ["check", "--to", &to, "--tag", tag, "--acked", &acked];
+        let checked: Checked = self.lab.helper("the comparison", &args)?.answer(WRITE_ANSWER).await?;
+        ensure!(checked.lost == 0, "of {acked} acknowledged writes {} are lost: {checked:?}", checked.lost);
+        Ok(written)
+    }
+
+    /// Frames that went through host A's tap: from the guest, to the guest.
+    pub(crate) fn frames(&self) -> Result<(u64, u64)> {
+        let text = ip_says(&format!("-n {} -s -j link show tap0", self.lab.namespace(Host::A.role())))?;
+        let links: serde_json::Value = serde_json::from_str(&text)?;
+        let count = |way: &str| links[0]["stats64"][way]["packets"].as_u64().context("no count of frames");
+        Ok((count("rx")?, count("tx")?))
+    }
+
+    /// Asks the guest on host A from host A itself, which is cut off from all others, until enough questions have reached it.
+    /// It must run; nobody else may hold its monitor.
+    pub(crate) async fn ask_on_host_a(&self) -> Result<()> {
+        let mut monitor = Monitor::connect(&self.lab.vm_control())?;
+        if monitor.status()? != "running" {
+            // Its agent died within a pause. Who lets it run must not make it heard.
+            monitor.ask("cont", &serde_json::json!({}))?;
+        }
+        self.lab.set_link(Host::A, false)?;
+        let namespace = self.lab.namespace(Host::A.role());
+        ip(&format!("-n {namespace} neigh replace {GUEST} lladdr {MAC} dev br0"))?;
+        let args = ["probe", "--to", &GUEST.to_string()].map(str::to_owned);
+        let _prober = Helper::start("the prober on host-a", &namespace, &program()?, &args)?;
+        let (_, before) = self.frames()?;
+        until("questions to reach the guest on host-a", SOON, async || {
+            let (_, now) = self.frames()?;
+            Ok(if now - before >= QUESTIONS { Ok(()) } else { Err(format!("{} of them", now - before)) })
+        })
+        .await
+    }
+}
+
+/// A client that writes numbered keys over one connection, and never opens another one.
+pub(crate) struct Writer {
+    helper: Helper,
+    tag: &'static str,
+}
+
+impl Writer {
+    /// Waits until it was answered some times more, over that connection.
+    pub(crate) async fn goes_on(&mut self) -> Result<u64> {
+        self.helper.tell("").await?;
+        self.answers().await
+    }
+
+    async fn answers(&mut self) -> Result<u64> {
+        let answer: Result<Started> = self.helper.answer(WRITE_ANSWER + COMMAND).await;
+        Ok(answer.context("the client does not go on")?.acked)
+    }
+}
+
+fn ip_says(words: &str) -> Result<String> {
+    let output = std::process::Command::new("ip").args(words.split_whitespace()).output()?;
+    if !output.status.success() {
+        bail!("`ip {words}` failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}
