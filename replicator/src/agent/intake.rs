@@ -14,8 +14,10 @@ use super::encoder::Session;
 use crate::pages::decode::Stager;
 use crate::pages::staged::{DeviceState, StagedEpoch};
 
-/// Streams that may be staged and not applied. When so many wait, no further one is read: the standby acknowledges later.
-pub(super) const STAGED: usize = 4;
+/// One stream may take so much of all room: the n-th part.
+const SHARE: u32 = 2;
+/// Room is counted in units of this many bytes.
+const UNIT: u64 = 4096;
 
 /// A staged stream. It takes up room until it is dropped, which is when it was applied or thrown away.
 #[derive(Debug)]
@@ -34,21 +36,27 @@ pub(super) struct IntakeEnd {
     pub(super) reason: String,
 }
 
-/// Reads until the connection or the VM task is gone. `limit` bounds the bytes of all staged streams together.
+/// Reads until the connection or the VM task is gone. `limit` bounds the bytes of all streams that are staged and not applied,
+/// [`SHARE`] that of one. When room is short, no further stream is read: the standby acknowledges later.
 pub(super) async fn run(
     connection: Connection,
     session: Session,
-    limit: usize,
+    limit: u64,
     staged: UnboundedSender<Staged>,
 ) -> IntakeEnd {
-    let room = Arc::new(Semaphore::new(STAGED));
-    let limit = limit / STAGED;
+    let units = |bytes: u64| u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX);
+    let share = (units(limit) / SHARE).max(1);
+    let room = Arc::new(Semaphore::new(usize::try_from(share * SHARE).expect("a u32 fits")));
+    let stream_limit = usize::try_from(u64::from(share) * UNIT).unwrap_or(usize::MAX);
     let mut previous: Option<DeviceState> = None;
     loop {
-        let permit = Arc::clone(&room).acquire_owned().await.expect("the room is never closed");
-        match next(&connection, session, limit, previous.clone()).await {
+        let mut permit = Arc::clone(&room).acquire_many_owned(share).await.expect("the room is never closed");
+        match next(&connection, session, stream_limit, previous.clone()).await {
             Ok(epoch) => {
                 previous = epoch.device().or(previous);
+                // What it does not need is free at once: many small epochs may wait while a rehearsal runs.
+                let needed = units(epoch.staged_bytes()).clamp(1, share);
+                drop(permit.split(usize::try_from(share - needed).expect("a u32 fits")));
                 if staged.send(Staged { epoch, _room: permit }).is_err() {
                     return IntakeEnd { code: None, reason: "the protection has ended".into() };
                 }

@@ -26,6 +26,13 @@ impl Agent {
         };
         let asked = name.to_owned();
         let target = blocking(move || qemu::resolve(&asked)).await??;
+        // A copy that waits is no VM that could be freed: going on from it is a failover's business.
+        let asked = target.clone();
+        let state = blocking(move || qemu::run_state(&asked)).await??;
+        if !matches!(state.as_str(), "running" | "paused") {
+            return Err(ErrorBody::new(ErrorKind::Refused, format!("{name} is in state `{state}` here, not running"))
+                .advise("nothing was changed; end this process if no other host needs it"));
+        }
         let numbers = durable.begin_session().map_err(unusable)?;
         let generation = self.own_alone(name, &mut durable, numbers.first_request).await?;
         durable.set_generation(generation).map_err(unusable)?;
@@ -61,6 +68,15 @@ impl Agent {
             .advise(
                 "nothing was changed; pair with the former witness again, or make sure that no other host runs the VM",
             ));
+        }
+        if found.record.map_or(0, |record| record.generation.0) < durable.generation() {
+            return Err(ErrorBody::new(
+                ErrorKind::Refused,
+                format!(
+                    "the witness knows less of {name} than this host: it was restored from a backup, or begun anew"
+                ),
+            )
+            .advise("nothing was changed; make sure that no other host runs the VM before you go on"));
         }
         match found.record.map(|record| record.owner) {
             None => {}

@@ -22,6 +22,7 @@ use super::durable::Durable;
 use super::encoder::{self, Job, Session};
 use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
+use super::sessions::blocking;
 use super::view::{View, api_state};
 use super::{Request, clock};
 use crate::control::api::{
@@ -96,6 +97,7 @@ struct Task {
     rehearsals: Vec<oneshot::Sender<Result<RehearsalReport, ErrorBody>>>,
     detached: Option<Result<(), GuestError>>,
     detaching: bool,
+    fencing: bool,
     finished: bool,
 }
 
@@ -126,9 +128,26 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
     let no_thread = |error: std::io::Error| {
         ErrorBody::new(ErrorKind::Failed, "a thread could not be started; the VM runs on unprotected").because(&error)
     };
-    let jobs = encoder::start(session, shadow, connection, spare, encoder_reports).map_err(no_thread)?;
+    let jobs = encoder::start(session, shadow, connection, spare, encoder_reports);
+    // The guest is handed over once the thread runs, so that it is still here to be left if there is none.
+    let (hand, take) = channel::<PauseThread>();
+    let started = jobs.and_then(|jobs| {
+        let body = move || {
+            if let Ok(thread) = take.recv() {
+                thread.run();
+            }
+        };
+        std::thread::Builder::new().name("us-pause".into()).spawn(body).map(|_| jobs)
+    });
+    let jobs = match started {
+        Ok(jobs) => jobs,
+        Err(error) => {
+            blocking(move || guest.detach()).await??;
+            return Err(no_thread(error));
+        }
+    };
     let thread = PauseThread::new(guest, inbox, reports, jobs.clone(), spares);
-    std::thread::Builder::new().name("us-pause".into()).spawn(move || thread.run()).map_err(no_thread)?;
+    hand.send(thread).map_err(|_| no_thread(std::io::Error::other("it ended at once")))?;
     let mut task = Task {
         name,
         core: Primary::new(config),
@@ -147,6 +166,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         rehearsals: Vec::new(),
         detached: None,
         detaching: false,
+        fencing: false,
         finished: false,
     };
     task.core.handle_start(clock::now());
@@ -159,7 +179,10 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         tokio::select! {
             biased;
             received = task.link.next() => task.received(received),
-            Some(report) = pause_reports.recv() => task.pause_report(report),
+            report = pause_reports.recv(), if task.detached.is_none() => match report {
+                Some(report) => task.pause_report(report),
+                None => task.pause_thread_ended(),
+            },
             Some(report) = encoded.recv() => task.encoder_report(report),
             Some(answer) = answers.recv() => task.answer(&answer),
             Some(beat) = beats.recv() => task.beat(beat),
@@ -308,6 +331,7 @@ impl Task {
     }
 
     fn destroy(&mut self) {
+        self.fencing = true;
         self.gate.shut();
         let fence = Arc::clone(&self.fence);
         let name = self.name.clone();
@@ -387,6 +411,19 @@ impl Task {
             }
             pause::Report::Opened(Ok(())) | pause::Report::Paused(Ok(())) | pause::Report::Resumed(Ok(())) => {}
             pause::Report::Detached(result) => self.detached = Some(result),
+        }
+    }
+
+    /// The thread has ended without a report: it was told to quit, or it failed. Nothing can be done in the guest any more.
+    fn pause_thread_ended(&mut self) {
+        let error = GuestError::new(
+            GuestErrorKind::Failed,
+            "the pause thread has ended; the guest was not left as it was found",
+        );
+        self.detached = Some(Err(error));
+        if !self.fencing {
+            let how = "the thread that serves the guest has ended";
+            self.core.handle_connection_lost(clock::now(), how);
         }
     }
 
@@ -506,8 +543,8 @@ impl Task {
     fn end(mut self) {
         self.view.set_gate(None);
         let result = match self.detached.take() {
-            Some(Err(error)) => Err(ErrorBody::from(error)),
-            Some(Ok(())) | None => Ok(()),
+            Some(Err(error)) if self.detaching => Err(ErrorBody::from(error)),
+            Some(_) | None => Ok(()),
         };
         if let Err(body) = &result {
             tracing::error!(vm = self.name, message = body.message, "something was left in the guest");

@@ -288,7 +288,7 @@ impl Agent {
             link,
             connection,
             session,
-            staging: usize::try_from(self.config.standby.staging).unwrap_or(usize::MAX),
+            staging: self.config.standby.staging,
             asker: self.asker(&witness),
             beats: self.beats.subscribe(config.primary.node),
             requests,

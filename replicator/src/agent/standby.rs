@@ -46,7 +46,7 @@ pub(super) struct Setup {
     /// What the primary's streams carry.
     pub(super) session: Session,
     /// Bound on staged bytes.
-    pub(super) staging: usize,
+    pub(super) staging: u64,
     /// The store, and its answers.
     pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
     /// What the failure detector says of the primary's node.
@@ -209,7 +209,7 @@ impl Task {
 
     fn acknowledge(&mut self, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
         self.link.send(PeerMessage::Acknowledge { generation, incarnation, epoch });
-        self.view.set(|status| status.epoch_current = epoch.0 + 1);
+        self.view.set(|status| status.epoch_current = epoch.0.saturating_add(1));
     }
 
     fn persist(&mut self, generation: Generation) {
@@ -264,6 +264,12 @@ impl Task {
 
     fn stage(&mut self, staged: Staged) {
         if staged.epoch.id().sync {
+            if self.core.acknowledged().is_some() {
+                // It would change a copy that is whole without an epoch's commit.
+                tracing::error!(vm = self.name, "the primary sent a part of an initial sync after its end");
+                self.link.close(OUT_OF_TURN, "the initial sync is over");
+                return;
+            }
             self.command(Command::Apply(Box::new(staged)));
             return;
         }

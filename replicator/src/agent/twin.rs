@@ -39,8 +39,8 @@ pub(super) enum Report {
     Destroyed(Result<(), GuestError>),
 }
 
-/// The running thread. Dropping it waits for its end: a twin that was not activated is destroyed then, for nobody can
-/// acknowledge for it any more.
+/// The running thread. Dropping it ends it, and the runtime waits for that end: a twin that was not activated is destroyed
+/// then, for nobody can acknowledge for it any more.
 #[derive(Debug)]
 pub(super) struct TwinThread {
     commands: Option<UnboundedSender<Command>>,
@@ -70,10 +70,13 @@ impl Drop for TwinThread {
     fn drop(&mut self) {
         // The closed queue is what ends the thread.
         drop(self.commands.take());
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("a twin's thread panicked");
+        if let Some(thread) = self.thread.take() {
+            let join = move || {
+                if thread.join().is_err() {
+                    tracing::error!("a twin's thread panicked");
+                }
+            };
+            drop(tokio::task::spawn_blocking(join));
         }
     }
 }

@@ -27,6 +27,7 @@ mod network;
 mod qmp;
 mod ram;
 mod recipe;
+mod runstate;
 mod state;
 mod tap;
 mod target;
@@ -40,6 +41,7 @@ use crate::guest::GuestError;
 
 pub use filters::remove_leftovers;
 pub use guest::{QemuGuest, attach};
+pub use runstate::run_state;
 pub use target::{Target, resolve, running};
 pub use twin::{QemuTwinHost, TwinHostOptions};
 
