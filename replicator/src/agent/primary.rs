@@ -282,9 +282,7 @@ impl Task {
         match self.jobs.try_send(job) {
             // An encoder that has ended told why, and the core acts on that.
             Ok(()) | Err(TrySendError::Disconnected(_)) => {}
-            Err(TrySendError::Full(job)) => {
-                panic!("the encoder's queue is full at {job:?}: the pipeline is too long for it")
-            }
+            Err(TrySendError::Full(_)) => panic!("the encoder's queue is full: the pipeline is too long for it"),
         }
     }
 
@@ -306,7 +304,10 @@ impl Task {
         let now = clock::now();
         let later = self.flights.split_off(&(through + 1));
         for (epoch, flight) in std::mem::replace(&mut self.flights, later) {
-            self.observe(epoch, &flight, now);
+            // The epochs before output is held wait for the rehearsal, not for the standby: they would spoil the figures.
+            if flight.binding {
+                self.observe(epoch, &flight, now);
+            }
         }
     }
 
@@ -381,6 +382,10 @@ impl Task {
             RehearsalResult::Fails { reason } => {
                 Err(ErrorBody::new(ErrorKind::Failed, format!("the standby's copy does not load: {reason}"))
                     .advise("the VM runs on here; it is not protected until its copy loads"))
+            }
+            RehearsalResult::Busy => {
+                Err(ErrorBody::new(ErrorKind::Refused, "the standby is busy with another rehearsal; this one was not tried")
+                    .advise("nothing has changed; ask again when the other one is over"))
             }
         };
         for reply in self.rehearsals.drain(..) {
