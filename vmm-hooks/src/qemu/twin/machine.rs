@@ -21,7 +21,7 @@ use crate::qemu::cmdline::qmp_path;
 use crate::qemu::qmp::{Qmp, QmpError};
 use crate::qemu::ram::{self, RamBlock};
 use crate::sys::memory::{BlockMemory, SharedMemory};
-use crate::sys::process::{PidFd, ProcessMemory};
+use crate::sys::process::{PidFd, ProcessError, ProcessMemory};
 
 /// How long a QEMU may take until its monitor answers.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,7 +30,10 @@ const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a killed one may take to end.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often a QEMU that must not run is killed again, and its maker says that it waits.
+const KILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How often a QEMU that starts is asked whether it listens.
 const RETRY: Duration = Duration::from_millis(2);
@@ -250,9 +253,28 @@ impl Machine {
     }
 
     /// Lets the guest run.
-    pub(super) fn cont(&mut self) -> Result<(), GuestError> {
-        self.qmp.execute("cont", json!({}))?;
-        Ok(())
+    ///
+    /// A QEMU that was told so and does not say yes may run at any later time, beside the primary. It is killed, and
+    /// this returns only once its end is confirmed, however long that takes: so an error means that it does not run.
+    pub(super) fn run(mut self) -> Result<Self, GuestError> {
+        let Err(error) = self.qmp.execute("cont", json!({})) else { return Ok(self) };
+        let error = GuestError::from(error);
+        self.kill_for_sure();
+        let message = format!("twin {} was told to run and did not confirm it: {}", self.name, error.message);
+        Err(GuestError { message, kind: GuestErrorKind::Failed, ..error }.advise("it was ended and does not run"))
+    }
+
+    fn kill_for_sure(&mut self) {
+        while let Err(error) = self.process.kill_confirmed(KILL_AGAIN) {
+            let pid = self.process.pid();
+            tracing::error!(twin = self.name, pid, %error, "a twin that must not run has not ended; killing it again");
+            if !matches!(error, ProcessError::NotConfirmed { .. }) {
+                let _ = self.process.wait_exit(KILL_AGAIN);
+            }
+        }
+        if let Some(mut child) = self.child.take() {
+            let _ = child.wait();
+        }
     }
 
     /// Tells the network where the guest is now, a few times.
@@ -354,4 +376,41 @@ fn write_block(target: &ProcessMemory, host: u64, ours: &SharedMemory) -> Result
         at += length as u64;
     }
     Ok(())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// A process whose monitor closes instead of answering `cont`, while the process lives.
+    pub(in crate::qemu::twin) fn breaks_at_cont(run_dir: &Path) -> Machine {
+        let child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("cat is installed");
+        let process = PidFd::open(child.id()).expect("it lives");
+        let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
+        thread::spawn(move || {
+            writeln!(theirs, r#"{{"QMP":{{"version":{{}}}}}}"#).expect("the client reads");
+            for line in BufReader::new(theirs.try_clone().expect("a second handle")).lines() {
+                let request: Value = serde_json::from_str(&line.expect("a line")).expect("the client sends JSON");
+                if request["execute"] == "cont" {
+                    return;
+                }
+                writeln!(theirs, "{}", json!({ "return": [], "id": request["id"] })).expect("the client reads");
+            }
+        });
+        let qmp = Qmp::over(ours).expect("it greets");
+        let name = "test".to_owned();
+        Machine { name, run_dir: run_dir.to_owned(), process, child: Some(child), qmp, blocks: Vec::new() }
+    }
+
+    #[test]
+    fn what_does_not_confirm_that_it_runs_is_dead_before_anybody_hears_of_it() {
+        let machine = breaks_at_cont(Path::new("/"));
+        let process = machine.process().clone();
+        let error = machine.run().expect_err("it did not say yes");
+        assert!(process.has_exited(), "it may run later");
+        assert_eq!(error.kind, GuestErrorKind::Failed);
+    }
 }

@@ -92,7 +92,7 @@ impl TwinHost for QemuTwinHost {
             machine: None,
             taps,
             fence: Arc::new(TwinFence::default()),
-            activated: false,
+            stage: Stage::Waits,
             rehearsals: 0,
             run_dir,
         };
@@ -148,6 +148,17 @@ impl Drop for RunDir {
     }
 }
 
+/// How far a twin is. There is no way back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Its memory is what was committed.
+    Waits,
+    /// It was told to run and ended before it said yes. It may have written to its memory.
+    Spoiled,
+    /// It runs.
+    Runs,
+}
+
 /// A QEMU that waits to go on where the primary stood. Dropping it ends it, unless it was activated.
 #[derive(Debug)]
 struct QemuTwin {
@@ -160,7 +171,7 @@ struct QemuTwin {
     machine: Option<Machine>,
     taps: Vec<Tap>,
     fence: Arc<TwinFence>,
-    activated: bool,
+    stage: Stage,
     rehearsals: u32,
     /// Removed last.
     run_dir: RunDir,
@@ -232,6 +243,31 @@ impl QemuTwin {
         Err(GuestError::new(GuestErrorKind::Failed, message))
     }
 
+    /// Only memory that is what was committed may be loaded.
+    fn check_waits(&self) -> Result<(), GuestError> {
+        let (message, advice) = match self.stage {
+            Stage::Waits => return Ok(()),
+            Stage::Runs => (format!("{} was activated before", self.name), "it runs; nothing was changed"),
+            Stage::Spoiled => (
+                format!("{} was told to run once and ended, so its memory may not be what was committed", self.name),
+                "it does not run and will not; the primary's copy is the one that counts, protect it again",
+            ),
+        };
+        Err(GuestError::new(GuestErrorKind::Failed, message).advise(advice))
+    }
+
+    /// Lets the loaded machine run. On an error it is gone for sure.
+    fn go_on(&mut self) -> Result<&mut Machine, GuestError> {
+        let Some(machine) = self.machine.take() else {
+            return Err(GuestError::new(GuestErrorKind::Failed, format!("{} is gone", self.name)));
+        };
+        self.stage = Stage::Spoiled;
+        let machine = machine.run()?;
+        self.stage = Stage::Runs;
+        self.run_dir.keep = true;
+        Ok(self.machine.insert(machine))
+    }
+
     /// Loads into the machine that waits, launching one if there is none.
     fn load(&mut self, device: &[u8]) -> Result<(), GuestError> {
         let mut machine = match self.machine.take().filter(|machine| !machine.process().has_exited()) {
@@ -251,6 +287,7 @@ impl Twin for QemuTwin {
     }
 
     fn rehearse(&mut self, device: &[u8]) -> Result<Rehearsal, GuestError> {
+        self.check_waits()?;
         self.check_state(device)?;
         self.rehearsals += 1;
         let run_dir = RunDir::make(&self.run_dir.path, &format!("r{}", self.rehearsals))?;
@@ -266,9 +303,7 @@ impl Twin for QemuTwin {
     }
 
     fn activate(&mut self, device: &[u8]) -> Result<Activation, GuestError> {
-        if self.activated {
-            return Err(GuestError::new(GuestErrorKind::Failed, format!("{} was activated before", self.name)));
-        }
+        self.check_waits()?;
         self.check_state(device)?;
         let started = Instant::now();
         let mut relaunched = 0;
@@ -288,13 +323,8 @@ impl Twin for QemuTwin {
         }
         let load = started.elapsed();
         let resuming = Instant::now();
-        let Some(machine) = &mut self.machine else {
-            return Err(GuestError::new(GuestErrorKind::Failed, format!("{} is gone", self.name)));
-        };
-        machine.cont()?;
+        let machine = self.go_on()?;
         let resume = resuming.elapsed();
-        self.activated = true;
-        self.run_dir.keep = true;
         // It runs; that the network learns of it only by its own frames is no failure.
         if let Err(error) = machine.announce() {
             tracing::warn!(twin = self.name, %error, "cannot announce the guest to the network");
@@ -321,7 +351,7 @@ impl Twin for QemuTwin {
 
     fn release(mut self: Box<Self>) -> Result<Survivor, GuestError> {
         let alive = self.alive();
-        match self.machine.take().filter(|_| self.activated && alive) {
+        match self.machine.take().filter(|_| self.stage == Stage::Runs && alive) {
             Some(machine) => {
                 let pid = machine.process().pid();
                 machine.let_go();
@@ -339,7 +369,7 @@ impl Twin for QemuTwin {
 
 impl Drop for QemuTwin {
     fn drop(&mut self) {
-        if self.activated {
+        if self.stage == Stage::Runs {
             if let Some(machine) = self.machine.take() {
                 machine.let_go();
             }
@@ -364,6 +394,7 @@ fn find_binary(wanted: &Path) -> Result<PathBuf, GuestError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::Block;
 
     #[test]
     fn directories_of_the_same_name_do_not_meet_and_vanish() {
@@ -375,6 +406,50 @@ mod tests {
         let gone = first.path.clone();
         drop(first);
         assert!(!gone.exists() && second.path.exists());
+    }
+
+    /// A twin with this machine and one page of memory.
+    fn twin(parent: &Path, machine: impl FnOnce(&Path) -> Machine) -> QemuTwin {
+        let layout = Layout::new(vec![Block { name: "pc.ram".to_owned(), pages: 1 }]).expect("a layout");
+        let run_dir = RunDir::make(parent, "test").expect("room");
+        let recipe = QemuRecipe {
+            name: "test".to_owned(),
+            argv: Vec::new(),
+            cwd: PathBuf::new(),
+            exe: PathBuf::new(),
+            version: String::new(),
+            machine: "pc".to_owned(),
+            backends: Vec::new(),
+            taps: Vec::new(),
+        };
+        QemuTwin {
+            name: "test".to_owned(),
+            recipe,
+            binary: PathBuf::new(),
+            bridges: BTreeMap::new(),
+            memory: Arc::new(BlockMemory::new("test", &layout).expect("room")),
+            machine: Some(machine(&run_dir.path)),
+            taps: Vec::new(),
+            fence: Arc::new(TwinFence::default()),
+            stage: Stage::Waits,
+            rehearsals: 0,
+            run_dir,
+        }
+    }
+
+    #[test]
+    fn a_twin_that_may_have_run_is_dead_and_never_used_again() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let mut twin = twin(parent.path(), machine::tests::breaks_at_cont);
+        let process = twin.machine.as_ref().expect("it waits").process().clone();
+        assert_eq!(twin.go_on().map(drop).expect_err("it does not confirm").kind, GuestErrorKind::Failed);
+        assert!(process.has_exited() && !twin.alive());
+        for error in [twin.activate(&[]).map(drop), twin.rehearse(&[]).map(drop)] {
+            let error = error.expect_err("its memory may not be what was committed");
+            assert!(error.message.contains("may not be what was committed"), "{error}");
+        }
+        Box::new(twin).destroy().expect("nothing is left");
+        assert_eq!(fs::read_dir(parent.path()).expect("a directory").count(), 0);
     }
 
     #[test]
