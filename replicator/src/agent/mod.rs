@@ -172,6 +172,14 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         binary: config.standby.qemu.clone(),
         bridges: config.standby.bridges.clone(),
     });
+    // Before any primary can ask for a new one.
+    let twins = sessions::blocking(move || {
+        for path in twins.remove_leftovers() {
+            tracing::info!(path = %path.display(), "removed a twin that a former life of this agent left waiting");
+        }
+        twins
+    });
+    let twins = twins.await.map_err(|error| std::io::Error::other(error.message))?;
     let agent = Arc::new(Agent {
         config,
         identity,

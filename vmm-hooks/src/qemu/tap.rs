@@ -23,7 +23,9 @@ impl Tap {
             Some(_) => None,
             None => {
                 ip(&["tuntap", "add", "dev", ifname, "mode", "tap"])?;
-                Some(Self { ifname: ifname.to_owned() })
+                let made = Self { ifname: ifname.to_owned() };
+                raise_address(ifname)?;
+                Some(made)
             }
         };
         if let Some(bridge) = bridge {
@@ -66,6 +68,39 @@ impl Drop for Tap {
     }
 }
 
+/// Gives a new tap a hardware address that is higher than others. A bridge without an address of its own takes its ports'
+/// lowest: when such a tap came and went, the host itself would change its address and be unreachable for seconds.
+fn raise_address(ifname: &str) -> Result<(), GuestError> {
+    let shown = look(&["-j", "link", "show", "dev", ifname]);
+    let address = shown.as_ref().and_then(|shown| shown.pointer("/0/address")).and_then(Value::as_str);
+    match address.and_then(raised) {
+        Some(address) => ip(&["link", "set", "dev", ifname, "address", &address]),
+        None => Ok(()),
+    }
+}
+
+/// The address with the highest first byte that a single, locally administered interface can have.
+fn raised(address: &str) -> Option<String> {
+    let (_, rest) = address.split_once(':')?;
+    Some(format!("fe:{rest}"))
+}
+
+/// Whether there is an interface of this name.
+pub(super) fn exists(ifname: &str) -> bool {
+    look(&["-j", "link", "show", "dev", ifname]).is_some()
+}
+
+/// Removes a tap that was made for a process that is gone. One that a process holds again stays.
+pub(super) fn remove_unused(ifname: &str) -> Result<(), GuestError> {
+    let Some(shown) = look(&["-j", "link", "show", "dev", ifname]) else { return Ok(()) };
+    // The kernel gives a tap its carrier while a process holds it.
+    let flags = shown.pointer("/0/flags").and_then(Value::as_array);
+    if flags.is_some_and(|flags| flags.iter().any(|flag| flag == "LOWER_UP")) {
+        return Ok(());
+    }
+    ip(&["link", "delete", "dev", ifname])
+}
+
 /// The bridge and the MTU of an interface in the network of process `pid`.
 pub(super) fn describe(pid: u32, ifname: &str) -> (Option<String>, Option<u32>) {
     let shown = if same_network(pid) {
@@ -103,4 +138,15 @@ fn ip(arguments: &[&str]) -> Result<(), GuestError> {
     }
     let reason = String::from_utf8_lossy(&output.stderr).trim().to_owned();
     Err(GuestError::new(GuestErrorKind::Refused, format!("`{shown}` failed: {reason}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_raised_address_keeps_what_makes_it_unique() {
+        assert_eq!(raised("0a:b1:c2:d3:e4:f5").as_deref(), Some("fe:b1:c2:d3:e4:f5"));
+        assert_eq!(raised("none"), None);
+    }
 }

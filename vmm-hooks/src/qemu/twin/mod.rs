@@ -3,6 +3,7 @@
 //! Promise: the committed memory is ours. Guest RAM lies in memfds that the twin maps shared, all other blocks beside it, so that
 //! neither a twin that dies while loading nor a rehearsal harms it. Nothing is emitted before [`Twin::activate`].
 
+mod leftovers;
 mod machine;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,7 @@ use self::machine::{Launch, Machine, TwinFence};
 use super::cmdline::{Backend, Network, Plan, qmp_path, rewrite};
 use super::recipe::QemuRecipe;
 use super::state::is_loadable;
-use super::tap::Tap;
+use super::tap::{self, Tap};
 use crate::guest::{
     Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
 };
@@ -78,6 +79,10 @@ impl TwinHost for QemuTwinHost {
         let memory = BlockMemory::new(name, layout)
             .map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
         let run_dir = RunDir::make(&self.options.run_dir, name)?;
+        let missing = recipe.taps.iter().map(|tap| tap.ifname.as_str()).filter(|ifname| !tap::exists(ifname));
+        leftovers::note_taps(&run_dir.path, missing).map_err(|error| {
+            GuestError::new(GuestErrorKind::Refused, format!("cannot write to {}", run_dir.path.display())).because(error)
+        })?;
         let mut taps = Vec::new();
         for tap in &recipe.taps {
             let bridge = tap.bridge.as_ref().map(|bridge| self.options.bridges.get(bridge).unwrap_or(bridge).as_str());
