@@ -115,6 +115,12 @@ counter! {
     Epoch
 }
 
+impl Epoch {
+    /// No epoch is numbered this high or higher: a peer's number that is, is its fault. At 1000 epochs a second it takes 290
+    /// million years.
+    pub const BOUND: Self = Self(u64::MAX / 2);
+}
+
 /// A node in one of its lives.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
 pub struct Party {

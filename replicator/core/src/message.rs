@@ -40,6 +40,8 @@ pub enum RehearsalResult {
         /// Why, in words.
         reason: String,
     },
+    /// It was not tried: another rehearsal is under way, or the standby takes no epochs any more. Says nothing about the copy.
+    Busy,
 }
 
 /// What the two sides of a replication connection tell each other.
@@ -118,6 +120,11 @@ pub enum PeerMessage {
         state: ProtectionState,
         /// Why, in words.
         reason: String,
+    },
+    /// To the primary: the operator here asked for a rehearsal, it begins, and acknowledgements may be late.
+    Rehearsing {
+        /// Which epoch.
+        epoch: Epoch,
     },
 }
 
@@ -232,6 +239,7 @@ mod tests {
                 load: Duration::from_micros(load.into()),
             }),
             ".{0,40}".prop_map(|reason| RehearsalResult::Fails { reason }),
+            Just(RehearsalResult::Busy),
         ]
     }
 
@@ -267,6 +275,7 @@ mod tests {
             epoch().prop_map(|epoch| PeerMessage::Planned { epoch }),
             (0..ProtectionState::ALL.len(), ".{0,40}")
                 .prop_map(|(state, reason)| PeerMessage::Status { state: ProtectionState::ALL[state], reason }),
+            epoch().prop_map(|epoch| PeerMessage::Rehearsing { epoch }),
         ]
     }
 
@@ -284,6 +293,7 @@ mod tests {
             PeerMessage::Unprotect => 9,
             PeerMessage::Planned { .. } => 10,
             PeerMessage::Status { .. } => 11,
+            PeerMessage::Rehearsing { .. } => 12,
         }
     }
 

@@ -22,7 +22,7 @@
 //! | 0..16 | vm id |
 //! | 16..24 | generation, u64 |
 //! | 24..32 | incarnation of the sender, u64 |
-//! | 32..40 | epoch, u64 |
+//! | 32..40 | epoch, u64, below 2^63 - 1 |
 //! | 40..48 | pages of the whole memory layout, u64 |
 //! | 48..52 | flags, u32: bit 0 binding, bit 1 sync chunk, bit 2 device state present (exactly if bit 1 is not set), bit 3 device state is a delta; others 0 |
 //! | 52..56 | device state bytes, u32, at most [`MAX_DEVICE_BYTES`](super::MAX_DEVICE_BYTES); 0 without bit 2 |
@@ -39,6 +39,8 @@
 //! | 20..24 | digest, u32: CRC-32 over the crc fields of all frames before this one, 4 little-endian bytes each, in order |
 //! | 24..28 | CRC-32 of the whole device state, u32; 0 without device state |
 //! | 28..32 | reserved, 0 |
+
+use heartbeat_core::ids::Epoch;
 
 use super::MAX_PAYLOAD;
 
@@ -313,6 +315,9 @@ impl StreamHead {
         // An epoch has device state, a sync chunk has none: memory that is newer than its device state is of no use.
         if flags & !FLAGS != 0 || set(FLAG_SYNC) == set(FLAG_DEVICE) || (set(FLAG_DEVICE_DELTA) && !set(FLAG_DEVICE)) {
             return Err(FrameError::Field { field: "flags" });
+        }
+        if get_u64(bytes, 32) >= Epoch::BOUND.0 {
+            return Err(FrameError::Field { field: "epoch" });
         }
         let length = get_u32(bytes, 52);
         if length as usize > super::MAX_DEVICE_BYTES || (length != 0 && !set(FLAG_DEVICE)) {

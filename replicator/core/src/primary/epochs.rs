@@ -41,6 +41,8 @@ pub(super) struct Epochs {
     /// The epoch that the guest is in.
     next: Epoch,
     capturing: Option<Capturing>,
+    /// The capture that was under way when the guest went: its report may have been on its way.
+    forgotten: Option<Epoch>,
     in_flight: VecDeque<InFlight>,
     failures: u32,
     /// When the guest last began to run.
@@ -55,6 +57,7 @@ impl Epochs {
         Self {
             next: first,
             capturing: None,
+            forgotten: None,
             in_flight: VecDeque::new(),
             failures: 0,
             resumed: Time::ZERO,
@@ -94,14 +97,21 @@ impl Epochs {
         self.capturing.as_mut().is_some_and(|capture| !core::mem::replace(&mut capture.cancelled, true))
     }
 
-    /// The guest is gone: no report will come.
+    /// The guest is gone: no report need come, and one that does is of no use.
     pub(super) fn forget_capture(&mut self) {
-        self.capturing = None;
+        if let Some(capture) = self.capturing.take() {
+            self.forgotten = Some(capture.epoch);
+        }
     }
 
-    pub(super) fn end_capture(&mut self, epoch: Epoch) -> Capturing {
+    /// Ends the capture of `epoch`; `None` if it was forgotten meanwhile.
+    pub(super) fn end_capture(&mut self, epoch: Epoch) -> Option<Capturing> {
+        if self.forgotten == Some(epoch) {
+            self.forgotten = None;
+            return None;
+        }
         let capture = self.capturing.take().filter(|capture| capture.epoch == epoch);
-        capture.expect("a report about a capture that was not asked for")
+        Some(capture.expect("a report about a capture that was not asked for"))
     }
 
     pub(super) fn captured(&mut self, report: &CaptureReport, now: Time) {
@@ -121,13 +131,13 @@ impl Epochs {
         self.resumed = report.paused_at + report.pause;
     }
 
-    /// How many captures failed in a row, cancelled ones not counted.
-    pub(super) fn capture_failed(&mut self, epoch: Epoch, now: Time) -> u32 {
-        if !self.end_capture(epoch).cancelled {
+    /// How many captures failed in a row, cancelled ones not counted; `None` if this one was forgotten.
+    pub(super) fn capture_failed(&mut self, epoch: Epoch, now: Time) -> Option<u32> {
+        if !self.end_capture(epoch)?.cancelled {
             self.failures += 1;
             self.retry_at = now + RETRY_AFTER * self.failures;
         }
-        self.failures
+        Some(self.failures)
     }
 
     pub(super) fn sent(&mut self, now: Time, epoch: Epoch) {
@@ -148,6 +158,11 @@ impl Epochs {
             self.progress = now;
         }
         news
+    }
+
+    /// What was not acknowledged until now is not held against the standby.
+    pub(super) fn excuse(&mut self, now: Time) {
+        self.progress = now;
     }
 
     /// When the oldest epoch is too old. Its size counts only while it is being sent: a large epoch on a slow link is no suspicion.

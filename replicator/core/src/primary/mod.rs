@@ -13,6 +13,7 @@ mod tests;
 
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
+use core::time::Duration;
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
 use heartbeat_core::ownership::{Ownership, OwnershipOutput, Verdict, Want};
@@ -22,12 +23,23 @@ use heartbeat_core::time::Time;
 pub use self::io::{CaptureReport, GuestEvent, Operator, Output, PrimaryConfig};
 
 use self::epochs::Epochs;
-use self::steps::{After, Leaving, Phase, Planned, Stopping};
+use self::steps::{Leaving, Phase, Planned, Stopping};
 use crate::message::{CloseCode, PeerMessage, RehearsalResult};
 use crate::pacing::{Pacer, Pacing};
 use crate::release::ReleaseRule;
 use crate::state::ProtectionState;
 use crate::stats::PrimaryStats;
+
+/// How long a rehearsal on demand excuses late acknowledgements: the standby may be busy with it.
+const REHEARSAL_EXCUSES: Duration = Duration::from_secs(5);
+
+/// A rehearsal on demand, from the word that it begins until its result.
+#[derive(Clone, Copy, Debug)]
+struct Rehearsal {
+    /// What it is called between us and the standby.
+    epoch: Epoch,
+    excused_until: Time,
+}
 
 /// The machine of one protection on the primary.
 ///
@@ -51,12 +63,16 @@ pub struct Primary {
     silent: bool,
     /// The oldest epoch is too old.
     late: bool,
+    /// A rehearsal on demand that is under way on the standby.
+    rehearsal: Option<Rehearsal>,
     /// We left the guest paused.
     paused: bool,
     /// Somebody else did.
     paused_by_other: bool,
     /// The guest shut down or died; it does not run again here.
     ended: bool,
+    /// It shut down: nobody may revive it.
+    shut_down: bool,
     /// The record named this pair once.
     was_protected: bool,
     /// It cannot be captured any more.
@@ -92,6 +108,8 @@ impl Primary {
             paused: false,
             paused_by_other: false,
             ended: false,
+            shut_down: false,
+            rehearsal: None,
             was_protected: false,
             broken: false,
             outputs: VecDeque::new(),
@@ -120,6 +138,7 @@ impl Primary {
                 self.handle_acknowledged(now, generation, incarnation, epoch);
             }
             PeerMessage::Rehearsed { epoch, result } => self.handle_rehearsed(now, epoch, result),
+            PeerMessage::Rehearsing { epoch } => self.handle_rehearsing(now, epoch),
             PeerMessage::Status { .. } => {}
             PeerMessage::Hello { .. }
             | PeerMessage::Prepare { .. }
@@ -163,13 +182,21 @@ impl Primary {
 
     /// The capture that was asked for is done.
     ///
+    /// One that the guest's end overtook is put back.
+    ///
     /// # Panics
-    /// If no capture of this epoch is under way.
+    /// If no capture of this epoch was asked for.
     pub fn handle_captured(&mut self, now: Time, report: CaptureReport) {
         if let Phase::Finished = self.phase {
             return;
         }
-        let capture = self.epochs.end_capture(report.epoch);
+        let Some(capture) = self.epochs.end_capture(report.epoch) else {
+            self.epochs.skip(&report);
+            self.stats.put_back += 1;
+            self.outputs.push_back(Output::PutBack { epoch: report.epoch });
+            self.advance(now);
+            return;
+        };
         self.paused |= capture.stay_paused;
         self.stats.captured += 1;
         self.stats.pages += report.pages;
@@ -202,14 +229,16 @@ impl Primary {
 
     /// The capture that was asked for failed, and the guest runs; what was harvested has been put back.
     ///
+    /// One that the guest's end overtook is ignored.
+    ///
     /// # Panics
-    /// If no capture of this epoch is under way.
+    /// If no capture of this epoch was asked for.
     pub fn handle_capture_failed(&mut self, now: Time, epoch: Epoch, retryable: bool, reason: &str) {
         if let Phase::Finished = self.phase {
             return;
         }
         self.stats.capture_failures += 1;
-        let failures = self.epochs.capture_failed(epoch, now);
+        let Some(failures) = self.epochs.capture_failed(epoch, now) else { return };
         if !retryable || failures > self.config.capture_retries {
             self.capture_broken(now, reason);
         }
@@ -246,17 +275,28 @@ impl Primary {
         self.advance(now);
     }
 
-    /// How the rehearsal went.
+    /// The standby's operator asked for a rehearsal, and it begins.
+    pub fn handle_rehearsing(&mut self, now: Time, epoch: Epoch) {
+        // If we asked meanwhile, ours was not tried. The time that is excused does not grow.
+        self.rehearsal_begins(now, epoch);
+        self.advance(now);
+    }
+
+    /// How the rehearsal went. One that was not tried says nothing about the copy.
     pub fn handle_rehearsed(&mut self, now: Time, epoch: Epoch, result: RehearsalResult) {
-        match (&self.phase, result) {
-            (Phase::Rehearsing { epoch: asked }, RehearsalResult::Loads { .. }) if *asked == epoch => {
-                self.phase = Phase::CatchUp { epoch: self.epochs.next() };
+        if self.rehearsal.is_some_and(|rehearsal| rehearsal.epoch == epoch) {
+            self.rehearsal = None;
+            // What piled up behind it may take as long as ever, counted from here.
+            self.epochs.excuse(now);
+        }
+        match result {
+            RehearsalResult::Loads { .. } => {
+                if matches!(self.phase, Phase::Rehearsing { epoch: asked, .. } if asked == epoch) {
+                    self.phase = Phase::CatchUp { epoch: self.epochs.next() };
+                }
             }
-            (Phase::Rehearsing { epoch: asked }, RehearsalResult::Fails { reason }) if *asked == epoch => {
-                self.give_up(now, ProtectionState::Unprotected, &reason);
-            }
-            (Phase::Protected, RehearsalResult::Fails { reason }) => self.contest(now, After::Degrade(reason), false),
-            _ => {}
+            RehearsalResult::Fails { reason } => self.copy_fails(now, &reason),
+            RehearsalResult::Busy => self.rehearse_later(now, epoch),
         }
         self.advance(now);
     }
@@ -321,7 +361,7 @@ impl Primary {
         let done = match ask {
             Operator::Unprotect => self.unprotect(now),
             Operator::Failover => self.planned_failover(now),
-            Operator::Rehearse => self.rehearse_again(),
+            Operator::Rehearse => self.rehearse_again(now),
         };
         self.advance(now);
         done.map_err(ToString::to_string)
@@ -342,6 +382,7 @@ impl Primary {
                 Some(*until)
             }
             Phase::Binding { until, .. } => *until,
+            Phase::Rehearsing { again_at, .. } => *again_at,
             Phase::Contesting { stalled_at, .. } => *stalled_at,
             _ => None,
         };
@@ -417,8 +458,10 @@ impl Primary {
         }
     }
 
+    /// When the oldest epoch is too old. A rehearsal excuses it for a bounded time.
     fn deadline(&self) -> Option<Time> {
-        self.epochs.deadline(self.config.acknowledge_within, self.config.bytes_per_second)
+        let at = self.epochs.deadline(self.config.acknowledge_within, self.config.bytes_per_second)?;
+        Some(self.rehearsal.map_or(at, |rehearsal| at.max(rehearsal.excused_until)))
     }
 
     /// Everything that follows by itself from what was put in.
@@ -442,6 +485,11 @@ impl Primary {
         if let Phase::Finished = self.phase {
             self.outputs.push_back(Output::Finished);
         }
+    }
+
+    fn rehearsal_begins(&mut self, now: Time, epoch: Epoch) {
+        let excused_until = self.rehearsal.map_or(now + REHEARSAL_EXCUSES, |rehearsal| rehearsal.excused_until);
+        self.rehearsal = Some(Rehearsal { epoch, excused_until });
     }
 
     fn peer_fault(&mut self, now: Time, reason: &str) {

@@ -18,6 +18,12 @@ use crate::state::ProtectionState;
 /// How long the store may be silent before the operator is told that the VM stalls.
 const STALL_SHOWN_AFTER: Duration = Duration::from_secs(1);
 
+/// How long after a standby was busy it is asked again for the first rehearsal.
+const REHEARSE_AGAIN_AFTER: Duration = Duration::from_millis(200);
+
+/// How often it is asked again: with the wait above, 10 s of being busy with another rehearsal.
+const REHEARSE_AGAIN_AT_MOST: u32 = 50;
+
 /// What follows once this node owns the VM alone.
 #[derive(Clone, Debug)]
 pub(super) enum After {
@@ -36,7 +42,6 @@ pub(super) struct Leaving {
     pub(super) tell: bool,
     /// The record is ours alone and shall say that the VM runs here.
     pub(super) owned: bool,
-    pub(super) opened: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -71,6 +76,10 @@ pub(super) enum Phase {
     },
     Rehearsing {
         epoch: Epoch,
+        /// How often the standby was busy.
+        busy: u32,
+        /// When to ask again, if it was.
+        again_at: Option<Time>,
     },
     /// What was written during the rehearsal, so that the first held epoch is small.
     CatchUp {
@@ -156,7 +165,7 @@ impl Primary {
             assert!(!self.ownership.is_exposed(), "gave up while a pair may be recorded");
             self.ownership.want(now, Want::Nothing);
             let (reason, tell) = (reason.into(), self.prepared);
-            self.leaving(Leaving { state, reason, tell, owned: false, opened: false });
+            self.leaving(Leaving { state, reason, tell, owned: false });
         }
     }
 
@@ -206,7 +215,7 @@ impl Primary {
     }
 
     pub(super) fn guest_shut_down(&mut self, now: Time, gone: bool) {
-        self.ended = true;
+        (self.ended, self.shut_down) = (true, true);
         if gone {
             self.epochs.forget_capture();
         }
@@ -225,19 +234,23 @@ impl Primary {
         }
     }
 
-    /// A guest that died never contests; what another node may hold is told to that node.
+    /// A guest that died never contests; what another node may hold is told to that node. The end of a process whose guest shut
+    /// down is no death: it is stopped, and nobody revives it.
     pub(super) fn guest_died(&mut self, now: Time, how: &str) {
         self.ended = true;
         self.epochs.forget_capture();
         let can_be_saved = match &self.phase {
             Phase::Idle | Phase::Finished | Phase::Lost | Phase::Dead { .. } => return,
-            Phase::Leaving(leaving) => leaving.owned && !leaving.opened,
+            Phase::Stopping(Stopping::Draining { .. }) => return self.mark_stopped(now),
+            Phase::Stopping(Stopping::Marking) => return,
+            Phase::Leaving(_) if self.shut_down => return,
+            Phase::Leaving(leaving) => leaving.owned,
             phase => !phase.is_before_asking(),
         };
         if !can_be_saved {
             self.ownership.want(now, Want::Nothing);
             let (reason, tell) = (format!("the guest died: {how}"), self.prepared);
-            self.leaving(Leaving { state: ProtectionState::Error, reason, tell, owned: false, opened: false });
+            self.leaving(Leaving { state: ProtectionState::Error, reason, tell, owned: false });
             return;
         }
         if self.connected {
@@ -285,10 +298,14 @@ impl Primary {
         }
     }
 
-    pub(super) fn rehearse_again(&mut self) -> Result<(), &'static str> {
+    pub(super) fn rehearse_again(&mut self, now: Time) -> Result<(), &'static str> {
         match &self.phase {
+            Phase::Protected if self.rehearsal.is_some() => {
+                Err("a rehearsal is under way already; ask again when it is over")
+            }
             Phase::Protected if self.connected => {
                 let epoch = self.epochs.next();
+                self.rehearsal_begins(now, epoch);
                 self.outputs.push_back(Output::Peer(PeerMessage::Rehearse { epoch }));
                 Ok(())
             }
@@ -296,10 +313,36 @@ impl Primary {
         }
     }
 
+    /// The standby's copy does not load: it is nothing to count on.
+    pub(super) fn copy_fails(&mut self, now: Time, reason: &str) {
+        match &mut self.phase {
+            Phase::Pairing { .. } | Phase::Protected | Phase::Planned(Planned::Draining { .. }) => {
+                self.contest(now, After::Degrade(reason.into()), false);
+            }
+            Phase::Contesting { recoverable, .. } => *recoverable = false,
+            _ => self.give_up(now, ProtectionState::Unprotected, reason),
+        }
+    }
+
+    /// The standby was busy with another rehearsal. Only the first one is waited for: nothing goes on without it.
+    pub(super) fn rehearse_later(&mut self, now: Time, epoch: Epoch) {
+        match &mut self.phase {
+            Phase::Rehearsing { epoch: asked, busy, again_at } if *asked == epoch => {
+                *busy += 1;
+                *again_at = Some(now + REHEARSE_AGAIN_AFTER);
+                if *busy > REHEARSE_AGAIN_AT_MOST {
+                    let reason = "the standby was too long busy with another rehearsal; protect again when it is over";
+                    self.give_up(now, ProtectionState::Unprotected, reason);
+                }
+            }
+            _ => {}
+        }
+    }
+
     pub(super) fn after_acknowledgement(&mut self, now: Time, epoch: Epoch) {
         match &self.phase {
             Phase::FirstEpoch { epoch: first } if epoch >= *first => {
-                self.phase = Phase::Rehearsing { epoch };
+                self.phase = Phase::Rehearsing { epoch, busy: 0, again_at: None };
                 self.show(ProtectionState::Syncing, "the standby proves that its copy loads");
                 self.outputs.push_back(Output::Peer(PeerMessage::Rehearse { epoch }));
             }
@@ -421,14 +464,17 @@ impl Primary {
             }
             _ => (ProtectionState::Degraded, "an earlier ask to go alone was granted".into(), false),
         };
-        self.leaving(Leaving { state, reason, tell, owned: !self.ended, opened: false });
+        self.leaving(Leaving { state, reason, tell, owned: !self.ended });
         self.cancel_capture();
     }
 
-    /// The record is ours alone and came from a pair: it can be given back.
+    /// The record is ours alone and came from this session's pair: it can be given back. One from before this session says
+    /// nothing: output was open since, whether or not the record says that the VM ran here.
     fn was_paired(&self) -> bool {
-        let owner = self.ownership.record().map(|record| record.owner);
-        matches!(owner, Some(Owner::Solo { activated: false, other: Some(_), .. }))
+        self.ownership.record().is_some_and(|record| {
+            let from_pair = matches!(record.owner, Owner::Solo { activated: false, other: Some(_), .. });
+            from_pair && record.generation > self.session()
+        })
     }
 
     /// Another node owns the VM, or may (P5): mute at once, destroyed only when the record says that it runs there.
@@ -456,13 +502,7 @@ impl Primary {
             // Nobody can run it any more: what it still said may be heard.
             self.ownership.want(now, Want::Nothing);
             let reason = "the guest shut down".into();
-            self.leaving(Leaving {
-                state: ProtectionState::Unprotected,
-                reason,
-                tell: true,
-                owned: false,
-                opened: false,
-            });
+            self.leaving(Leaving { state: ProtectionState::Unprotected, reason, tell: true, owned: false });
         } else {
             self.outputs.push_back(Output::Mute);
             self.rule.shut();
@@ -487,6 +527,11 @@ impl Primary {
         match &mut self.phase {
             Phase::Reading { until } if now >= *until => {
                 self.give_up(now, ProtectionState::Unprotected, "the witness does not answer");
+            }
+            Phase::Rehearsing { epoch, again_at, .. } if again_at.is_some_and(|at| now >= at) => {
+                *again_at = None;
+                let epoch = *epoch;
+                self.outputs.push_back(Output::Peer(PeerMessage::Rehearse { epoch }));
             }
             Phase::Binding { until, .. } if self.silent || until.is_some_and(|until| now >= until) => {
                 self.give_up(now, ProtectionState::Unprotected, "the standby did not acknowledge the first held epoch");
@@ -540,37 +585,34 @@ impl Primary {
     }
 
     /// The last steps, once no capture is under way (it would begin to hold again what is opened here).
+    ///
+    /// They wait for nobody. That the VM runs here is written once, and its loss costs nothing: a copy elsewhere is destroyed
+    /// for other reasons (P9), and a later session gives nothing back that is older than its own pair.
     pub(super) fn leave(&mut self, now: Time) {
         self.cancel_capture_if_leaving();
-        let Phase::Leaving(leaving) = &mut self.phase else { return };
-        if !leaving.opened {
-            if self.epochs.is_capturing() {
-                return;
-            }
-            leaving.opened = true;
-            let Leaving { state, reason, tell, owned, .. } = leaving.clone();
-            self.put_back_all();
-            self.resume();
-            if self.rule.is_holding() {
-                self.rule.open();
-                self.outputs.push_back(Output::OpenOutput);
-            }
-            if tell && self.connected {
-                self.outputs.push_back(Output::Peer(PeerMessage::Unprotect));
-            }
-            self.show(state, &reason);
-            if owned {
-                self.ownership.want(now, Want::Activated);
-            }
-        }
         let Phase::Leaving(leaving) = &self.phase else { return };
-        if !leaving.owned || self.ownership.is_fulfilled() {
-            if self.connected {
-                self.outputs.push_back(Output::Close(CloseCode::Done));
-            }
-            self.outputs.push_back(Output::Detach);
-            self.phase = Phase::Finished;
+        if self.epochs.is_capturing() {
+            return;
         }
+        let Leaving { state, reason, tell, owned } = leaving.clone();
+        self.put_back_all();
+        self.resume();
+        if self.rule.is_holding() {
+            self.rule.open();
+            self.outputs.push_back(Output::OpenOutput);
+        }
+        if tell && self.connected {
+            self.outputs.push_back(Output::Peer(PeerMessage::Unprotect));
+        }
+        self.show(state, &reason);
+        if owned {
+            self.ownership.want(now, Want::Activated);
+        }
+        if self.connected {
+            self.outputs.push_back(Output::Close(CloseCode::Done));
+        }
+        self.outputs.push_back(Output::Detach);
+        self.phase = Phase::Finished;
     }
 
     fn cancel_capture_if_leaving(&mut self) {

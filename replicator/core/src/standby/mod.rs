@@ -63,6 +63,8 @@ pub struct Standby {
     binding: Option<Epoch>,
     acknowledged: Option<Epoch>,
     connected: bool,
+    /// Since when it is not.
+    lost_at: Option<Time>,
     silent: bool,
     /// The primary said that its protection ends.
     told_unprotect: bool,
@@ -82,8 +84,8 @@ pub struct Standby {
 
 #[derive(Clone, Copy, Debug)]
 struct Rehearsing {
-    /// What the primary called it; `None` if the operator here asked.
-    asked: Option<Epoch>,
+    /// What the primary calls it.
+    epoch: Epoch,
 }
 
 impl Standby {
@@ -101,6 +103,7 @@ impl Standby {
             binding: None,
             acknowledged: None,
             connected: true,
+            lost_at: None,
             silent: false,
             told_unprotect: false,
             asked: false,
@@ -139,10 +142,9 @@ impl Standby {
         match message {
             PeerMessage::Rehearse { epoch } => {
                 if self.rehearsing.is_none() && self.acknowledged.is_some() && self.may_acknowledge() {
-                    self.rehearse(Rehearsing { asked: Some(epoch) });
+                    self.rehearse(epoch);
                 } else {
-                    let reason = "a rehearsal is under way, or there is no whole epoch to rehearse".into();
-                    self.tell(PeerMessage::Rehearsed { epoch, result: RehearsalResult::Fails { reason } });
+                    self.tell(PeerMessage::Rehearsed { epoch, result: RehearsalResult::Busy });
                 }
             }
             PeerMessage::Binding { epoch } => self.binding = self.binding.or(Some(epoch)),
@@ -165,7 +167,8 @@ impl Standby {
             | PeerMessage::Prepared
             | PeerMessage::Refused { .. }
             | PeerMessage::Acknowledge { .. }
-            | PeerMessage::Rehearsed { .. } => self.peer_fault(now, "the primary sent what only a standby sends"),
+            | PeerMessage::Rehearsed { .. }
+            | PeerMessage::Rehearsing { .. } => self.peer_fault(now, "the primary sent what only a standby sends"),
         }
         self.advance(now);
     }
@@ -174,7 +177,7 @@ impl Standby {
     /// the epoch's header.
     pub fn handle_staged(&mut self, now: Time, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
         let of_this_session = generation == self.config.generation && incarnation == self.config.primary.incarnation;
-        let in_order = self.acknowledged.is_none_or(|last| epoch == last.next());
+        let in_order = epoch < Epoch::BOUND && self.acknowledged.is_none_or(|last| epoch == last.next());
         if !of_this_session || !self.may_acknowledge() || !in_order {
             self.stats.discarded += 1;
             self.outputs.push_back(Output::Discard { epoch });
@@ -204,8 +207,7 @@ impl Standby {
                 self.rehearsed = self.rehearsed.or(self.acknowledged);
             }
             // The primary decides what a failed one means; it gets the operator's too.
-            let epoch = rehearsing.asked.or(self.acknowledged).unwrap_or_default();
-            self.tell(PeerMessage::Rehearsed { epoch, result });
+            self.tell(PeerMessage::Rehearsed { epoch: rehearsing.epoch, result });
         }
         self.advance(now);
     }
@@ -262,11 +264,11 @@ impl Standby {
                 self.suspect(now, true, "the primary is silent");
             }
             Suspicion::ConnectionLost => {
-                self.connected = false;
+                self.disconnect(now);
                 self.suspect(now, false, "the replication connection is lost");
             }
             Suspicion::Restarted => {
-                self.connected = false;
+                self.disconnect(now);
                 self.suspect(now, false, "the primary's agent restarted");
             }
         }
@@ -308,10 +310,11 @@ impl Standby {
         if self.rehearsing.is_some() {
             return Err("a rehearsal is under way already".into());
         }
-        if self.acknowledged.is_none() || !self.may_acknowledge() {
+        let Some(epoch) = self.acknowledged.filter(|_| self.may_acknowledge()) else {
             return Err("this host holds no whole copy that could be rehearsed".into());
-        }
-        self.rehearse(Rehearsing { asked: None });
+        };
+        self.tell(PeerMessage::Rehearsing { epoch });
+        self.rehearse(epoch);
         self.advance(now);
         Ok(())
     }
@@ -321,10 +324,17 @@ impl Standby {
     /// # Errors
     /// One sentence for the operator: why not. Then nothing changed.
     pub fn handle_operator_discard(&mut self, now: Time) -> Result<(), String> {
+        // What was read while the primary was still there may be older than its ask for the pair.
+        let read_since = self.lost_at.is_some_and(|lost| self.ownership.stats().last_answer > Some(lost));
         let never_named = !self.connected && self.may_acknowledge() && !self.is_named() && !self.asked;
-        let kept_for_nobody = self.phase == Phase::Frozen || never_named;
-        if !kept_for_nobody {
+        if self.phase != Phase::Frozen && !never_named {
             return Err("this copy may be needed: end the protection on the primary instead".into());
+        }
+        if self.phase != Phase::Frozen && self.may_be_named() && !read_since {
+            return Err(
+                "the record may name this copy, and the witness did not answer since the primary was lost: bring the witness back first"
+                    .into(),
+            );
         }
         self.destroy("the operator threw the copy away");
         self.advance(now);
@@ -425,9 +435,10 @@ impl Standby {
         }
     }
 
-    fn rehearse(&mut self, rehearsing: Rehearsing) {
+    /// `called`: what the primary calls it.
+    fn rehearse(&mut self, called: Epoch) {
         let epoch = self.acknowledged.expect("checked by the callers");
-        self.rehearsing = Some(rehearsing);
+        self.rehearsing = Some(Rehearsing { epoch: called });
         self.outputs.push_back(Output::Rehearse { epoch });
     }
 
@@ -445,10 +456,19 @@ impl Standby {
     }
 
     fn peer_fault(&mut self, now: Time, reason: &str) {
-        if core::mem::replace(&mut self.connected, false) {
+        if self.disconnect(now) {
             self.outputs.push_back(Output::Close(CloseCode::Unexpected));
         }
         self.suspect(now, false, reason);
+    }
+
+    /// Whether it was connected.
+    fn disconnect(&mut self, now: Time) -> bool {
+        let was = core::mem::replace(&mut self.connected, false);
+        if was {
+            self.lost_at = Some(now);
+        }
+        was
     }
 
     fn advance(&mut self, now: Time) {

@@ -1,6 +1,7 @@
 //! Streams from a peer that means harm, or from a wire that damages: never a panic, never more memory than granted, and
 //! an epoch is staged only if all of it is right.
 
+use heartbeat_core::ids::Epoch;
 use proptest::prelude::*;
 
 use super::super::encode::Encoder;
@@ -336,7 +337,8 @@ proptest! {
         let device = (!sync).then_some(frame::DeviceHead { length, base });
         let id = StreamId { vm: [7; 16], generation, incarnation, epoch, binding, sync };
         let head = StreamHead { id, layout_pages: epoch ^ generation, device };
-        prop_assert_eq!(StreamHead::parse(&head.to_bytes()), Ok(head));
+        let bounded = if epoch < Epoch::BOUND.0 { Ok(head) } else { Err(FrameError::Field { field: "epoch" }) };
+        prop_assert_eq!(StreamHead::parse(&head.to_bytes()), bounded);
         let trailer = frame::Trailer { pages: epoch, bytes: generation, frames: length, digest: 5, device_crc: 6 };
         prop_assert_eq!(frame::Trailer::parse(&trailer.to_bytes()), Ok(trailer));
     }
