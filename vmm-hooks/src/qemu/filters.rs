@@ -109,7 +109,7 @@ fn chardevs(qmp: &mut Qmp) -> Result<Vec<(String, String)>, QmpError> {
 }
 
 /// Removes what an agent that died left in a QEMU: filters, sockets, tracking. Says what it was. The guest's output passes
-/// by itself afterwards, so the caller must know that no twin of it runs. A guest that was left paused stays paused.
+/// by itself afterwards, so the caller must know that no twin of it runs. A guest that the agent left paused runs again.
 ///
 /// # Errors
 /// If something had to be left in it.
@@ -123,6 +123,11 @@ pub fn remove_leftovers(target: &Target) -> Result<Vec<String>, GuestError> {
     }
     if !removed.is_empty() && qmp.has("set-action") && !cmdline::shutdown_pauses(&process.command_line()?) {
         qmp.execute("set-action", json!({ "shutdown": "poweroff" }))?;
+    }
+    // A protected guest runs but for our pauses, and without its agent nobody ends one.
+    if !removed.is_empty() && qmp.execute("query-status", json!({}))?["status"] == "paused" {
+        qmp.execute("cont", json!({}))?;
+        removed.push("a pause: the guest runs again".to_owned());
     }
     Ok(removed)
 }

@@ -35,6 +35,9 @@ const COMPARE_EVERY: u64 = 16;
 /// How long a closed monitor is taken for a dying process.
 const DYING: Duration = Duration::from_secs(1);
 
+/// How often leaving tries to take the filters out.
+const OPEN_TRIES: u32 = 3;
+
 /// A running QEMU that we are attached to.
 #[derive(Debug)]
 pub struct QemuGuest {
@@ -51,11 +54,19 @@ pub struct QemuGuest {
     gate: Arc<QemuGate>,
     netdevs: Vec<String>,
     shape: Shape,
-    /// We stopped it, and nobody has let it go on since.
+    /// We told it to stop, and nobody has let it go on since.
     paused: bool,
+    /// QEMU has said since that it stands.
+    stands: bool,
+    /// STOP events to come that are ours.
+    own_stops: u32,
+    /// RESUME events to come that are ours.
+    own_resumes: u32,
+    /// There may be filters of ours in QEMU.
+    filtered: bool,
     /// Its owner stopped it, or it shut itself down.
     paused_by_owner: bool,
-    /// Somebody else let it run while we had stopped it.
+    /// It ran while we had stopped it: somebody else let it, or a `cont` of ours came late.
     resumed_behind_us: bool,
     /// A guest's shutdown pauses QEMU instead of ending it, by our doing.
     shutdown_pauses: bool,
@@ -128,6 +139,10 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
         netdevs,
         shape,
         paused: false,
+        stands: false,
+        own_stops: 0,
+        own_resumes: 0,
+        filtered: false,
         paused_by_owner: false,
         resumed_behind_us: false,
         shutdown_pauses,
@@ -193,6 +208,16 @@ impl QemuGuest {
     fn take_event(&mut self, event: &QmpEvent) {
         let text = |name: &str| event.data.get(name).and_then(Value::as_str).unwrap_or_default();
         match event.name.as_str() {
+            "STOP" if self.own_stops > 0 => {
+                self.own_stops -= 1;
+                self.paused = true;
+                self.resumed_behind_us = false;
+            }
+            "RESUME" if self.own_resumes > 0 => {
+                self.own_resumes -= 1;
+                self.resumed_behind_us |= self.paused;
+                self.paused = false;
+            }
             "STOP" if !self.paused && !self.paused_by_owner => {
                 self.paused_by_owner = true;
                 self.events.push(GuestEvent::Paused);
@@ -308,11 +333,9 @@ impl QemuGuest {
         self.state.read(&mut into.device)?;
         self.take_events();
         if self.resumed_behind_us {
-            return Err(GuestError::new(
-                GuestErrorKind::Failed,
-                "somebody else let the guest run while it was captured",
-            )
-            .advise("nothing is lost, the epoch is captured again; keep other programs from pausing and resuming it"));
+            return Err(GuestError::new(GuestErrorKind::Failed, "the guest was let run while it was captured").advise(
+                "nothing is lost, the epoch is captured again; keep other programs from pausing and resuming it",
+            ));
         }
         Ok(())
     }
@@ -329,12 +352,74 @@ impl QemuGuest {
             return Err(GuestError::new(GuestErrorKind::Failed, "this copy of the guest was muted for good")
                 .advise("it may not be heard again; fence it"));
         }
-        let mut result = self.open_output();
+        let mut opened = self.open_output();
+        for _ in 1..OPEN_TRIES {
+            if opened.is_ok() || self.process.has_exited() {
+                break;
+            }
+            opened = self.open_output();
+        }
+        if opened.is_err() && self.filtered {
+            // Even if it cannot be stopped for that: its frames get out of order at worst.
+            opened = self.remove_filters();
+        }
+        let mut result = opened;
         result = result.and(self.ledger.disarm().map_err(GuestError::from));
         result = result.and(self.set_shutdown("poweroff"));
         let closed = self.state.close(&mut self.qmp);
         result = result.and(self.judge(closed));
-        result.and(self.resume())
+        // Last of all, because it may end QEMU.
+        let ended = self.end_if_shut_down();
+        result.and(ended.and_then(|ended| if ended { Ok(()) } else { self.resume() }))
+    }
+
+    /// Releases what is held and takes the filters out. The gate's sockets are closed whatever happens: a guest that keeps a
+    /// filter is mute until this is called again and succeeds.
+    fn remove_filters(&mut self) -> Result<(), GuestError> {
+        let mut emitted = true;
+        if self.gate.is_installed() {
+            let deadline = Instant::now() + FLUSH_TIMEOUT;
+            emitted = self.gate.flush(deadline);
+            self.gate.half_close();
+            emitted &= matches!(filters::wait_drained(&mut self.qmp, deadline), Ok(true));
+        }
+        let removed = filters::remove(&mut self.qmp);
+        self.gate.uninstall();
+        self.judge(removed)?;
+        self.filtered = false;
+        if !emitted {
+            tracing::warn!(pid = self.process.pid(), "QEMU did not take all held frames in time; some were dropped");
+        }
+        Ok(())
+    }
+
+    /// Ends QEMU if its guest shut down and only our doing kept it from ending then. Whether it did.
+    fn end_if_shut_down(&mut self) -> Result<bool, GuestError> {
+        // Its owner wants it to stay, or it cannot be kept.
+        if !self.shutdown_pauses {
+            return Ok(false);
+        }
+        let status = self.run("query-status", json!({}))?;
+        if status.get("status").and_then(Value::as_str) != Some("shutdown") {
+            return Ok(false);
+        }
+        let asked = self.qmp.send("quit", json!({}));
+        let asked = self.judge(asked)?;
+        self.qmp.forget(&asked);
+        if self.process.wait_exit(KILL_TIMEOUT) {
+            return Ok(true);
+        }
+        Err(GuestError::new(GuestErrorKind::Failed, "the guest has shut down, but its QEMU does not end")
+            .advise("nothing runs in it any more; end its process"))
+    }
+
+    /// After the reply of a `stop` or `cont`, or its lack: the events that it caused came before it.
+    fn settle(&mut self, answer: &Result<Value, QmpError>) {
+        self.take_events();
+        if matches!(answer, Ok(_) | Err(QmpError::Refused { .. })) {
+            // Everything sent earlier is done, too; what did not change the state made no event.
+            (self.own_stops, self.own_resumes) = (0, 0);
+        }
     }
 }
 
@@ -353,27 +438,43 @@ impl Guest for QemuGuest {
 
     fn pause(&mut self) -> Result<(), GuestError> {
         self.take_events();
-        if self.paused {
+        if self.paused && self.stands {
             return Ok(());
         }
-        self.resumed_behind_us = false;
         let asked = self.qmp.send("stop", json!({}));
         let asked = self.judge(asked)?;
+        // From here on it will stand, however late the answer comes.
+        self.own_stops += 1;
+        (self.paused, self.stands, self.resumed_behind_us) = (true, false, false);
         let stopped = self.qmp.collect(asked);
+        self.settle(&stopped);
+        if let Err(error) = &stopped {
+            if matches!(error, QmpError::Refused { .. }) || self.paused_by_owner {
+                self.paused = false;
+            } else if let Ok(late) = self.qmp.send("cont", json!({})) {
+                // QEMU does it after the `stop`: the guest runs on as soon as it can.
+                self.qmp.forget(&late);
+                self.own_resumes += 1;
+                self.paused = false;
+            }
+        }
         self.judge(stopped)?;
-        // The STOP event came before the reply and is ours.
-        self.paused = true;
-        self.take_events();
+        self.stands = true;
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
         if self.paused && !self.paused_by_owner {
-            let asked = self.qmp.execute("cont", json!({}));
-            self.judge(asked)?;
+            let asked = self.qmp.send("cont", json!({}));
+            let asked = self.judge(asked)?;
+            self.own_resumes += 1;
+            self.stands = false;
+            let resumed = self.qmp.collect(asked);
+            self.paused = resumed.is_err();
+            self.settle(&resumed);
+            self.judge(resumed)?;
         }
-        let was_paused = std::mem::replace(&mut self.paused, false);
-        self.drop_own_resume(was_paused);
+        (self.paused, self.stands) = (false, false);
         self.resumes += 1;
         if self.resumes.is_multiple_of(COMPARE_EVERY) && self.comparing.is_none() {
             let asked = self.start_comparing();
@@ -421,6 +522,11 @@ impl Guest for QemuGuest {
             self.gate.seal(epoch);
             return Ok(());
         }
+        if self.filtered {
+            // An earlier attempt to take them out failed.
+            self.remove_filters()?;
+        }
+        self.filtered = true;
         let ports = filters::install(&mut self.qmp, &self.netdevs);
         let installed = self.judge(ports).and_then(|ports| {
             self.gate.install(ports, epoch).map_err(|error| {
@@ -428,8 +534,8 @@ impl Guest for QemuGuest {
             })
         });
         if installed.is_err() {
-            // The guest stands: nothing has been captured yet.
-            let _ = filters::remove(&mut self.qmp);
+            // The guest stands: nothing has been captured yet. What cannot be taken out now is tried again later.
+            let _ = self.remove_filters();
         }
         installed
     }
@@ -438,26 +544,17 @@ impl Guest for QemuGuest {
         if self.gate.is_shut() {
             return Err(GuestError::new(GuestErrorKind::Failed, "the gate was shut for good"));
         }
-        if !self.gate.is_installed() {
+        if !self.filtered {
             return Ok(());
         }
         // Stopped, so that no new frame overtakes one that was held.
         let was_paused = self.paused;
         self.pause()?;
-        let deadline = Instant::now() + FLUSH_TIMEOUT;
-        let flushed = self.gate.flush(deadline);
-        self.gate.half_close();
-        let emitted = filters::wait_drained(&mut self.qmp, deadline);
-        let removed = filters::remove(&mut self.qmp);
-        self.gate.uninstall();
+        let removed = self.remove_filters();
         if !was_paused {
             self.resume()?;
         }
-        self.judge(removed)?;
-        if !flushed || !self.judge(emitted)? {
-            tracing::warn!(pid = self.process.pid(), "QEMU did not take all held frames in time; some were dropped");
-        }
-        Ok(())
+        removed
     }
 
     fn events(&mut self) -> Vec<GuestEvent> {
@@ -482,24 +579,6 @@ impl Guest for QemuGuest {
             let message = format!("something of ours may be left in QEMU {}: {}", self.process.pid(), error.message);
             GuestError { message, ..error }
         })
-    }
-}
-
-impl QemuGuest {
-    /// Drops the RESUME event that our own `cont` made, and keeps the others.
-    fn drop_own_resume(&mut self, was_paused: bool) {
-        if !was_paused || self.paused_by_owner {
-            return;
-        }
-        let Ok(events) = self.qmp.poll_events() else { return };
-        let mut ours = true;
-        for event in events {
-            if ours && event.name == "RESUME" {
-                ours = false;
-            } else {
-                self.take_event(&event);
-            }
-        }
     }
 }
 

@@ -198,6 +198,12 @@ impl Qmp {
         self.collect_within(pending, REPLY_TIMEOUT)
     }
 
+    /// Gives up the reply of a command that was sent; QEMU does the command all the same.
+    pub(super) fn forget(&mut self, pending: &Pending) {
+        self.waiting.remove(&pending.id);
+        self.replies.remove(&pending.id);
+    }
+
     /// Whether the reply of a command is there; [`Self::collect`] will then not wait.
     pub(super) fn ready(&mut self, pending: &Pending) -> Result<bool, QmpError> {
         self.take_in()?;
