@@ -2,14 +2,14 @@
 
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use heartbeat::trust::pairing::{self, ParseCodeError};
 use heartbeat::trust::{self, PairError, Peer, WindowLimits};
 use tokio::sync::oneshot;
 
 use super::sessions::blocking;
-use super::{Agent, Request};
+use super::{Agent, Request, STOP_WITHIN};
 use crate::cli::MAX_PAIRING;
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
@@ -22,6 +22,8 @@ use crate::control::doctor;
 /// How often a pairing window's address is tried, and the time between.
 const BIND_TRIES: u32 = 20;
 const BIND_AGAIN: Duration = Duration::from_millis(25);
+/// How often it is looked whether a task that ends has ended.
+const ENDING_LOOK: Duration = Duration::from_millis(2);
 
 pub(super) fn not_known(name: &str) -> ErrorBody {
     ErrorBody::new(ErrorKind::NotProtected, format!("no VM called {name} is protected or stands by on this host"))
@@ -51,6 +53,16 @@ impl Agent {
         let (reply, answer) = oneshot::channel();
         requests.send(request(reply)).await.map_err(|_| ended(name))?;
         answer.await.map_err(|_| ended(name))?
+    }
+
+    /// Waits, for a bounded time, until the task of a VM has ended that said so, and lets go of it: who is told that a
+    /// protection is over may ask for the next one at once.
+    async fn let_end(&self, name: &str) {
+        let deadline = Instant::now() + STOP_WITHIN;
+        while self.vms().get(name).is_some_and(|vm| !vm.task.is_finished()) && Instant::now() < deadline {
+            tokio::time::sleep(ENDING_LOOK).await;
+        }
+        self.forget_ended(name);
     }
 
     fn peer_status(&self, peer: Peer) -> PeerStatus {
@@ -128,7 +140,7 @@ impl AgentApi for Agent {
         }
         self.ask(&name, Request::Unprotect).await?;
         let status = self.vm_status(&name).await?;
-        self.forget_ended(&name);
+        self.let_end(&name).await;
         Ok(status)
     }
 
