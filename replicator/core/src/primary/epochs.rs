@@ -86,6 +86,12 @@ impl Epochs {
         self.capturing.is_some()
     }
 
+    /// Whether a driver may report this capture: it is under way, or was when the guest went.
+    #[cfg(test)]
+    pub(super) fn awaits_report(&self, epoch: Epoch) -> bool {
+        self.is_capturing() || self.forgotten == Some(epoch)
+    }
+
     pub(super) fn begin_capture(&mut self, hold: bool, stay_paused: bool) -> Epoch {
         assert!(self.capturing.is_none(), "two captures at once");
         self.capturing = Some(Capturing { epoch: self.next, hold, stay_paused, cancelled: false });

@@ -247,6 +247,76 @@ fn an_epoch_out_of_order_is_the_peers_fault() {
     assert_eq!(bench.standby.acknowledged(), Some(Epoch(3)));
 }
 
+/// P27.
+#[test]
+fn a_second_rehearsal_is_not_tried_and_fails_nothing() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_operator_rehearse(bench.now).expect("it holds a copy");
+    assert_eq!(
+        bench.take(),
+        [Output::Peer(PeerMessage::Rehearsing { epoch: Epoch(3) }), Output::Rehearse { epoch: Epoch(3) }]
+    );
+    bench.standby.handle_peer(bench.now, PeerMessage::Rehearse { epoch: Epoch(4) });
+    let busy = PeerMessage::Rehearsed { epoch: Epoch(4), result: RehearsalResult::Busy };
+    assert_eq!(bench.take(), [Output::Peer(busy)]);
+    let loads = RehearsalResult::Loads { launch: Duration::ZERO, load: Duration::ZERO };
+    bench.stage(4);
+    bench.take();
+    bench.standby.handle_rehearsed(bench.now, loads.clone());
+    let done = PeerMessage::Rehearsed { epoch: Epoch(3), result: loads };
+    assert_eq!(bench.take(), [Output::Peer(done)], "under the name that was announced");
+}
+
+/// P11: no number of the peer's makes ours overflow.
+#[test]
+fn an_epoch_over_the_bound_is_the_peers_fault() {
+    for high in [u64::MAX, Epoch::BOUND.0] {
+        let mut bench = Bench::new();
+        bench.stage(high);
+        let outputs = bench.take();
+        assert!(outputs.contains(&Output::Close(CloseCode::Unexpected)), "{outputs:?}");
+        assert_eq!(bench.standby.acknowledged(), None);
+    }
+    let mut bench = Bench::new();
+    bench.stage(Epoch::BOUND.0 - 1);
+    bench.take();
+    bench.stage(Epoch::BOUND.0);
+    assert!(bench.take().contains(&Output::Close(CloseCode::Unexpected)));
+}
+
+/// P9: nobody throws away what the record may name, as long as it cannot be read.
+#[test]
+fn a_copy_that_may_be_named_is_not_discarded_while_the_store_is_silent() {
+    let whole = || {
+        let mut bench = Bench::new();
+        bench.standby.handle_peer(bench.now, PeerMessage::Binding { epoch: Epoch(2) });
+        bench.stage(1);
+        bench.stage(2);
+        bench.answer();
+        bench.wait(Duration::from_millis(1));
+        bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+        bench.collect();
+        bench
+    };
+    let mut bench = whole();
+    assert!(bench.standby.handle_operator_discard(bench.now).is_err(), "what was read is older than the loss");
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    bench.standby.handle_operator_discard(bench.now).expect("the record names nobody");
+    assert!(bench.take().contains(&Output::Destroy));
+
+    let mut bench = whole();
+    bench.becomes(pair());
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert!(bench.standby.handle_operator_discard(bench.now).is_err(), "it names this copy");
+    assert!(!bench.take().contains(&Output::Destroy));
+
+    let mut bench = Bench::new();
+    bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+    bench.standby.handle_operator_discard(bench.now).expect("it was never whole");
+}
+
 proptest! {
     /// P4: whatever happens, acknowledgements are in order and none follows the mark; the mark names the last one; nothing is
     /// said after the end, and a copy that may have to run is not destroyed.
