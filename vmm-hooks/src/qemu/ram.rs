@@ -13,6 +13,9 @@ use super::qmp::{Qmp, QmpError};
 /// Bound on the heap that is searched: 1 GiB.
 const HEAP_MAX: u64 = 1 << 30;
 
+/// How often a QEMU whose heap changes is looked at.
+const LOOKS_MAX: usize = 5;
+
 /// How far before its name the numbers of a block's record may be.
 const RECORD_REACH: usize = 128;
 
@@ -42,6 +45,8 @@ pub(super) enum RamError {
     Proc { pid: u32, what: &'static str, source: std::io::Error },
     #[error("`info ramblock` has a line that cannot be read: {line}")]
     Unreadable { line: String },
+    #[error("QEMU's memory changes faster than it can be read")]
+    Changing,
     #[error("QEMU has no RAM block")]
     None,
     #[error("the RAM block {name} cannot be found in QEMU's memory")]
@@ -54,18 +59,27 @@ pub(super) enum RamError {
 
 /// Finds all RAM blocks of a QEMU, in the order in which they were made.
 pub(super) fn find(qmp: &mut Qmp, pid: u32) -> Result<Vec<RamBlock>, RamError> {
+    let mut looks = 1;
+    loop {
+        match look(qmp, pid) {
+            // The heap may have grown or moved its records between one reading and the next.
+            Err(RamError::NotFound { .. } | RamError::NotMapped { .. } | RamError::Changing) if looks < LOOKS_MAX => {
+                looks += 1;
+            }
+            found => return found,
+        }
+    }
+}
+
+/// Looks for the blocks once.
+fn look(qmp: &mut Qmp, pid: u32) -> Result<Vec<RamBlock>, RamError> {
     let mut listed = parse_ramblock(&qmp.hmp("info ramblock")?)?;
     if listed.is_empty() {
         return Err(RamError::None);
     }
     listed.sort_by_key(|block| block.offset);
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).map_err(|source| RamError::Proc {
-        pid,
-        what: "maps",
-        source,
-    })?;
-    let maps = parse_maps(&maps);
     let views = mapped_blocks(qmp, &listed)?;
+    let maps = read_maps(pid)?;
     let heap = read_heap(pid, &maps)?;
     for block in &mut listed {
         let mut candidates = records(&heap, block);
@@ -187,9 +201,14 @@ fn lonely_mappings(maps: &[Mapping], total: u64) -> Vec<u64> {
         .collect()
 }
 
+fn read_maps(pid: u32) -> Result<Vec<Mapping>, RamError> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"));
+    maps.map(|maps| parse_maps(&maps)).map_err(|source| RamError::Proc { pid, what: "maps", source })
+}
+
+/// The heap by these maps, or [`RamError::Changing`] if a part of it is gone.
 fn read_heap(pid: u32, maps: &[Mapping]) -> Result<Vec<u8>, RamError> {
-    let failed = |source| RamError::Proc { pid, what: "mem", source };
-    let mem = File::open(format!("/proc/{pid}/mem")).map_err(failed)?;
+    let mem = File::open(format!("/proc/{pid}/mem")).map_err(|source| RamError::Proc { pid, what: "mem", source })?;
     let mut heap = Vec::new();
     for map in maps.iter().filter(|map| map.name == "[heap]") {
         let length = map.end - map.start;
@@ -198,15 +217,7 @@ fn read_heap(pid: u32, maps: &[Mapping]) -> Result<Vec<u8>, RamError> {
         }
         let old = heap.len();
         heap.resize(old + usize::try_from(length).expect("bounded above"), 0);
-        // The heap may have shrunk since the maps were read; what is gone holds no record.
-        let mut read = old;
-        while read < heap.len() {
-            match mem.read_at(&mut heap[read..], map.start + (read - old) as u64) {
-                Ok(0) | Err(_) => break,
-                Ok(length) => read += length,
-            }
-        }
-        heap.truncate(read);
+        mem.read_exact_at(&mut heap[old..], map.start).map_err(|_| RamError::Changing)?;
     }
     Ok(heap)
 }
@@ -343,6 +354,22 @@ mod tests {
         heap.extend(record(0x7f00_1000_0000, 0x508_0000, "0000:00:02.0/vga.ro"));
         heap.extend(record(0x7f00_2000_0000, 0x509_0000, "0000:00:02.0/vga.rom"));
         assert_eq!(records(&heap, &wanted), vec![0x7f00_0000_0000]);
+    }
+
+    #[test]
+    fn a_heap_that_shrank_after_its_maps_were_read_is_looked_at_again() {
+        const PAGE: usize = 4096;
+        let bytes = vec![7_u8; 4 * PAGE];
+        let start = (bytes.as_ptr() as u64).next_multiple_of(PAGE as u64);
+        let heap = |start, end| Mapping { start, end, readable: true, writable: true, name: "[heap]".to_owned() };
+        let read = |maps: &[Mapping]| read_heap(std::process::id(), maps);
+        let whole = read(&[heap(start, start + 2 * PAGE as u64)]).expect("it is ours");
+        assert_eq!(whole, vec![7; 2 * PAGE]);
+        // Nothing is mapped below the lowest address that a process may use.
+        let gone = read(&[heap(start, start + PAGE as u64), heap(0x1000, 0x2000)]);
+        assert!(matches!(gone, Err(RamError::Changing)), "{gone:?}");
+        let gone = read_heap(u32::MAX, &[]);
+        assert!(matches!(gone, Err(RamError::Proc { what: "mem", .. })), "{gone:?}");
     }
 
     #[test]

@@ -361,7 +361,15 @@ mod tests {
 
     /// A process that waits for its standard input.
     fn child() -> Child {
-        Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("cat is installed")
+        let child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("cat is installed");
+        // In the middle of `exec` it has no command line, and before it another program's.
+        let process = PidFd::open(child.id()).expect("it lives");
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while process.command_line().expect("it lives") != ["cat"] {
+            assert!(Instant::now() < deadline, "the program does not start");
+            std::thread::yield_now();
+        }
+        child
     }
 
     #[test]
