@@ -172,14 +172,15 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         binary: config.standby.qemu.clone(),
         bridges: config.standby.bridges.clone(),
     });
-    // Before any primary can ask for a new one.
-    let twins = sessions::blocking(move || {
-        for path in twins.remove_leftovers() {
-            tracing::info!(path = %path.display(), "removed a twin that a former life of this agent left waiting");
-        }
-        twins
+    // Twins of a former life that never ran hold memory and taps, and nobody can activate them any more.
+    let swept = tokio::task::spawn_blocking(move || {
+        let removed = twins.remove_leftovers();
+        (twins, removed)
     });
-    let twins = twins.await.map_err(|error| std::io::Error::other(error.message))?;
+    let (twins, removed) = swept.await.map_err(std::io::Error::other)?;
+    if !removed.is_empty() {
+        tracing::warn!(?removed, "removed twins that a former life of this agent had left waiting");
+    }
     let agent = Arc::new(Agent {
         config,
         identity,
