@@ -46,7 +46,7 @@ impl World {
         let mut primary = Primary::new(config);
         primary.handle_start(self.now);
         self.hosts[host].primary = Some(primary);
-        self.hosts[host].muted = false;
+        (self.hosts[host].muted, self.hosts[host].told_shutdown) = (false, false);
         self.note(|_| format!("host {host} protects its guest"));
         for side in 0..2 {
             self.after(Duration::from_millis(1), Event::CheckConnection(side));
@@ -189,7 +189,8 @@ impl World {
                 }
             }
             Output::Rehearse { .. } => {
-                let wait = self.rng.micros(2_000, 40_000);
+                let longest = if self.rng.chance(800) { 40_000 } else { 400_000 };
+                let wait = self.rng.micros(2_000, longest);
                 let loads = !self.rng.chance(20);
                 self.after(wait, Event::Rehearsed(host, loads));
             }
@@ -201,8 +202,9 @@ impl World {
                 self.after(wait, Event::Marked(host, generation));
             }
             Output::Activate { epoch } => {
-                let wait = self.rng.micros(2_000, 60_000);
                 let runs = !self.rng.chance(self.options.activation_failures);
+                // One that fails is found out late: the primary has read of it meanwhile.
+                let wait = self.rng.micros(2_000, if runs { 60_000 } else { 900_000 });
                 self.after(wait, Event::Activated(host, epoch, runs));
             }
             Output::Destroy => {
@@ -431,6 +433,7 @@ impl World {
         };
         if let Some(standby) = &mut self.hosts[host].standby {
             standby.handle_rehearsed(now, result);
+            self.counts.rehearsed += u64::from(loads);
         }
         self.pump(host);
     }
@@ -463,7 +466,7 @@ impl World {
         let state = older.map_or(staged[&epoch], |(_, &state)| state);
         let result = if runs {
             self.counts.activations += 1;
-            self.hosts[host].guest = Some(Guest { state, running: true });
+            self.hosts[host].guest = Some(Guest { state, running: true, stopped: false });
             self.hosts[host].gate = super::host::Gate::default();
             ActivationResult::Runs { load: Duration::from_millis(2), resume: Duration::from_millis(1) }
         } else {

@@ -15,8 +15,10 @@ use super::history::State;
 #[derive(Debug)]
 pub(super) struct Guest {
     pub(super) state: State,
-    /// Its vCPUs run.
+    /// Its vCPUs run, as far as the agent is concerned.
     pub(super) running: bool,
+    /// Somebody else paused it.
+    pub(super) stopped: bool,
 }
 
 /// Frames that wait, with the epoch they are tagged with.
@@ -66,6 +68,8 @@ pub(super) struct Host {
     pub(super) staged: BTreeMap<Epoch, State>,
     /// Told to mute: a capture that ends leaves the guest paused.
     pub(super) muted: bool,
+    /// The primary's machine was told that its guest shut down.
+    pub(super) told_shutdown: bool,
     /// Only the wiring's mutants look at these.
     pub(super) asking_since: Option<Time>,
 }
@@ -91,6 +95,7 @@ impl Host {
             captured: BTreeMap::new(),
             staged: BTreeMap::new(),
             muted: false,
+            told_shutdown: false,
             asking_since: None,
         }
     }

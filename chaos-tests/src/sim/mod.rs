@@ -42,10 +42,11 @@ pub struct Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { epochs, pairings, activations, fenced, opened, muted, given_back } = self.counts;
+        let Counts { epochs, pairings, activations, fenced, opened, muted, given_back, rehearsed, latched } =
+            self.counts;
         write!(
             f,
-            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back}",
+            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched}",
             self.seed,
             self.violation.as_deref().unwrap_or("ok"),
             self.heard
@@ -84,6 +85,8 @@ pub fn run_many(first: u64, seeds: u64, wiring: Wiring) -> (Counts, Option<Outco
         sums.opened += outcome.counts.opened;
         sums.muted += outcome.counts.muted;
         sums.given_back += outcome.counts.given_back;
+        sums.rehearsed += outcome.counts.rehearsed;
+        sums.latched += outcome.counts.latched;
     }
     (sums, None)
 }

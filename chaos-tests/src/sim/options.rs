@@ -58,6 +58,12 @@ pub enum Fault {
     Planned,
     /// The operator asks the standby to take over.
     TakeOver,
+    /// The operator asks both sides to rehearse.
+    Rehearse,
+    /// Somebody pauses the guest and lets it go on later.
+    PauseGuest(Duration),
+    /// The guest shuts down, and a moment later its process has ended.
+    GuestShutsDownAndEnds,
     /// The operator protects the VM, where it runs, with the other host.
     Protect,
 }
@@ -75,6 +81,8 @@ pub struct Options {
     pub capture_failures: u64,
     /// Activations that fail, of 1000.
     pub activation_failures: u64,
+    /// The witness's writes that fail, of 1000. It answers nothing more then, until it restarts.
+    pub disk_failures: u64,
     /// The longest delay of an ordinary message, in microseconds.
     pub delay: u64,
     /// Epochs by `auto`, not fixed.
@@ -97,14 +105,16 @@ impl Options {
     pub fn draw(rng: &mut Rng) -> Self {
         let mut dial = |most: u64| if rng.chance(500) { 0 } else { rng.below(most + 1) };
         let (loss, doubled, straggle) = (dial(200), dial(200), dial(100));
-        let (capture_failures, activation_failures) = (dial(30), dial(900));
+        let (capture_failures, disk_failures, some) = (dial(30), dial(150), dial(900));
+        // In some runs no activation goes well.
+        let activation_failures = if rng.chance(250) { 1_000 } else { some };
         let mut faults = Vec::new();
         let mut killed = false;
         for _ in 0..rng.below(MAX_FAULTS + 1) {
             let at = Time::from_start(rng.micros(100_000, 2_200_000));
             let host = rng.index(2);
             let long = rng.micros(10_000, 1_500_000);
-            let fault = match rng.below(20) {
+            let fault = match rng.below(26) {
                 0..=2 if !killed => {
                     killed = true;
                     Fault::Kill(host)
@@ -121,7 +131,10 @@ impl Options {
                 15 => Fault::GuestChanged,
                 16 => Fault::Unprotect,
                 17 => Fault::Planned,
-                18 => Fault::TakeOver,
+                18 | 19 => Fault::TakeOver,
+                20 | 21 => Fault::Rehearse,
+                22 | 23 => Fault::PauseGuest(long),
+                24 => Fault::GuestShutsDownAndEnds,
                 _ => Fault::Protect,
             };
             faults.push((at, fault));
@@ -141,6 +154,7 @@ impl Options {
             straggle,
             capture_failures,
             activation_failures,
+            disk_failures,
             delay: if rng.chance(800) { 3_000 } else { 40_000 },
             auto: rng.chance(500),
             connection_timeout: rng.micros(100_000, 2_000_000),

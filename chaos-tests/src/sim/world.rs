@@ -22,6 +22,7 @@ use super::options::{Fault, Options, Wiring};
 use super::rng::Rng;
 
 pub(super) const VM: VmId = VmId([9; 16]);
+const STORE: StoreId = StoreId([5; 16]);
 const HEARTBEAT: Duration = Duration::from_millis(20);
 /// How long a stream that cannot pass waits before it is tried again.
 const RETRANSMIT: Duration = Duration::from_millis(15);
@@ -49,6 +50,10 @@ pub(super) enum Event {
     GenerationDurable(usize, Generation),
     Marked(usize, Generation),
     RecordDurable(u64),
+    RecordFailed(u64, Record),
+    WitnessRestarts,
+    GuestGoesOn(usize),
+    GuestEnds(usize),
     GuestSays(usize, GuestEvent),
     Lose(usize),
     Fault(Fault),
@@ -58,7 +63,7 @@ pub(super) enum Event {
 /// Which host's agent (or host) an event needs, and whether the agent is needed.
 fn target(event: &Event) -> Option<(usize, bool)> {
     match *event {
-        Event::GuestRuns(host) => Some((host, false)),
+        Event::GuestRuns(host) | Event::GuestGoesOn(host) | Event::GuestEnds(host) => Some((host, false)),
         Event::Deliver { to, .. } if to == WITNESS => None,
         Event::Stream { to: host, .. }
         | Event::Deliver { to: host, .. }
@@ -77,7 +82,11 @@ fn target(event: &Event) -> Option<(usize, bool)> {
         | Event::Marked(host, _)
         | Event::GuestSays(host, _)
         | Event::Lose(host) => Some((host, true)),
-        Event::RecordDurable(_) | Event::Fault(_) | Event::Healed => None,
+        Event::RecordDurable(_)
+        | Event::RecordFailed(..)
+        | Event::WitnessRestarts
+        | Event::Fault(_)
+        | Event::Healed => None,
     }
 }
 
@@ -122,6 +131,10 @@ pub struct Counts {
     pub muted: u64,
     /// Muted guests that resumed.
     pub given_back: u64,
+    /// Rehearsals that went well.
+    pub rehearsed: u64,
+    /// Writes of the witness that failed.
+    pub latched: u64,
 }
 
 pub(super) struct World {
@@ -144,6 +157,8 @@ pub(super) struct World {
     pub(super) trace: Option<Vec<String>>,
     cuts: Cuts,
     witness: Witness,
+    /// What a witness whose write failed will find when it restarts.
+    on_disk: Option<Option<Record>>,
     events: BinaryHeap<Reverse<Queued>>,
     number: u64,
 }
@@ -153,7 +168,7 @@ impl World {
         let mut rng = Rng::new(seed);
         let options = Options::draw(&mut rng);
         let histories = Histories::new();
-        let guest = Guest { state: histories.boot(), running: true };
+        let guest = Guest { state: histories.boot(), running: true, stopped: false };
         let mut world = Self {
             now: Time::ZERO,
             wiring,
@@ -169,7 +184,8 @@ impl World {
             last_heard: Time::ZERO,
             trace: traced.then(Vec::new),
             cuts: Cuts::default(),
-            witness: Witness::new(StoreId([5; 16]), []),
+            witness: Witness::new(STORE, []),
+            on_disk: None,
             events: BinaryHeap::new(),
             number: 0,
             options,
@@ -261,7 +277,29 @@ impl World {
                 self.witness.handle_persisted(token);
                 self.pump_witness();
             }
+            Event::RecordFailed(token, record) => {
+                let old = self.witness.record(VM).copied();
+                self.on_disk = Some(if self.rng.chance(500) { Some(record) } else { old });
+                self.witness.handle_persist_failed(token);
+                self.counts.latched += 1;
+                let wait = self.rng.micros(10_000, 900_000);
+                self.after(wait, Event::WitnessRestarts);
+            }
+            Event::WitnessRestarts => self.restart_witness(),
+            Event::GuestGoesOn(host) => {
+                if let Some(guest) = &mut self.hosts[host].guest {
+                    guest.stopped = false;
+                    self.guest_event(host, GuestEvent::Resumed);
+                }
+            }
+            Event::GuestEnds(host) => {
+                if self.hosts[host].guest.is_some() {
+                    self.end_guest(host);
+                    self.guest_event(host, GuestEvent::Died { how: "it ended after its shutdown".into() });
+                }
+            }
             Event::GuestSays(host, event) => {
+                self.hosts[host].told_shutdown |= matches!(event, GuestEvent::Shutdown { .. });
                 let now = self.now;
                 if let Some(primary) = &mut self.hosts[host].primary {
                     primary.handle_guest_event(now, event);
@@ -281,7 +319,9 @@ impl World {
         self.after(wait, Event::GuestRuns(host));
         let input = self.rng.any();
         let emits = self.rng.chance(600);
-        let Some(guest) = self.hosts[host].guest.as_mut().filter(|guest| guest.running) else { return };
+        let Some(guest) = self.hosts[host].guest.as_mut().filter(|guest| guest.running && !guest.stopped) else {
+            return;
+        };
         guest.state = self.histories.step(guest.state, input);
         let state = guest.state;
         if emits {
@@ -384,7 +424,11 @@ impl World {
                         self.counts.pairings += 1;
                     }
                     let wait = self.rng.micros(50, 9_000);
-                    self.after(wait, Event::RecordDurable(token));
+                    let fails = self.rng.chance(self.options.disk_failures);
+                    self.after(
+                        wait,
+                        if fails { Event::RecordFailed(token, record) } else { Event::RecordDurable(token) },
+                    );
                 }
                 WitnessOutput::Answer { tag, answer, .. } => {
                     let to = usize::try_from(tag).expect("a host");
@@ -576,8 +620,7 @@ impl World {
             }
             Fault::GuestShutsDown(gone) => {
                 // A guest that is paused cannot shut down.
-                let host =
-                    runs(self).filter(|&host| self.hosts[host].guest.as_ref().is_some_and(|guest| guest.running));
+                let host = runs(self).filter(|&host| self.guest_runs_now(host));
                 if let Some(host) = host {
                     self.shut_down = true;
                     self.hosts[host].guest.as_mut().expect("it runs").running = false;
@@ -585,6 +628,36 @@ impl World {
                         self.end_guest(host);
                     }
                     self.guest_event(host, GuestEvent::Shutdown { gone });
+                }
+            }
+            Fault::GuestShutsDownAndEnds => {
+                let host = runs(self).filter(|&host| self.guest_runs_now(host));
+                if let Some(host) = host {
+                    self.shut_down = true;
+                    self.hosts[host].guest.as_mut().expect("it runs").running = false;
+                    self.guest_event(host, GuestEvent::Shutdown { gone: false });
+                    let wait = self.rng.micros(0, 60_000);
+                    self.after(wait, Event::GuestEnds(host));
+                }
+            }
+            Fault::PauseGuest(long) => {
+                if let Some(host) = runs(self) {
+                    self.hosts[host].guest.as_mut().expect("it runs").stopped = true;
+                    self.guest_event(host, GuestEvent::Paused);
+                    self.after(long, Event::GuestGoesOn(host));
+                }
+            }
+            Fault::Rehearse => {
+                for host in 0..2 {
+                    let Some(acting) = self.acting(host) else { continue };
+                    if let Some(primary) = &mut acting.primary {
+                        let answer = primary.handle_operator(now, Operator::Rehearse);
+                        self.note(|_| format!("host {host}: rehearse: {answer:?}"));
+                    } else if let Some(standby) = &mut acting.standby {
+                        let answer = standby.handle_operator_rehearse(now);
+                        self.note(|_| format!("host {host}: rehearse: {answer:?}"));
+                    }
+                    self.pump(host);
                 }
             }
             Fault::GuestChanged => {
@@ -626,6 +699,18 @@ impl World {
         self.after(wait, Event::GuestSays(host, event));
     }
 
+    fn guest_runs_now(&self, host: usize) -> bool {
+        self.hosts[host].guest.as_ref().is_some_and(|guest| guest.running && !guest.stopped)
+    }
+
+    /// A witness whose write failed finds what the disk kept.
+    fn restart_witness(&mut self) {
+        if let Some(record) = self.on_disk.take() {
+            self.note(|_| format!("witness restarts with {:?}", record.map(|record| record.owner)));
+            self.witness = Witness::new(STORE, record.map(|record| (VM, record)));
+        }
+    }
+
     /// A host whose agent can be talked to.
     fn acting(&mut self, host: usize) -> Option<&mut Host> {
         let now = self.now;
@@ -651,6 +736,8 @@ impl World {
         (self.options.loss, self.options.doubled, self.options.straggle) = (0, 0, 0);
         (self.options.capture_failures, self.options.activation_failures) = (0, 0);
         self.options.delay = self.options.delay.min(3_000);
+        self.options.disk_failures = 0;
+        self.restart_witness();
         for host in &mut self.hosts {
             host.frozen_until = host.frozen_until.min(self.now);
             host.agent_frozen_until = host.agent_frozen_until.min(self.now);
@@ -659,6 +746,9 @@ impl World {
 
     /// One control message, as its receiver sees it: it went over the wire.
     pub(super) fn tell(&mut self, from: usize, message: &PeerMessage) {
+        if matches!(message, PeerMessage::GuestDied { .. }) && self.hosts[from].told_shutdown {
+            self.checker.broken(|| format!("host {from} wants its guest revived, which shut down"));
+        }
         let bytes = message.encode().expect("a message fits");
         let message = PeerMessage::decode(&bytes).expect("it was encoded just now");
         self.send(from, 0, Streamed::Control(message));
