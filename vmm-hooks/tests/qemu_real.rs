@@ -736,3 +736,71 @@ fn a_guest_whose_agent_died_within_a_pause_runs_again() {
     assert_eq!(remove_leftovers(&qemu.target()).expect("nothing to do"), Vec::<String>::new());
     assert_eq!(status(&qemu.socket()), "paused");
 }
+
+/// Where a helper process is to make its twin, and whether it is to activate it.
+const HELPER: &str = "UNDERSTUDY_TEST_TWIN";
+
+/// Not a test of its own: in another process it makes a twin, says so, and waits until it is killed.
+#[test]
+fn helper_that_makes_a_twin() {
+    let Ok(order) = std::env::var(HELPER) else { return };
+    let (order, run_dir) = order.split_once(' ').expect("two words");
+    let Some(mut qemu) = Qemu::start(&["-M", "pc", "-nic", "none"]) else { return };
+    let mut guest = qemu.attach();
+    let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.into(), ..TwinHostOptions::default() });
+    let mut twin = host.prepare("orphan", guest.recipe(), guest.layout()).expect("a twin");
+    sync(&mut guest, &*twin.memory());
+    let mut capture = Capture::default();
+    epoch(&mut guest, &mut capture);
+    apply(&*twin.memory(), &capture);
+    qemu.kill();
+    drop(qemu);
+    if order == "activate" {
+        twin.activate(&capture.device).expect("goes on");
+    }
+    fs::write(Path::new(run_dir).join("ready"), []).expect("room");
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn a_killed_agents_twin_is_removed_if_it_never_ran_and_left_alone_if_it_did() {
+    for order in ["wait", "activate"] {
+        let Some(qemu) = Qemu::start(&["-M", "pc", "-nic", "none"]) else { return };
+        let guest = qemu.attach();
+        let run_dir = tempfile::Builder::new().prefix("qemu-twin").tempdir().expect("a directory");
+        let mut helper = Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "helper_that_makes_a_twin"])
+            .env(HELPER, format!("{order} {}", run_dir.path().display()))
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("this program starts");
+        wait_for("the twin", || {
+            assert!(helper.try_wait().expect("ours").is_none(), "the helper ended");
+            run_dir.path().join("ready").exists()
+        });
+        fs::remove_file(run_dir.path().join("ready")).expect("there");
+        let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.path().to_owned(), ..Default::default() });
+        assert_eq!(host.remove_leftovers(), Vec::<PathBuf>::new(), "its maker lives");
+        helper.kill().expect("ours");
+        helper.wait().expect("ours");
+        let twin = PidFd::open(twin_pid(run_dir.path())).expect("it outlives its maker");
+        let dir = run_dir.path().join("orphan");
+        if order == "wait" {
+            assert_eq!(host.remove_leftovers(), [dir]);
+            assert!(twin.has_exited());
+            assert_eq!(fs::read_dir(run_dir.path()).expect("a directory").count(), 0);
+            let again = host.prepare("orphan", guest.recipe(), guest.layout()).expect("there is room again");
+            again.destroy().expect("nothing is left");
+        } else {
+            assert_eq!(host.remove_leftovers(), Vec::<PathBuf>::new());
+            let refused = host.prepare("orphan", guest.recipe(), guest.layout()).map(drop).expect_err("it runs");
+            assert_eq!(refused.kind, GuestErrorKind::Refused);
+            assert!(refused.message.contains("state `running`"), "{refused}");
+            assert_eq!(status(&dir.join("qmp.sock")), "running");
+            twin.kill_confirmed(SOON).expect("ours");
+            assert_eq!(host.remove_leftovers(), [dir], "it has ended");
+        }
+    }
+}

@@ -9,20 +9,26 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde_json::json;
 
 use super::QemuTwinHost;
-use super::machine::KILL_TIMEOUT;
-use crate::guest::GuestError;
+use super::machine::{KILL_TIMEOUT, LAUNCH_TIMEOUT, RETRY};
+use crate::guest::{GuestError, GuestErrorKind};
 use crate::qemu::Target;
 use crate::qemu::cmdline::qmp_path;
 use crate::qemu::discover;
 use crate::qemu::qmp::QmpError;
+use crate::qemu::runstate::run_state;
 use crate::qemu::tap;
+use crate::sys::process::PidFd;
 
 /// Within a twin's directory: the taps that were made for it, one a line.
 const TAPS: &str = "taps";
+
+/// Within a directory that a QEMU runs in: its pid and when it started.
+const PROCESS: &str = "process";
 
 impl QemuTwinHost {
     /// Removes what a former life of the agent left of twins that never ran: processes, taps, directories. To be called once,
@@ -46,6 +52,40 @@ pub(super) fn note_taps<'a>(run_dir: &Path, taps: impl Iterator<Item = &'a str>)
     fs::write(run_dir.join(TAPS), text)
 }
 
+/// A twin that runs is no twin any more: its taps are its own.
+pub(super) fn forget_taps(run_dir: &Path) {
+    if let Err(error) = fs::remove_file(run_dir.join(TAPS)) {
+        tracing::warn!(path = %run_dir.display(), %error, "the taps of a twin that runs are still noted as ours");
+    }
+}
+
+/// Refuses if a former twin in `run_dir` lives and has gone on, or has loaded what it would go on from. Changes nothing.
+pub(super) fn refuse_gone_on(run_dir: &Path, name: &str) -> Result<(), GuestError> {
+    let Some(process) = noted_process(run_dir) else { return Ok(()) };
+    // One that cannot be asked is held by somebody, who knows what it does.
+    let Ok(status) = run_state(&Target::QmpSocket(qmp_path(run_dir))) else { return Ok(()) };
+    if status == "inmigrate" || process.has_exited() {
+        return Ok(());
+    }
+    let message = format!("process {} on this host is an earlier copy of {name}, in state `{status}`", process.pid());
+    Err(GuestError::new(GuestErrorKind::Refused, message)
+        .advise("it was not touched; if no other host needs it, end that process and protect the VM again"))
+}
+
+/// Notes in a directory which process was started there, so that one that does not listen yet is not taken for none.
+pub(super) fn note_process(run_dir: &Path, process: &PidFd) -> std::io::Result<()> {
+    let new = run_dir.join("process.new");
+    fs::write(&new, format!("{} {}\n", process.pid(), process.start_time()))?;
+    fs::rename(new, run_dir.join(PROCESS))
+}
+
+/// The process that was noted, if it still lives.
+fn noted_process(run_dir: &Path) -> Option<PidFd> {
+    let text = fs::read_to_string(run_dir.join(PROCESS)).ok()?;
+    let (pid, start_time) = text.trim().split_once(' ')?;
+    PidFd::open_same(pid.parse().ok()?, start_time.parse().ok()?).ok()
+}
+
 fn directories(parent: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(parent).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
@@ -62,7 +102,7 @@ fn remove(run_dir: &Path) -> Result<bool, GuestError> {
     for ifname in fs::read_to_string(run_dir.join(TAPS)).unwrap_or_default().lines() {
         tap::remove_unused(ifname)?;
     }
-    let left = |error| GuestError::new(crate::guest::GuestErrorKind::Failed, "its directory stays").because(error);
+    let left = |error| GuestError::new(GuestErrorKind::Failed, "its directory stays").because(error);
     fs::remove_dir_all(run_dir).map_err(|error: std::io::Error| left(error))?;
     Ok(true)
 }
@@ -70,11 +110,22 @@ fn remove(run_dir: &Path) -> Result<bool, GuestError> {
 /// Ends the QEMU whose monitor is in `run_dir`, if its state allows. Whether none runs any more.
 fn end(run_dir: &Path, may_end: impl Fn(&str) -> bool) -> Result<bool, GuestError> {
     let socket = qmp_path(run_dir);
-    match std::os::unix::net::UnixStream::connect(&socket) {
-        Err(error) if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => return Ok(true),
-        Err(error) => return Err(QmpError::Io(error).into()),
-        // QEMU serves one client at a time: this one goes before the next line asks.
-        Ok(stream) => drop(stream),
+    let deadline = Instant::now() + LAUNCH_TIMEOUT;
+    loop {
+        match std::os::unix::net::UnixStream::connect(&socket) {
+            // QEMU serves one client at a time: this one goes before the next line asks.
+            Ok(stream) => break drop(stream),
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => {}
+            Err(error) => return Err(QmpError::Io(error).into()),
+        }
+        let Some(process) = noted_process(run_dir) else { return Ok(true) };
+        if process.wait_exit(RETRY) {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            let message = format!("process {} was started there and has no monitor", process.pid());
+            return Err(GuestError::new(GuestErrorKind::Failed, message));
+        }
     }
     let (mut qmp, process) = discover::connect(&Target::QmpSocket(socket))?;
     let status = qmp.execute("query-status", json!({}))?;
@@ -91,6 +142,17 @@ mod tests {
     use crate::qemu::TwinHostOptions;
 
     #[test]
+    fn a_process_is_known_again_by_its_start() {
+        let dir = tempfile::tempdir().expect("a directory");
+        assert!(noted_process(dir.path()).is_none());
+        let me = PidFd::open(std::process::id()).expect("it lives");
+        note_process(dir.path(), &me).expect("room");
+        assert_eq!(noted_process(dir.path()).expect("it lives").pid(), me.pid());
+        fs::write(dir.path().join(PROCESS), format!("{} {}\n", me.pid(), me.start_time() + 1)).expect("room");
+        assert!(noted_process(dir.path()).is_none(), "its pid was reused");
+    }
+
+    #[test]
     fn a_directory_whose_process_is_gone_is_removed() {
         let parent = tempfile::tempdir().expect("a directory");
         let options = TwinHostOptions { run_dir: parent.path().to_owned(), ..TwinHostOptions::default() };
@@ -100,7 +162,7 @@ mod tests {
         note_taps(&dir, std::iter::empty()).expect("room");
         // A socket nobody listens to, as a killed process leaves it.
         drop(std::os::unix::net::UnixListener::bind(qmp_path(&dir)).expect("a socket"));
-        assert_eq!(host.remove_leftovers(), [dir.clone()]);
+        assert_eq!(host.remove_leftovers(), std::slice::from_ref(&dir));
         assert!(!dir.exists());
         assert!(host.remove_leftovers().is_empty());
     }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 
+use super::leftovers::note_process;
 use crate::guest::{Fence, GuestError, GuestErrorKind};
 use crate::layout::{Layout, PAGE_SIZE};
 use crate::qemu::OUR_PREFIX;
@@ -24,7 +25,7 @@ use crate::sys::memory::{BlockMemory, SharedMemory};
 use crate::sys::process::{PidFd, ProcessError, ProcessMemory};
 
 /// How long a QEMU may take until its monitor answers.
-const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long it may take to load device state.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(30);
@@ -36,7 +37,7 @@ pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 const KILL_AGAIN: Duration = Duration::from_secs(5);
 
 /// How often a QEMU that starts is asked whether it listens.
-const RETRY: Duration = Duration::from_millis(2);
+pub(super) const RETRY: Duration = Duration::from_millis(2);
 
 /// Bytes of a log that are quoted in an error.
 const LOG_TAIL: u64 = 1000;
@@ -142,6 +143,11 @@ impl Machine {
             Ok(process) => process,
             Err(error) => return Err(reap(child, error.into())),
         };
+        if let Err(error) = note_process(launch.run_dir, &process) {
+            let error = refused(format!("cannot write to {}: {error}", launch.run_dir.display()));
+            let _ = process.kill_confirmed(KILL_TIMEOUT);
+            return Err(reap(child, error));
+        }
         let allowed = fence.is_none_or(|fence| fence.follow(&process));
         let greeted = if allowed {
             greet(&socket, &process)

@@ -81,7 +81,8 @@ impl TwinHost for QemuTwinHost {
         let run_dir = RunDir::make(&self.options.run_dir, name)?;
         let missing = recipe.taps.iter().map(|tap| tap.ifname.as_str()).filter(|ifname| !tap::exists(ifname));
         leftovers::note_taps(&run_dir.path, missing).map_err(|error| {
-            GuestError::new(GuestErrorKind::Refused, format!("cannot write to {}", run_dir.path.display())).because(error)
+            GuestError::new(GuestErrorKind::Refused, format!("cannot write to {}", run_dir.path.display()))
+                .because(error)
         })?;
         let mut taps = Vec::new();
         for tap in &recipe.taps {
@@ -131,7 +132,7 @@ impl RunDir {
             let path = parent.join(if number == 0 { plain.clone() } else { format!("{plain}.{number}") });
             match builder.create(&path) {
                 Ok(()) => return Ok(Self { path, keep: false }),
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => leftovers::refuse_gone_on(&path, name)?,
                 Err(error) => return Err(refused(&path, error)),
             }
         }
@@ -270,6 +271,7 @@ impl QemuTwin {
         let machine = machine.run()?;
         self.stage = Stage::Runs;
         self.run_dir.keep = true;
+        leftovers::forget_taps(&self.run_dir.path);
         Ok(self.machine.insert(machine))
     }
 
