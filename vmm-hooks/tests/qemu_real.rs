@@ -742,6 +742,7 @@ const HELPER: &str = "UNDERSTUDY_TEST_TWIN";
 
 /// Not a test of its own: in another process it makes a twin, says so, and waits until it is killed.
 #[test]
+#[ignore = "only another test starts it, as another process"]
 fn helper_that_makes_a_twin() {
     let Ok(order) = std::env::var(HELPER) else { return };
     let (order, run_dir) = order.split_once(' ').expect("two words");
@@ -771,7 +772,7 @@ fn a_killed_agents_twin_is_removed_if_it_never_ran_and_left_alone_if_it_did() {
         let guest = qemu.attach();
         let run_dir = tempfile::Builder::new().prefix("qemu-twin").tempdir().expect("a directory");
         let mut helper = Command::new(std::env::current_exe().expect("this program"))
-            .args(["--exact", "helper_that_makes_a_twin"])
+            .args(["--ignored", "--exact", "helper_that_makes_a_twin"])
             .env(HELPER, format!("{order} {}", run_dir.path().display()))
             .stdout(Stdio::null())
             .spawn()
