@@ -383,10 +383,11 @@ impl Task {
                 Err(ErrorBody::new(ErrorKind::Failed, format!("the standby's copy does not load: {reason}"))
                     .advise("the VM runs on here; it is not protected until its copy loads"))
             }
-            RehearsalResult::Busy => {
-                Err(ErrorBody::new(ErrorKind::Refused, "the standby is busy with another rehearsal; this one was not tried")
-                    .advise("nothing has changed; ask again when the other one is over"))
-            }
+            RehearsalResult::Busy => Err(ErrorBody::new(
+                ErrorKind::Refused,
+                "the standby is busy with another rehearsal; this one was not tried",
+            )
+            .advise("nothing has changed; ask again when the other one is over")),
         };
         for reply in self.rehearsals.drain(..) {
             let _ = reply.send(report.clone());
