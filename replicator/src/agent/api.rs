@@ -135,6 +135,8 @@ impl AgentApi for Agent {
 
     async fn unprotect(&self, request: VmRequest) -> Result<VmStatus, ErrorBody> {
         let name = request.vm;
+        // A protection that has ended by itself, because this node went alone, has nothing left to end.
+        self.forget_ended(&name);
         if !self.vms().contains_key(&name) {
             return self.free(&name).await;
         }

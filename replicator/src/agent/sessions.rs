@@ -38,9 +38,8 @@ fn failed(message: impl Into<String>, cause: &dyn std::error::Error) -> ErrorBod
 impl Agent {
     /// Starts to protect a VM; returns when its task runs.
     pub(super) async fn protect_vm(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
-        let peer = self.peers.by_name(&request.to).map_err(|error| {
-            ErrorBody::new(ErrorKind::NotFound, error.to_string()).advise("pair with it first: `understudy pair HOST`")
-        })?;
+        let peer =
+            self.peers.by_name(&request.to).map_err(|error| ErrorBody::new(ErrorKind::NotFound, error.to_string()))?;
         if peer.role != Role::Agent {
             return Err(ErrorBody::new(ErrorKind::Refused, format!("{} is a witness, not a host", peer.name)));
         }
