@@ -65,8 +65,10 @@ pub trait Tracker: Send + fmt::Debug {
     /// If it fails, each page whose mark this call has taken away was added to `dirty` before.
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError>;
 
-    /// At any time: adds every page written since the last arming or harvest, without arming again: the next harvest finds
-    /// these pages too.
+    /// At any time: adds the pages written since the last arming or harvest, without arming again: the next harvest finds every
+    /// written page, whatever was seen here. While the guest runs this is an estimate: a page written in this moment may be
+    /// missing, and pages that nobody wrote may be there (a kernel that splits a huge mapping shows all of it as written for a
+    /// moment). While it stands no written page is missing.
     ///
     /// # Errors
     /// If it fails, nothing was lost.
