@@ -29,8 +29,8 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long QEMU may take to emit what was released when the gate is taken away.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The guest's devices are compared with what was attached every so many resumes.
-const COMPARE_EVERY: u64 = 16;
+/// Devices are compared with what was attached at each resume, memory and the network's layout every so many.
+const COMPARE_ALL_EVERY: u64 = 16;
 
 /// How long a closed monitor is taken for a dying process.
 const DYING: Duration = Duration::from_secs(1);
@@ -72,7 +72,7 @@ pub struct QemuGuest {
     shutdown_pauses: bool,
     died: bool,
     resumes: u64,
-    comparing: Option<[Pending; 4]>,
+    comparing: Option<Comparing>,
     events: Vec<GuestEvent>,
     runs: Vec<(u64, u64)>,
 }
@@ -83,6 +83,15 @@ struct Shape {
     network: Network,
     devices: BTreeSet<String>,
     blocks: BTreeSet<(String, u64)>,
+}
+
+/// What was asked to compare, and not answered yet. QEMU answers in this order.
+#[derive(Debug)]
+struct Comparing {
+    /// Network cards and memory, if their turn has come.
+    rest: Option<[Pending; 2]>,
+    /// Devices with and without an id. A card that no gate holds is a new device.
+    devices: [Pending; 2],
 }
 
 /// Attaches to a running QEMU, after every check that [`super::doctor`] does. The guest goes on running; its output passes
@@ -246,49 +255,58 @@ impl QemuGuest {
     }
 
     /// Asks for what hot-plug would change, without waiting for the answers.
-    fn start_comparing(&mut self) -> Result<(), QmpError> {
+    fn start_comparing(&mut self, all: bool) -> Result<(), QmpError> {
         let hmp = |line: &str| json!({ "command-line": line });
-        let network = self.qmp.send("human-monitor-command", hmp("info network"))?;
-        let blocks = self.qmp.send("human-monitor-command", hmp("info ramblock"))?;
+        let rest = if all {
+            let network = self.qmp.send("human-monitor-command", hmp("info network"))?;
+            Some([network, self.qmp.send("human-monitor-command", hmp("info ramblock"))?])
+        } else {
+            None
+        };
         let named = self.qmp.send("qom-list", json!({ "path": PERIPHERAL[0] }))?;
         let unnamed = self.qmp.send("qom-list", json!({ "path": PERIPHERAL[1] }))?;
-        self.comparing = Some([network, blocks, named, unnamed]);
+        self.comparing = Some(Comparing { rest, devices: [named, unnamed] });
         Ok(())
     }
 
     /// Compares, if the answers are there.
     fn finish_comparing(&mut self) -> Result<(), QmpError> {
         let Some(asked) = self.comparing.take() else { return Ok(()) };
-        if !self.qmp.ready(&asked[3])? {
+        if !self.qmp.ready(&asked.devices[1])? {
             self.comparing = Some(asked);
             return Ok(());
         }
-        let [network, blocks, named, unnamed] = asked;
-        let network = self.qmp.collect(network)?;
-        let blocks = self.qmp.collect(blocks)?;
-        let devices = [self.qmp.collect(named)?, self.qmp.collect(unnamed)?];
-        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        let now = Shape {
-            network: network::parse(&text(&network)),
-            devices: devices.iter().zip(PERIPHERAL).flat_map(|(listed, path)| names(listed, path)).collect(),
-            blocks: parse_ramblock(&text(&blocks))
-                .unwrap_or_default()
-                .into_iter()
-                .map(|block| (block.name, block.total))
-                .collect(),
-        };
-        for (changed, what) in [
-            (now.network != self.shape.network, "its network cards"),
-            (now.devices != self.shape.devices, "its devices"),
-            (now.blocks != self.shape.blocks, "its memory"),
-        ] {
-            if changed {
-                self.events
-                    .push(GuestEvent::Changed { what: format!("{what} are not what they were when it was attached") });
-            }
+        if let Some([network, blocks]) = asked.rest {
+            let text = |value: Value| value.as_str().unwrap_or_default().to_owned();
+            let network = network::parse(&text(self.qmp.collect(network)?));
+            let blocks = parse_ramblock(&text(self.qmp.collect(blocks)?)).unwrap_or_default();
+            let blocks = blocks.into_iter().map(|block| (block.name, block.total)).collect();
+            self.compare("its network cards", |shape| &mut shape.network, network);
+            self.compare("its memory", |shape| &mut shape.blocks, blocks);
         }
-        self.shape = now;
+        let mut devices = BTreeSet::new();
+        for (listed, path) in asked.devices.into_iter().zip(PERIPHERAL) {
+            devices.extend(names(&self.qmp.collect(listed)?, path));
+        }
+        self.compare("its devices", |shape| &mut shape.devices, devices);
         Ok(())
+    }
+
+    /// A monitor that fails is found out by the next capture.
+    fn look_at_comparison(&mut self) {
+        if let Err(error) = self.finish_comparing() {
+            tracing::debug!(pid = self.process.pid(), %error, "cannot compare the guest's devices");
+        }
+    }
+
+    /// Tells once of each change.
+    fn compare<T: PartialEq>(&mut self, what: &str, part: impl FnOnce(&mut Shape) -> &mut T, now: T) {
+        let known = part(&mut self.shape);
+        if *known != now {
+            *known = now;
+            let what = format!("{what} are not what they were when it was attached");
+            self.events.push(GuestEvent::Changed { what });
+        }
     }
 
     /// Harvest, save and copy; on an error the caller puts `taken` back.
@@ -476,8 +494,10 @@ impl Guest for QemuGuest {
         }
         (self.paused, self.stands) = (false, false);
         self.resumes += 1;
-        if self.resumes.is_multiple_of(COMPARE_EVERY) && self.comparing.is_none() {
-            let asked = self.start_comparing();
+        // QEMU answers in order: what the resume before asked is answered.
+        self.look_at_comparison();
+        if self.comparing.is_none() {
+            let asked = self.start_comparing(self.resumes.is_multiple_of(COMPARE_ALL_EVERY));
             self.judge(asked)?;
         }
         Ok(())
@@ -558,9 +578,7 @@ impl Guest for QemuGuest {
     }
 
     fn events(&mut self) -> Vec<GuestEvent> {
-        if let Err(error) = self.finish_comparing() {
-            tracing::debug!(pid = self.process.pid(), %error, "cannot compare the guest's devices");
-        }
+        self.look_at_comparison();
         self.take_events();
         if !self.died && self.process.has_exited() {
             self.died = true;
