@@ -38,6 +38,7 @@ impl World {
         config.start_within = Duration::from_secs(2);
         config.pair_within = Duration::from_secs(1);
         config.planned_within = Duration::from_secs(1);
+        config.frozen_after = Duration::from_millis(300);
         config.pacing = if self.options.auto {
             Pacing::Auto(AutoPacing::default())
         } else {
@@ -321,6 +322,11 @@ impl World {
     pub(super) fn end_capture(&mut self, host: usize) {
         let now = self.now;
         let shut_down = self.shut_down;
+        let frozen = self.hosts[host].guest.as_ref().map(|guest| guest.frozen_until).filter(|&until| until > now);
+        if let Some(until) = frozen {
+            self.at(until, Event::EndCapture(host));
+            return;
+        }
         let state = &mut self.hosts[host];
         let Some(capture) = state.capture.take() else { return };
         let Some((copied, paused_at)) = capture.begun else { return };
@@ -466,7 +472,7 @@ impl World {
         let state = older.map_or(staged[&epoch], |(_, &state)| state);
         let result = if runs {
             self.counts.activations += 1;
-            self.hosts[host].guest = Some(Guest { state, running: true, stopped: false });
+            self.hosts[host].guest = Some(Guest::running(state));
             self.hosts[host].gate = super::host::Gate::default();
             ActivationResult::Runs { load: Duration::from_millis(2), resume: Duration::from_millis(1) }
         } else {

@@ -19,6 +19,19 @@ pub(super) struct Guest {
     pub(super) running: bool,
     /// Somebody else paused it.
     pub(super) stopped: bool,
+    /// It stands still until then and answers nobody; its agent does not know.
+    pub(super) frozen_until: Time,
+}
+
+impl Guest {
+    pub(super) fn running(state: State) -> Self {
+        Self { state, running: true, stopped: false, frozen_until: Time::ZERO }
+    }
+
+    /// Whether its vCPUs run.
+    pub(super) fn runs(&self, now: Time) -> bool {
+        self.running && !self.stopped && self.frozen_until <= now
+    }
 }
 
 /// Frames that wait, with the epoch they are tagged with.

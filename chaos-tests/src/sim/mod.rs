@@ -42,11 +42,11 @@ pub struct Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { epochs, pairings, activations, fenced, opened, muted, given_back, rehearsed, latched } =
+        let Counts { epochs, pairings, activations, fenced, opened, muted, given_back, rehearsed, latched, frozen } =
             self.counts;
         write!(
             f,
-            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched}",
+            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen}",
             self.seed,
             self.violation.as_deref().unwrap_or("ok"),
             self.heard
@@ -87,6 +87,7 @@ pub fn run_many(first: u64, seeds: u64, wiring: Wiring) -> (Counts, Option<Outco
         sums.given_back += outcome.counts.given_back;
         sums.rehearsed += outcome.counts.rehearsed;
         sums.latched += outcome.counts.latched;
+        sums.frozen += outcome.counts.frozen;
     }
     (sums, None)
 }

@@ -62,6 +62,8 @@ pub enum Fault {
     Rehearse,
     /// Somebody pauses the guest and lets it go on later.
     PauseGuest(Duration),
+    /// The guest's process stands still and answers nobody; its agent is not told.
+    GuestFreezes(Duration),
     /// The guest shuts down, and a moment later its process has ended.
     GuestShutsDownAndEnds,
     /// The operator protects the VM, where it runs, with the other host.
@@ -114,7 +116,7 @@ impl Options {
             let at = Time::from_start(rng.micros(100_000, 2_200_000));
             let host = rng.index(2);
             let long = rng.micros(10_000, 1_500_000);
-            let fault = match rng.below(26) {
+            let fault = match rng.below(28) {
                 0..=2 if !killed => {
                     killed = true;
                     Fault::Kill(host)
@@ -135,6 +137,7 @@ impl Options {
                 20 | 21 => Fault::Rehearse,
                 22 | 23 => Fault::PauseGuest(long),
                 24 => Fault::GuestShutsDownAndEnds,
+                25 | 26 => Fault::GuestFreezes(long),
                 _ => Fault::Protect,
             };
             faults.push((at, fault));

@@ -29,7 +29,7 @@ fn five_hundred_seeds_hold_and_meet_what_they_should() {
     assert!(sums.epochs > 10_000 && sums.pairings > 300, "{sums:?}");
     assert!(sums.activations > 50 && sums.fenced > 30 && sums.opened > 100, "{sums:?}");
     assert!(sums.muted > 30 && sums.given_back > 5, "{sums:?}");
-    assert!(sums.rehearsed > 400 && sums.latched > 20, "{sums:?}");
+    assert!(sums.rehearsed > 400 && sums.latched > 20 && sums.frozen > 10, "{sums:?}");
 }
 
 #[test]

@@ -135,6 +135,8 @@ pub struct Counts {
     pub rehearsed: u64,
     /// Writes of the witness that failed.
     pub latched: u64,
+    /// Guests that were found frozen.
+    pub frozen: u64,
 }
 
 pub(super) struct World {
@@ -168,7 +170,7 @@ impl World {
         let mut rng = Rng::new(seed);
         let options = Options::draw(&mut rng);
         let histories = Histories::new();
-        let guest = Guest { state: histories.boot(), running: true, stopped: false };
+        let guest = Guest::running(histories.boot());
         let mut world = Self {
             now: Time::ZERO,
             wiring,
@@ -319,9 +321,8 @@ impl World {
         self.after(wait, Event::GuestRuns(host));
         let input = self.rng.any();
         let emits = self.rng.chance(600);
-        let Some(guest) = self.hosts[host].guest.as_mut().filter(|guest| guest.running && !guest.stopped) else {
-            return;
-        };
+        let now = self.now;
+        let Some(guest) = self.hosts[host].guest.as_mut().filter(|guest| guest.runs(now)) else { return };
         guest.state = self.histories.step(guest.state, input);
         let state = guest.state;
         if emits {
@@ -647,6 +648,11 @@ impl World {
                     self.after(long, Event::GuestGoesOn(host));
                 }
             }
+            Fault::GuestFreezes(long) => {
+                if let Some(guest) = runs(self).and_then(|host| self.hosts[host].guest.as_mut()) {
+                    guest.frozen_until = now + long;
+                }
+            }
             Fault::Rehearse => {
                 for host in 0..2 {
                     let Some(acting) = self.acting(host) else { continue };
@@ -700,7 +706,7 @@ impl World {
     }
 
     fn guest_runs_now(&self, host: usize) -> bool {
-        self.hosts[host].guest.as_ref().is_some_and(|guest| guest.running && !guest.stopped)
+        self.hosts[host].guest.as_ref().is_some_and(|guest| guest.runs(self.now))
     }
 
     /// A witness whose write failed finds what the disk kept.
@@ -739,6 +745,9 @@ impl World {
         self.options.disk_failures = 0;
         self.restart_witness();
         for host in &mut self.hosts {
+            if let Some(guest) = &mut host.guest {
+                guest.frozen_until = guest.frozen_until.min(self.now);
+            }
             host.frozen_until = host.frozen_until.min(self.now);
             host.agent_frozen_until = host.agent_frozen_until.min(self.now);
         }
@@ -749,6 +758,9 @@ impl World {
         if matches!(message, PeerMessage::GuestDied { .. }) && self.hosts[from].told_shutdown {
             self.checker.broken(|| format!("host {from} wants its guest revived, which shut down"));
         }
+        let lost = matches!(message, PeerMessage::GuestDied { .. });
+        self.counts.frozen +=
+            u64::from(lost && self.hosts[from].guest.as_ref().is_some_and(|guest| guest.frozen_until > Time::ZERO));
         let bytes = message.encode().expect("a message fits");
         let message = PeerMessage::decode(&bytes).expect("it was encoded just now");
         self.send(from, 0, Streamed::Control(message));

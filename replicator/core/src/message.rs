@@ -102,9 +102,10 @@ pub enum PeerMessage {
         /// Which epoch.
         epoch: Epoch,
     },
-    /// To the standby: the guest died, its agent lives and will not contest.
+    /// To the standby: the guest is of no use on the primary any more, it died or does not answer. Its agent lives and does not
+    /// contest, unless the guest answers again.
     GuestDied {
-        /// How, in words.
+        /// What happened to it, in words.
         how: String,
     },
     /// To the standby: protection ends; the copy may go once the record agrees.

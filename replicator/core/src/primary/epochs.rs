@@ -18,6 +18,8 @@ pub(super) struct Capturing {
     pub(super) hold: bool,
     pub(super) stay_paused: bool,
     pub(super) cancelled: bool,
+    /// When it begins at the latest.
+    latest: Time,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,10 +94,15 @@ impl Epochs {
         self.is_capturing() || self.forgotten == Some(epoch)
     }
 
-    pub(super) fn begin_capture(&mut self, hold: bool, stay_paused: bool) -> Epoch {
+    pub(super) fn begin_capture(&mut self, hold: bool, stay_paused: bool, latest: Time) -> Epoch {
         assert!(self.capturing.is_none(), "two captures at once");
-        self.capturing = Some(Capturing { epoch: self.next, hold, stay_paused, cancelled: false });
+        self.capturing = Some(Capturing { epoch: self.next, hold, stay_paused, cancelled: false, latest });
         self.next
+    }
+
+    /// When a capture that is under way begins at the latest.
+    pub(super) fn capture_due(&self) -> Option<Time> {
+        self.capturing.map(|capture| capture.latest)
     }
 
     /// Whether a capture is under way that was not cancelled yet; it is now.

@@ -37,6 +37,8 @@ pub struct PrimaryConfig {
     pub planned_within: Duration,
     /// How often a failed capture is tried again before protection degrades.
     pub capture_retries: u32,
+    /// A guest whose capture is not over this long after its moment is frozen.
+    pub frozen_after: Duration,
 }
 
 impl PrimaryConfig {
@@ -55,6 +57,7 @@ impl PrimaryConfig {
             start_within: Duration::from_secs(10),
             planned_within: Duration::from_secs(5),
             capture_retries: 3,
+            frozen_after: Duration::from_secs(3),
         }
     }
 }

@@ -23,7 +23,7 @@ use heartbeat_core::time::Time;
 pub use self::io::{CaptureReport, GuestEvent, Operator, Output, PrimaryConfig};
 
 use self::epochs::Epochs;
-use self::steps::{Leaving, Phase, Planned, Stopping};
+use self::steps::{After, Leaving, Phase, Planned, Stopping};
 use crate::message::{CloseCode, PeerMessage, RehearsalResult};
 use crate::pacing::{Pacer, Pacing};
 use crate::release::ReleaseRule;
@@ -222,6 +222,10 @@ impl Primary {
                 *last = Some(report.epoch);
             }
             Phase::Protected => self.resume(),
+            Phase::Frozen => {
+                let reason = "the guest was frozen and answers again".to_string();
+                self.contest(now, After::Degrade(reason), false);
+            }
             _ => {}
         }
         self.advance(now);
@@ -345,7 +349,7 @@ impl Primary {
         match event {
             GuestEvent::Shutdown { gone } => self.guest_shut_down(now, gone),
             GuestEvent::Died { how } => self.guest_died(now, &how),
-            GuestEvent::Changed { what } => self.capture_broken(now, &what),
+            GuestEvent::Changed { what } => self.guest_changed(now, &what),
             GuestEvent::Reset => {}
             GuestEvent::Paused => self.paused_by_other = true,
             GuestEvent::Resumed => self.paused_by_other = false,
@@ -387,7 +391,8 @@ impl Primary {
             _ => None,
         };
         let late = if self.late || !self.phase.minds_lateness() { None } else { self.deadline() };
-        [own, late, self.ownership.poll_timeout()].into_iter().flatten().min()
+        let frozen = if self.phase.minds_freezing() { self.frozen_at() } else { None };
+        [own, late, frozen, self.ownership.poll_timeout()].into_iter().flatten().min()
     }
 
     /// What to do next.
@@ -464,6 +469,11 @@ impl Primary {
         Some(self.rehearsal.map_or(at, |rehearsal| at.max(rehearsal.excused_until)))
     }
 
+    /// When the capture that is under way tells of a frozen guest.
+    fn frozen_at(&self) -> Option<Time> {
+        Some(self.epochs.capture_due()? + self.config.frozen_after)
+    }
+
     /// Everything that follows by itself from what was put in.
     fn advance(&mut self, now: Time) {
         if let Phase::Finished = self.phase {
@@ -471,6 +481,9 @@ impl Primary {
         }
         if self.phase.minds_lateness() && self.deadline().is_some_and(|at| now >= at) {
             self.late = true;
+        }
+        if self.phase.minds_freezing() && self.frozen_at().is_some_and(|at| now >= at) {
+            self.guest_froze(now);
         }
         self.follow_record(now);
         self.follow_time(now);

@@ -108,6 +108,8 @@ pub(super) enum Phase {
     Dead {
         gave_back: bool,
     },
+    /// The guest's process lives and does not answer: the standby was told to take over. If it answers after all this node asks, too.
+    Frozen,
     /// Another node may run the VM: mute.
     Lost,
     Leaving(Leaving),
@@ -137,6 +139,17 @@ impl Phase {
             Self::Pairing { .. }
                 | Self::Protected
                 | Self::Contesting { .. }
+                | Self::Stopping(Stopping::Draining { .. })
+                | Self::Planned(Planned::Draining { .. })
+        )
+    }
+
+    /// Whether a guest that does not answer is to be saved, or no longer waited for.
+    pub(super) fn minds_freezing(&self) -> bool {
+        matches!(
+            self,
+            Self::Pairing { .. }
+                | Self::Protected
                 | Self::Stopping(Stopping::Draining { .. })
                 | Self::Planned(Planned::Draining { .. })
         )
@@ -197,10 +210,20 @@ impl Primary {
         }
     }
 
+    /// It has devices or memory that no copy has, and maybe a card that no gate holds: while the record may name another node it must
+    /// not run.
+    pub(super) fn guest_changed(&mut self, now: Time, what: &str) {
+        self.capture_broken(now, what);
+        if matches!(self.phase, Phase::Contesting { .. }) && !self.paused && !self.ended {
+            self.paused = true;
+            self.outputs.push_back(Output::Mute);
+        }
+    }
+
     pub(super) fn disconnected(&mut self, now: Time, reason: &str) {
         let reason = clip(reason);
         match &mut self.phase {
-            Phase::Pairing { .. } | Phase::Protected | Phase::Planned(Planned::Draining { .. }) => {
+            Phase::Pairing { .. } | Phase::Protected | Phase::Frozen | Phase::Planned(Planned::Draining { .. }) => {
                 self.contest(now, After::Degrade(reason), false);
             }
             Phase::Contesting { recoverable, .. } => *recoverable = false,
@@ -226,8 +249,8 @@ impl Primary {
                 self.phase = Phase::Stopping(Stopping::Draining { last: None });
                 self.cancel_capture();
             }
-            Phase::Pairing { .. } | Phase::Protected | Phase::Contesting { .. } | Phase::Planned(_) => {
-                self.mark_stopped(now);
+            Phase::Pairing { .. } | Phase::Protected | Phase::Contesting { .. } | Phase::Planned(_) | Phase::Frozen => {
+                self.mark_stopped(now)
             }
             Phase::Stopping(Stopping::Draining { .. }) if gone => self.mark_stopped(now),
             _ => self.give_up(now, ProtectionState::Unprotected, "the guest shut down"),
@@ -253,11 +276,29 @@ impl Primary {
             self.leaving(Leaving { state: ProtectionState::Error, reason, tell, owned: false });
             return;
         }
-        if self.connected {
-            self.outputs.push_back(Output::Peer(PeerMessage::GuestDied { how: clip(how) }));
-        }
-        self.show(ProtectionState::FailingOver, &format!("the guest died: {how}; the standby may take over"));
         self.phase = Phase::Dead { gave_back: false };
+        self.call_standby(now, &format!("the guest died: {how}"));
+    }
+
+    /// A guest that does not answer its agent is of no use to anybody: the standby shall take over. It may answer again, so it is
+    /// neither ended nor forgotten; the record decides (P23).
+    pub(super) fn guest_froze(&mut self, now: Time) {
+        if let Phase::Stopping(_) = self.phase {
+            return self.mark_stopped(now);
+        }
+        if !self.connected || self.silent {
+            return;
+        }
+        self.phase = Phase::Frozen;
+        self.call_standby(now, &format!("the guest does not answer since {:?}", self.config.frozen_after));
+    }
+
+    /// Tells the standby that it may have the VM.
+    fn call_standby(&mut self, now: Time, why: &str) {
+        if self.connected {
+            self.outputs.push_back(Output::Peer(PeerMessage::GuestDied { how: clip(why) }));
+        }
+        self.show(ProtectionState::FailingOver, &format!("{why}; the standby may take over"));
         // An ask for the pair goes on: the standby holds a whole copy and needs the record to take over.
         if !matches!(self.ownership.wanted(), Want::Pair { .. }) {
             self.ownership.want(now, Want::Follow);
@@ -266,7 +307,7 @@ impl Primary {
 
     pub(super) fn unprotect(&mut self, now: Time) -> Result<(), &'static str> {
         match &mut self.phase {
-            Phase::Pairing { .. } | Phase::Protected | Phase::Planned(Planned::Draining { .. }) => {
+            Phase::Pairing { .. } | Phase::Protected | Phase::Frozen | Phase::Planned(Planned::Draining { .. }) => {
                 self.contest(now, After::Unprotect, false);
             }
             Phase::Contesting { after, recoverable, .. } => (*after, *recoverable) = (After::Unprotect, false),
@@ -316,7 +357,7 @@ impl Primary {
     /// The standby's copy does not load: it is nothing to count on.
     pub(super) fn copy_fails(&mut self, now: Time, reason: &str) {
         match &mut self.phase {
-            Phase::Pairing { .. } | Phase::Protected | Phase::Planned(Planned::Draining { .. }) => {
+            Phase::Pairing { .. } | Phase::Protected | Phase::Frozen | Phase::Planned(Planned::Draining { .. }) => {
                 self.contest(now, After::Degrade(reason.into()), false);
             }
             Phase::Contesting { recoverable, .. } => *recoverable = false,
@@ -379,6 +420,7 @@ impl Primary {
             | Phase::Stopping(_)
             | Phase::Planned(_)
             | Phase::Dead { .. }
+            | Phase::Frozen
             | Phase::Lost => match verdict {
                 Verdict::SoloOther { node, activated, .. } => self.lose(now, node, activated),
                 // Only who runs the VM pairs it again.
@@ -391,7 +433,9 @@ impl Primary {
                     self.show(ProtectionState::Protected, "");
                     self.ownership.want(now, Want::Nothing);
                 }
-                Verdict::Paired { .. } if matches!(self.phase, Phase::Dead { .. }) && self.is_paired() => {
+                Verdict::Paired { .. }
+                    if matches!(self.phase, Phase::Dead { .. } | Phase::Frozen) && self.is_paired() =>
+                {
                     self.ownership.want(now, Want::Follow);
                 }
                 _ => {}
@@ -442,6 +486,11 @@ impl Primary {
         let (state, reason, tell) = match &self.phase {
             // The base record, before the ask went out; or what a stop goes on from.
             Phase::Pairing { .. } | Phase::Stopping(_) => return,
+            Phase::Frozen if !self.was_paired() => return,
+            Phase::Frozen => {
+                let reason = "the guest does not answer, and the standby gave the VM back";
+                (ProtectionState::Degraded, reason.into(), false)
+            }
             Phase::Dead { gave_back: false } if self.was_paired() => {
                 self.phase = Phase::Dead { gave_back: true };
                 self.ownership.want(now, Want::GiveBack);
@@ -546,6 +595,8 @@ impl Primary {
             Phase::Planned(Planned::Draining { .. }) if suspected => {
                 self.contest(now, After::Degrade(why.into()), true)
             }
+            // Nobody else can save it now.
+            Phase::Frozen if self.silent => self.contest(now, After::Degrade(why.into()), false),
             Phase::Planned(Planned::Told { until }) if now >= *until => {
                 self.contest(now, After::Degrade("the standby did not take over".into()), false);
             }
@@ -633,6 +684,8 @@ impl Primary {
             Phase::Stopping(Stopping::Draining { last: None }) | Phase::Planned(Planned::Draining { last: None }) => {
                 (false, true, true)
             }
+            // To see whether it answers again.
+            Phase::Frozen => (false, false, true),
             _ => return,
         };
         let full = self.epochs.in_flight() >= self.config.pipeline;
@@ -649,7 +702,7 @@ impl Primary {
             let retry = self.epochs.retry_at();
             Window { earliest: window.earliest.max(retry), latest: window.latest.max(retry), ..window }
         };
-        let epoch = self.epochs.begin_capture(hold, stay_paused);
+        let epoch = self.epochs.begin_capture(hold, stay_paused, window.latest.max(window.earliest));
         if hold {
             self.rule.hold_after(epoch);
         }

@@ -327,7 +327,7 @@ fn a_shutdown_is_stopped_in_the_store_before_the_rest_is_heard() {
 fn a_died_guest_never_contests() {
     let mut bench = Bench::protected();
     bench.primary.handle_guest_event(bench.now, GuestEvent::Died { how: "signal 9".into() });
-    assert!(bench.take().contains(&Output::Peer(PeerMessage::GuestDied { how: "signal 9".into() })));
+    assert!(bench.take().contains(&Output::Peer(PeerMessage::GuestDied { how: "the guest died: signal 9".into() })));
     bench.primary.handle_peer_suspected(bench.now);
     for _ in 0..20 {
         bench.wait(Duration::from_secs(1));
@@ -337,6 +337,54 @@ fn a_died_guest_never_contests() {
 }
 
 /// P21: a failed capture is tried again under its number, a bounded number of times.
+/// P23: a guest that does not answer is for the standby to save; nothing of it is ended or heard before the record says who has it.
+#[test]
+fn a_frozen_guest_is_offered_to_the_standby_and_may_come_back() {
+    let told = |output: &Output| matches!(output, Output::Peer(PeerMessage::GuestDied { .. }));
+    let freeze = || {
+        let mut bench = Bench::protected();
+        assert!(bench.primary.epochs.is_capturing());
+        bench.wait(bench.primary.config().frozen_after);
+        assert!(!bench.outputs.iter().any(told), "its moment was not long enough ago");
+        bench.wait(Duration::from_secs(1));
+        assert!(bench.take().iter().any(told));
+        assert!(bench.asks.iter().all(|ask| ask.op == StoreOp::Read), "it does not contest");
+        bench
+    };
+    // The standby wins.
+    let mut bench = freeze();
+    bench.record_becomes(Owner::Solo { node: party(2), activated: false, other: Some(party(1)) });
+    bench.answer();
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    let outputs = bench.take();
+    assert!(outputs.contains(&Output::Mute) && !outputs.contains(&Output::Fence), "{outputs:?}");
+    // The guest answers again before anybody has won: from here on it asks, too, and what it did meanwhile comes again.
+    let mut bench = freeze();
+    let epoch = bench.primary.next_epoch();
+    bench.captured_now();
+    let outputs = bench.take();
+    assert!(outputs.contains(&Output::PutBack { epoch }) && !outputs.contains(&Output::OpenOutput), "{outputs:?}");
+    bench.answer();
+    bench.cancel_capture();
+    assert!(bench.opened());
+    assert_eq!(bench.primary.state().0, ProtectionState::Degraded);
+}
+
+/// P24: what nobody copies, or no gate holds, does not run while another node may own the VM.
+#[test]
+fn a_changed_guest_stands_until_the_record_is_read() {
+    let mut bench = Bench::protected();
+    bench.primary.handle_guest_event(bench.now, GuestEvent::Changed { what: "a card".into() });
+    bench.collect();
+    let outputs = bench.take();
+    assert!(outputs.contains(&Output::Mute) && !outputs.contains(&Output::OpenOutput), "{outputs:?}");
+    bench.cancel_capture();
+    bench.answer();
+    let outputs = bench.take();
+    assert!(outputs.contains(&Output::Resume) && outputs.contains(&Output::OpenOutput), "{outputs:?}");
+}
+
 #[test]
 fn failed_captures_are_tried_again_and_then_degrade() {
     let mut bench = Bench::protected();

@@ -117,4 +117,6 @@ pub enum Suspicion {
     ConnectionLost,
     /// Its node is in another life.
     Restarted,
+    /// Its node says that the guest died or does not answer.
+    GuestLost,
 }

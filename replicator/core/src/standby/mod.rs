@@ -148,7 +148,7 @@ impl Standby {
                 }
             }
             PeerMessage::Binding { epoch } => self.binding = self.binding.or(Some(epoch)),
-            PeerMessage::GuestDied { how } => self.suspect(now, false, &format!("the guest died: {how}")),
+            PeerMessage::GuestDied { how } => self.suspect(now, false, &how),
             PeerMessage::Planned { epoch } => {
                 // Only a copy of exactly the state in which the guest stands loses nothing.
                 if self.acknowledged == Some(epoch) {
@@ -267,6 +267,7 @@ impl Standby {
                 self.disconnect(now);
                 self.suspect(now, false, "the replication connection is lost");
             }
+            Suspicion::GuestLost => self.suspect(now, false, "the primary reports that its guest is lost"),
             Suspicion::Restarted => {
                 self.disconnect(now);
                 self.suspect(now, false, "the primary's agent restarted");
@@ -390,6 +391,12 @@ impl Standby {
         &self.ownership
     }
 
+    /// The primary said that the protection ends: its silence is no failure any more.
+    #[must_use]
+    pub fn is_told_to_end(&self) -> bool {
+        self.told_unprotect
+    }
+
     /// Whether the grant, or that the primary goes alone, was not read yet (P4).
     fn may_acknowledge(&self) -> bool {
         matches!(self.phase, Phase::Receiving | Phase::Asking { .. })
@@ -418,6 +425,8 @@ impl Standby {
 
     fn suspect(&mut self, now: Time, recoverable: bool, why: &str) {
         match &mut self.phase {
+            // The primary said so after it had read that it is alone, or that the VM is stopped: the record is followed to that.
+            Phase::Receiving if self.told_unprotect => {}
             Phase::Receiving => {
                 self.stats.suspicions += 1;
                 self.phase = Phase::Asking { recoverable };

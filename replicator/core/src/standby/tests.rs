@@ -162,6 +162,22 @@ fn a_copy_is_kept_while_the_primary_runs_alone_and_goes_when_it_is_of_no_use() {
     }
 }
 
+/// P26: the silence of a primary that ended the protection is no failure.
+#[test]
+fn a_primary_that_ended_the_protection_is_not_suspected() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_peer(bench.now, PeerMessage::Unprotect);
+    bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+    bench.collect();
+    assert!(bench.asks.iter().all(|ask| ask.op == StoreOp::Read), "{:?}", bench.asks);
+    assert_ne!(bench.standby.state().0, ProtectionState::FailingOver);
+    assert!(!bench.take().contains(&Output::Destroy), "the record was not read yet");
+    bench.becomes(solo(1, true));
+    bench.wait(Duration::from_secs(1));
+    bench.answer();
+    assert!(bench.take().contains(&Output::Destroy));
+}
+
 /// P10, P2: not whole, or not named, is not asked.
 #[test]
 fn asks_only_when_the_record_names_this_session() {
