@@ -35,6 +35,29 @@ fn unprotected_as_it_was_found_and_protected_again() {
 }
 
 #[test]
+fn a_guest_that_shuts_down_ends_everywhere_and_can_be_started_again() {
+    play("guest's shutdown", async |stage| {
+        stage.set_protected().await?;
+        stage.shut_the_guest_down()?;
+        stage.lab.vm_ended(SOON).await?;
+        let status = stage.until_state(Host::A, "unprotected").await?;
+        ensure!(status.reason.contains("shut down") && status.failover.is_none(), "{status:?}");
+        // Nobody revives it.
+        stage.until_b_is_clean().await?;
+        let other = stage.status(Host::B).await?;
+        ensure!(other.survivor.is_none() && other.failover.is_none(), "{other:?}");
+
+        stage.lab.boot().await?;
+        let mut client = stage.writer("d").await?;
+        stage.protect().await?;
+        client.goes_on().await?;
+        stage.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
 fn a_planned_failover_loses_nothing() {
     play("planned failover", async |stage| {
         stage.set_protected().await?;

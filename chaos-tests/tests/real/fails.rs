@@ -24,6 +24,23 @@ fn the_primarys_qemu_is_killed_and_its_agent_lives() {
 }
 
 #[test]
+fn the_primarys_qemu_stands_still_and_its_agent_lives() {
+    play("QEMU frozen", async |stage| {
+        stage.set_protected().await?;
+        let mut client = stage.writer("z").await?;
+        stage.freeze_the_vm()?;
+        let survivor = stage.until_survivor().await?;
+        let cause = survivor.failover.as_ref().map(|report| report.cause);
+        ensure!(cause == Some(FailoverCause::GuestDied), "{survivor:?}");
+        client.goes_on().await?;
+        // It would have gone on some time.
+        stage.lab.vm_ended(SOON).await?;
+        stage.until_state(Host::A, "fenced").await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
 fn the_primarys_agent_is_killed_and_its_qemu_lives() {
     play("agent A killed", async |stage| {
         stage.set_protected().await?;

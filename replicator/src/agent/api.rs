@@ -2,15 +2,14 @@
 
 use std::net::{SocketAddr, ToSocketAddrs as _};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use heartbeat::trust::pairing::{self, ParseCodeError};
-use heartbeat::trust::{self, PairError, Peer, WindowLimits};
+use heartbeat::trust::{self, Peer};
 use tokio::sync::oneshot;
 
 use super::sessions::blocking;
 use super::{Agent, Request, STOP_WITHIN};
-use crate::cli::MAX_PAIRING;
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
@@ -19,9 +18,6 @@ use crate::control::api::{
 };
 use crate::control::doctor;
 
-/// How often a pairing window's address is tried, and the time between.
-const BIND_TRIES: u32 = 20;
-const BIND_AGAIN: Duration = Duration::from_millis(25);
 /// How often it is looked whether a task that ends has ended.
 const ENDING_LOOK: Duration = Duration::from_millis(2);
 
@@ -82,25 +78,6 @@ impl Agent {
             rtt_ms: best.and_then(|path| path.rtt).map(|rtt| rtt.as_secs_f64() * 1e3),
         }
     }
-
-    /// Opens a window; waits a bounded time for the socket of one that was just closed.
-    async fn open_window(&self, limits: WindowLimits) -> Result<trust::PairWindow, PairError> {
-        let mut tries = 1;
-        loop {
-            let opened = trust::PairWindow::open(
-                Arc::clone(&self.identity),
-                Arc::clone(&self.peers),
-                self.card(),
-                self.config.pair_listen,
-                limits,
-            );
-            match opened {
-                Err(PairError::Bind { .. }) if tries < BIND_TRIES => tokio::time::sleep(BIND_AGAIN).await,
-                other => return other,
-            }
-            tries += 1;
-        }
-    }
 }
 
 /// The addresses of a host name. Asks the resolver, so it blocks.
@@ -157,32 +134,11 @@ impl AgentApi for Agent {
     }
 
     async fn pair_open(&self, request: PairOpenRequest) -> Result<PairWindow, ErrorBody> {
-        let open_for = Duration::from_secs(request.ttl_s);
-        if open_for.is_zero() || open_for > MAX_PAIRING {
-            return Err(ErrorBody::new(ErrorKind::Invalid, "a pairing window is open for 1 second to 1 hour"));
-        }
-        let failed =
-            |error: PairError| ErrorBody::new(ErrorKind::Failed, "the pairing window cannot be opened").because(&error);
-        let mut open = self.window.lock().await;
-        if let Some(old) = open.take() {
-            old.abort();
-        }
-        let limits = WindowLimits { open_for, ..WindowLimits::default() };
-        let window = self.open_window(limits).await.map_err(failed)?;
-        let expires = SystemTime::now() + open_for;
-        let answer = PairWindow {
-            name: self.identity.name().to_owned(),
-            code: window.code().to_string(),
-            address: window.local_addr().map_err(failed)?.to_string(),
-            expires_unix_ms: u64::try_from(expires.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis())
-                .unwrap_or(u64::MAX),
+        let open = |limits| {
+            let (identity, peers) = (Arc::clone(&self.identity), Arc::clone(&self.peers));
+            trust::PairWindow::open(identity, peers, self.card(), self.config.pair_listen, limits)
         };
-        *open = Some(tokio::spawn(async move {
-            if let Err(error) = window.wait().await {
-                tracing::warn!(%error, "the pairing window closed without a peer");
-            }
-        }));
-        Ok(answer)
+        self.window.open(&request, self.identity.name(), open).await
     }
 
     async fn pair_join(&self, request: PairJoinRequest) -> Result<Paired, ErrorBody> {

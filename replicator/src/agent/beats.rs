@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use heartbeat::beat::PeerEvent;
-use heartbeat_core::ids::{Incarnation, NodeId};
+use heartbeat::beat::{GuestStatus, PeerEvent};
+use heartbeat_core::ids::{Incarnation, NodeId, VmId};
 use heartbeat_core::time::Time;
 use tokio::sync::mpsc;
 
@@ -23,6 +23,8 @@ pub(super) enum Beat {
     Heard,
     /// It is in another life.
     Restarted(Incarnation),
+    /// It says that a guest of its own died or does not answer.
+    GuestLost(VmId),
 }
 
 /// Who wants to know. Queues are unbounded; what fills them is a few events per failure.
@@ -65,6 +67,9 @@ impl Beats {
                 }
                 PeerEvent::GuestReport { node, vm, status } => {
                     tracing::debug!(%node, %vm, ?status, "a peer's guest");
+                    if matches!(status, GuestStatus::Dead | GuestStatus::Frozen) {
+                        self.tell(node, Beat::GuestLost(vm));
+                    }
                 }
             }
         }

@@ -49,6 +49,7 @@ use crate::cli::config::AgentConfig;
 use crate::control::api::{ErrorBody, ErrorKind, RehearsalReport};
 use crate::control::server::serve_agent;
 use crate::control::socket::ControlSocket;
+use crate::control::window::PairingWindow;
 use crate::metrics::{Metrics, MetricsServer};
 
 /// Requests of operators that may wait for one VM's task.
@@ -90,12 +91,12 @@ struct Agent {
     peers: Arc<Peers>,
     bulk: Endpoint,
     control: Arc<Endpoint>,
-    beat: Beat,
+    beat: Arc<Beat>,
     beats: Beats,
     metrics: Metrics,
     twins: Arc<dyn TwinHost>,
     vms: Mutex<BTreeMap<String, Vm>>,
-    window: tokio::sync::Mutex<Option<JoinHandle<()>>>,
+    window: PairingWindow,
 }
 
 /// Why an agent cannot start.
@@ -187,12 +188,12 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         peers,
         bulk,
         control,
-        beat,
+        beat: Arc::new(beat),
         beats: Beats::default(),
         metrics,
         twins: Arc::new(twins),
         vms: Mutex::new(BTreeMap::new()),
-        window: tokio::sync::Mutex::new(None),
+        window: PairingWindow::default(),
     });
     tracing::info!(name = agent.identity.name(), node = %agent.identity.node(), "the agent runs");
     let told = Arc::clone(&agent);

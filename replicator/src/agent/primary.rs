@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender, TrySendError, channel};
 use std::time::Duration;
 
+use heartbeat::beat::GuestStatus;
 use heartbeat_core::ids::{Epoch, Generation, Party};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
@@ -48,6 +49,8 @@ pub(super) struct Setup {
     pub(super) connection: quinn::Connection,
     /// The store, and its answers.
     pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
+    /// Tells the standby's node by heartbeats how the guest is.
+    pub(super) vitals: Arc<heartbeat::beat::Beat>,
     /// What the failure detector says of the standby's node.
     pub(super) beats: mpsc::UnboundedReceiver<Beat>,
     /// What operators ask.
@@ -88,6 +91,7 @@ struct Task {
     fence: Arc<dyn Fence>,
     jobs: SyncSender<Job>,
     link: Link,
+    vitals: Arc<heartbeat::beat::Beat>,
     asker: Asker,
     durable: Durable,
     view: Arc<View>,
@@ -106,7 +110,8 @@ struct Task {
 /// # Errors
 /// If a thread cannot be started; the guest is left as it was found then.
 pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
-    let Setup { name, guest, config, shadow, link, connection, asker, mut beats, mut requests, durable, view } = setup;
+    let Setup { name, guest, config, shadow, link, connection, asker, vitals, mut beats, mut requests, durable, view } =
+        setup;
     let (asker, mut answers) = asker;
     let (commands, inbox) = channel();
     let (reports, mut pause_reports) = mpsc::unbounded_channel();
@@ -157,6 +162,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         fence,
         jobs,
         link,
+        vitals,
         asker,
         durable,
         view,
@@ -169,6 +175,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         fencing: false,
         finished: false,
     };
+    task.vitals.report(config.ownership.vm, GuestStatus::Running);
     task.core.handle_start(clock::now());
     loop {
         task.outputs();
@@ -244,7 +251,14 @@ impl Task {
                 Output::Resume => self.command(Command::Resume),
                 Output::Fence => self.destroy(),
                 Output::Ask(request) => self.asker.ask(request),
-                Output::Peer(message) => self.link.send(message),
+                Output::Peer(message) => {
+                    if let PeerMessage::GuestDied { .. } = message {
+                        let status = if self.fence.ended() { GuestStatus::Dead } else { GuestStatus::Frozen };
+                        self.vitals.report(self.core.config().ownership.vm, status);
+                        self.view.failover_began(FailoverCause::GuestDied, None);
+                    }
+                    self.link.send(message);
+                }
                 Output::PersistGeneration(generation) => self.persist(generation),
                 Output::Close(code) => self.link.close(code, ""),
                 Output::Detach => {
@@ -514,6 +528,8 @@ impl Task {
                 self.core.handle_peer_heard(now);
             }
             Beat::Restarted(incarnation) => self.core.handle_peer_restarted(now, incarnation),
+            // The standby's node runs no copy of this VM.
+            Beat::GuestLost(_) => {}
         }
     }
 
@@ -548,6 +564,7 @@ impl Task {
     /// The guest was left, lost or destroyed: tell who waits, and end the threads.
     fn end(mut self) {
         self.view.set_gate(None);
+        self.vitals.forget(self.core.config().ownership.vm);
         let result = match self.detached.take() {
             Some(Err(error)) if self.detaching => Err(ErrorBody::from(error)),
             Some(_) | None => Ok(()),

@@ -136,13 +136,15 @@ impl Agent {
                 return Err((Some(guest), body.because(&error)));
             }
         };
+        let defaults = PrimaryConfig::new(durable.vm(), self.me(), primary::standby_party(&connection));
         let config = PrimaryConfig {
             first_epoch,
             pacing: self.pacing(request.epoch.unwrap_or(self.config.epoch.policy)),
             pipeline: usize::try_from(self.config.epoch.pipeline).expect("bounded by the configuration"),
             acknowledge_within: self.config.heartbeat.unacknowledged,
             ownership,
-            ..PrimaryConfig::new(durable.vm(), self.me(), primary::standby_party(&connection))
+            frozen_after: defaults.frozen_after + copying(guest.layout().pages()),
+            ..defaults
         };
         let view = Arc::new(View::new(name, durable.vm(), VmRole::Primary, self.metrics.vm(name)));
         view.set(|status| {
@@ -159,6 +161,7 @@ impl Agent {
             link: Link::start(quic.clone(), send, recv),
             connection: quic,
             asker: self.asker(witness),
+            vitals: Arc::clone(&self.beat),
             beats: self.beats.subscribe(peer.node),
             requests,
             durable,
@@ -335,6 +338,12 @@ struct Prepared {
     twin: Box<dyn vmm_hooks::guest::Twin>,
     witness: Peer,
     durable: Durable,
+}
+
+/// How long a host that is not stuck may take to copy all of a guest's memory: one GiB each second.
+fn copying(pages: u64) -> Duration {
+    const PAGES_PER_SECOND: u64 = 1 << 18;
+    Duration::from_millis(pages.saturating_mul(1000) / PAGES_PER_SECOND)
 }
 
 /// Runs what blocks beside the runtime.

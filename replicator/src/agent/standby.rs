@@ -248,7 +248,11 @@ impl Task {
                 self.core.handle_peer(now, message);
             }
             Received::Lost { reason } => {
-                tracing::warn!(vm = self.name, reason, "the replication connection is lost");
+                if self.core.is_told_to_end() {
+                    tracing::info!(vm = self.name, reason, "the primary has closed the replication connection");
+                } else {
+                    tracing::warn!(vm = self.name, reason, "the replication connection is lost");
+                }
                 if self.acts_alone() {
                     self.view.failover_began(FailoverCause::Silence, None);
                 }
@@ -259,7 +263,7 @@ impl Task {
 
     /// Whether a suspicion now leads to asking for the VM.
     fn acts_alone(&self) -> bool {
-        self.view.status().state == ProtectionState::Protected
+        self.view.status().state == ProtectionState::Protected && !self.core.is_told_to_end()
     }
 
     fn stage(&mut self, staged: Staged) {
@@ -354,6 +358,14 @@ impl Task {
                     self.view.failover_began(FailoverCause::Silence, last_heard);
                 }
                 self.core.handle_suspected(now, Suspicion::Silent);
+            }
+            Beat::GuestLost(vm) => {
+                if vm == self.core.config().ownership.vm {
+                    if self.acts_alone() {
+                        self.view.failover_began(FailoverCause::GuestDied, None);
+                    }
+                    self.core.handle_suspected(now, Suspicion::GuestLost);
+                }
             }
             Beat::Heard => {
                 self.view.failover_ceased();

@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod policy;
 pub mod server;
 pub mod socket;
+pub(crate) mod window;
 
 #[cfg(test)]
 mod tests;
