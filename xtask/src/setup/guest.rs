@@ -22,12 +22,13 @@ const RULES: u32 = 1;
 const KERNEL: &str = "linux-image-cloud-amd64";
 const PACKAGES: [&str; 3] = ["redis-server", "redis-tools", "busybox-static"];
 /// Kernel modules in the order they must be loaded: each before those that need it.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 10] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
     "virtio_pci",
+    "virtio_mmio",
     "failover",
     "net_failover",
     "virtio_net",

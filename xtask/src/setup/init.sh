@@ -1,5 +1,6 @@
 #!/bin/sh
-# The first process of the demo's guest: network from the kernel command line (us.ip=ADDRESS/LENGTH), then Redis.
+# The first process of the demo's guest: network from the kernel command line, then Redis.
+# us.ip=ADDRESS/LENGTH is the first card's, us.ip1= the second's; with IPv6 enabled each also has its link-local address.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev 2>/dev/null
@@ -7,13 +8,22 @@ for module in $(cat /lib/modules/order); do
     insmod "/lib/modules/$module.ko" || echo "FAILED to load $module"
 done
 for word in $(cat /proc/cmdline); do
-    case $word in us.ip=*) address=${word#us.ip=} ;; esac
+    case $word in
+    us.ip=*) address=${word#us.ip=} ;;
+    us.ip1=*) second=${word#us.ip1=} ;;
+    esac
 done
+# Each card answers for its own address alone.
+echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore
 ip link set lo up
 ip link set eth0 up
 ip addr add "$address" dev eth0
+if [ -n "$second" ]; then
+    ip link set eth1 up
+    ip addr add "$second" dev eth1
+fi
 echo 1 >/proc/sys/vm/overcommit_memory
-redis-server --save "" --appendonly no --bind 0.0.0.0 --protected-mode no --loglevel warning --tcp-keepalive 0 &
+redis-server --save "" --appendonly no --bind '* -::*' --protected-mode no --loglevel warning --tcp-keepalive 0 &
 until printf 'PING\r\nQUIT\r\n' | nc 127.0.0.1 6379 2>/dev/null | grep -q PONG; do
     usleep 20000
 done
