@@ -43,6 +43,8 @@ pub(super) struct Discovered {
     pub(super) pid: u32,
     pub(super) exe: PathBuf,
     pub(super) cwd: PathBuf,
+    /// The user and the group that it runs as.
+    pub(super) user: (u32, u32),
     pub(super) argv: Vec<String>,
     pub(super) version: String,
     /// The machine type's canonical name, such as `pc-q35-7.2`.
@@ -151,6 +153,7 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         pid,
         exe: process.executable()?,
         cwd: fs::read_link(format!("/proc/{pid}/cwd")).map_err(|error| proc_error("cwd", error))?,
+        user: (process.uid()?, process.gid()?),
         argv: process.command_line()?,
         version: qmp.version.clone(),
         machine,

@@ -22,6 +22,8 @@ pub(super) struct QemuRecipe {
     pub(super) name: String,
     /// The program and its arguments.
     pub(super) argv: Vec<String>,
+    /// The user and the group that it runs as: its twin has no other rights.
+    pub(super) user: (u32, u32),
     /// Where relative paths start.
     pub(super) cwd: PathBuf,
     /// The program's path.
@@ -66,6 +68,7 @@ impl QemuRecipe {
         Self {
             name: display_name(&found.argv, found.pid),
             argv: found.argv.clone(),
+            user: found.user,
             cwd: found.cwd.clone(),
             exe: found.exe.clone(),
             version: found.version.clone(),
@@ -134,6 +137,7 @@ pub(super) fn try_out(found: &Discovered) -> Result<Vec<String>, String> {
     for network in [Network::Null, Network::Same { taps, bridges: BTreeMap::new() }] {
         let plan = Plan {
             argv: &recipe.argv,
+            user: recipe.user,
             cwd: &recipe.cwd,
             machine: &recipe.machine,
             memory: &backends,

@@ -175,10 +175,23 @@ impl PidFd {
     /// # Errors
     /// If it has ended.
     pub fn uid(&self) -> Result<u32, ProcessError> {
+        self.effective("Uid:", "read the user")
+    }
+
+    /// The group it runs as (effective gid).
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn gid(&self) -> Result<u32, ProcessError> {
+        self.effective("Gid:", "read the group")
+    }
+
+    /// The second number of a line of its status.
+    fn effective(&self, line: &str, what: &'static str) -> Result<u32, ProcessError> {
         let status = self.file("status", "read the status")?;
         let status = String::from_utf8_lossy(&status);
-        let uid = status.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().nth(1)?.parse().ok());
-        uid.ok_or_else(|| os(self.pid, "read the user", io::Error::from(io::ErrorKind::InvalidData)))
+        let id = status.lines().find_map(|text| text.strip_prefix(line)?.split_whitespace().nth(1)?.parse().ok());
+        id.ok_or_else(|| os(self.pid, what, io::Error::from(io::ErrorKind::InvalidData)))
     }
 
     /// The bytes of `/proc/PID/NAME`, of this process for sure.

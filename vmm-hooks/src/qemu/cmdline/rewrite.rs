@@ -31,6 +31,8 @@ pub(crate) enum Network {
 pub(crate) struct Plan<'a> {
     /// The primary's arguments, the program included.
     pub(crate) argv: &'a [String],
+    /// The user and the group that the primary runs as.
+    pub(crate) user: (u32, u32),
     /// The directory that its relative paths start from.
     pub(crate) cwd: &'a Path,
     /// The machine type's canonical name.
@@ -70,6 +72,7 @@ struct Rewriter<'a> {
     nodefaults: bool,
     nographic: bool,
     vnc: bool,
+    runas: bool,
     next_hub: u32,
 }
 
@@ -88,6 +91,7 @@ pub(crate) fn rewrite(plan: &Plan<'_>) -> Result<Rewritten, CmdlineError> {
         nodefaults: false,
         nographic: false,
         vnc: false,
+        runas: plan.argv.iter().any(|argument| matches!(argument.as_str(), "-runas" | "--runas")),
         next_hub: FIRST_NULL_HUB,
     };
     for option in parse(arguments)? {
@@ -104,8 +108,8 @@ impl Rewriter<'_> {
         match name {
             // What makes the machine.
             "accel" | "action" | "append" | "boot" | "compat" | "cpu" | "device" | "global" | "k" | "m" | "msg"
-            | "name" | "numa" | "overcommit" | "rtc" | "sandbox" | "runas" | "seed" | "set" | "smp" | "usbdevice"
-            | "uuid" | "vga" | "watchdog" | "watchdog-action" | "iscsi" | "tb-size" => self.push(name, value),
+            | "name" | "numa" | "overcommit" | "rtc" | "runas" | "seed" | "set" | "smp" | "usbdevice" | "uuid"
+            | "vga" | "watchdog" | "watchdog-action" | "iscsi" | "tb-size" => self.push(name, value),
             "enable-kvm" | "no-acpi" | "no-fd-bootchk" | "no-hpet" | "no-reboot" | "no-shutdown" | "no-user-config"
             | "only-migratable" | "snapshot" | "usb" | "win2k-hack" => self.flag(name),
             "nodefaults" => {
@@ -113,6 +117,7 @@ impl Rewriter<'_> {
                 self.flag(name);
             }
             "machine" => self.machine(&value)?,
+            "sandbox" => self.sandbox(&value)?,
             "object" => self.object(&value)?,
             "icount" if value.contains("rr=") => return bound("record and replay"),
             "icount" => self.push(name, value),
@@ -209,6 +214,22 @@ impl Rewriter<'_> {
     fn machine(&mut self, value: &str) -> Result<(), CmdlineError> {
         let keys = Keys::parse(value, "type").ok_or_else(|| unreadable("machine", value))?;
         self.machine.extend(keys);
+        Ok(())
+    }
+
+    /// Whether the primary was started by another user than root, whose rights its twin takes on by itself.
+    fn steps_down(&self) -> bool {
+        self.plan.user.0 != 0 && !self.runas
+    }
+
+    fn sandbox(&mut self, value: &str) -> Result<(), CmdlineError> {
+        let mut keys = Keys::parse(value, "enable").ok_or_else(|| unreadable("sandbox", value))?;
+        // The sandbox is closed before the user is changed, and that is what this part of it forbids.
+        if self.steps_down() {
+            let denied = keys.remove("elevateprivileges").filter(|denied| denied != "allow");
+            self.out.left_out.extend(denied.map(|denied| format!("-sandbox elevateprivileges={denied}")));
+        }
+        self.push("sandbox", keys.print("enable"));
         Ok(())
     }
 
@@ -430,6 +451,10 @@ impl Rewriter<'_> {
         self.machine.set("type", self.plan.machine);
         let machine = self.machine.print("type");
         self.push("machine", machine);
+        if self.steps_down() {
+            let (user, group) = self.plan.user;
+            self.push("runas", format!("{user}:{group}"));
+        }
         self.push("display", "none");
         if self.vnc {
             let socket = self.in_run_dir("vnc.sock").replace(',', ",,");
@@ -461,7 +486,8 @@ mod tests {
         let argv: Vec<String> =
             std::iter::once("qemu").chain(arguments.split_whitespace()).map(str::to_owned).collect();
         let (cwd, run_dir) = (Path::new("/home/vm"), Path::new("/run/t"));
-        let plan = Plan { argv: &argv, cwd, machine: "pc-q35-7.2", memory, share: true, network, run_dir };
+        let user = (0, 0);
+        let plan = Plan { argv: &argv, user, cwd, machine: "pc-q35-7.2", memory, share: true, network, run_dir };
         rewrite(&plan).map(|done| done.arguments.join(" "))
     }
 
@@ -515,6 +541,26 @@ mod tests {
     }
 
     #[test]
+    fn a_twin_has_the_rights_of_its_primary_and_no_more() {
+        let rewritten = |arguments: &[&str], user: (u32, u32)| {
+            let argv: Vec<String> = ["qemu"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
+            let (cwd, run_dir, network) = (Path::new("/"), Path::new("/run/t"), same());
+            let plan = Plan { argv: &argv, user, cwd, machine: "pc", memory: &[], share: true, network, run_dir };
+            let done = rewrite(&plan).expect("carried over");
+            (done.arguments.join(" "), done.left_out)
+        };
+        let sandbox = ["-sandbox", "on,elevateprivileges=deny,spawn=deny"];
+        let (line, left_out) = rewritten(&sandbox, (0, 0));
+        assert!(line.contains("-sandbox on,elevateprivileges=deny,spawn=deny") && !line.contains("-runas"), "{line}");
+        assert_eq!(left_out, Vec::<String>::new());
+        let (line, left_out) = rewritten(&sandbox, (64055, 994));
+        assert!(line.contains("-sandbox on,spawn=deny") && line.contains("-runas 64055:994"), "{line}");
+        assert_eq!(left_out, ["-sandbox elevateprivileges=deny"]);
+        let (line, _) = rewritten(&["-runas", "nobody"], (65534, 65534));
+        assert_eq!(line.matches("-runas").count(), 1, "it steps down by itself: {line}");
+    }
+
+    #[test]
     fn what_the_primary_listens_on_moves() {
         let arguments = "-qmp unix:/q -monitor stdio -serial mon:stdio -serial unix:/s,server -serial none -vnc :1 -pidfile /p -D /log \
                          -chardev socket,id=qga,path=/g,server=on -chardev pty,id=p0 -drive file=cd.iso,readonly=on,if=virtio";
@@ -559,7 +605,7 @@ mod tests {
             "[ -~]{0,20}",
         ], 0..12)) {
             for network in [same(), Network::Null] {
-                let plan = Plan { argv: &argv, cwd: Path::new("/c"), machine: "pc", memory: &[backend("pc.ram")], share: false,
+                let plan = Plan { argv: &argv, user: (1, 1), cwd: Path::new("/c"), machine: "pc", memory: &[backend("pc.ram")], share: false,
                     network, run_dir: Path::new("/r") };
                 if let Ok(done) = rewrite(&plan) {
                     prop_assert!(done.arguments.join(" ").ends_with("-S -incoming defer"));

@@ -202,6 +202,7 @@ impl QemuTwin {
             self.recipe.backends.iter().filter_map(|backend| self.backend(&backend.id, &backend.block)).collect();
         let plan = Plan {
             argv: &self.recipe.argv,
+            user: self.recipe.user,
             cwd: &self.recipe.cwd,
             machine: &self.recipe.machine,
             memory: &backends,
@@ -422,6 +423,7 @@ mod tests {
         let recipe = QemuRecipe {
             name: "test".to_owned(),
             argv: Vec::new(),
+            user: (0, 0),
             cwd: PathBuf::new(),
             exe: PathBuf::new(),
             version: String::new(),
