@@ -36,6 +36,9 @@ pub(super) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a QEMU that must not run is killed again, and its maker says that it waits.
 const KILL_AGAIN: Duration = Duration::from_secs(5);
 
+/// The longest that the end of a QEMU that was let go is waited for at once.
+const LOOK_AGAIN: Duration = Duration::from_secs(3600);
+
 /// How often a QEMU that starts is asked whether it listens.
 pub(super) const RETRY: Duration = Duration::from_millis(2);
 
@@ -309,8 +312,15 @@ impl Machine {
     /// Lets it go on without us. Its end is still reaped while this process is there.
     pub(super) fn let_go(mut self) {
         if let Some(mut child) = self.child.take() {
+            let process = self.process.clone();
+            // It must not be waited for before it has ended: such a wait, by whatever thread of this process, takes the stops away
+            // that the next attachment to it waits for.
+            let reap = move || {
+                while !process.wait_exit(LOOK_AGAIN) {}
+                child.wait()
+            };
             // Without the thread its end would leave a zombie, which harms nobody.
-            let _ = thread::Builder::new().name("reaper".to_owned()).spawn(move || child.wait());
+            let _ = thread::Builder::new().name("reaper".to_owned()).spawn(reap);
         }
     }
 }
@@ -390,6 +400,24 @@ pub(super) mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    #[test]
+    fn one_that_was_let_go_can_be_attached_to_by_the_process_that_made_it() {
+        let machine = breaks_at_cont(Path::new("/"));
+        let process = machine.process().clone();
+        machine.let_go();
+        for round in 0..100 {
+            let attached = crate::sys::inject::attach(&process, &[]);
+            let attached = attached.unwrap_or_else(|error| panic!("round {round}: {error}"));
+            crate::sys::inject::detach(&process, &attached).unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
+        process.kill_confirmed(KILL_TIMEOUT).expect("ours");
+        let deadline = Instant::now() + KILL_TIMEOUT;
+        while Path::new(&format!("/proc/{}", process.pid())).exists() {
+            assert!(Instant::now() < deadline, "its end is not reaped");
+            thread::yield_now();
+        }
+    }
 
     /// A process whose monitor closes instead of answering `cont`, while the process lives.
     pub(in crate::qemu::twin) fn breaks_at_cont(run_dir: &Path) -> Machine {
