@@ -87,6 +87,23 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         ])))
     });
     lane("tests", &|| outcome(shell::run(shell::cargo().args(["test", "--workspace", "--no-fail-fast"]))));
+    lane("long tests: rare machines, unlucky moments", &|| {
+        if !all {
+            return Outcome::Skipped("only with --all".to_owned());
+        }
+        outcome(shell::run(shell::cargo().env("UNDERSTUDY_LONG", "1").args([
+            "test",
+            "--no-fail-fast",
+            "--package",
+            "vmm-hooks",
+            "--test",
+            "matrix",
+            "--package",
+            "chaos-tests",
+            "--test",
+            "real",
+        ])))
+    });
     lane("demo on a real VM", &|| match means.demo() {
         Ok(guest) => outcome(demo_lane(&guest, if all { "20" } else { "1" })),
         Err(why) => Outcome::Skipped(why),

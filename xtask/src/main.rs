@@ -36,7 +36,7 @@ enum Task {
     },
     /// Set up, then check everything: format, lints, house rules, tests, a short real demo.
     Test {
-        /// Also what takes long: 20 rounds of the demo, 20000 seeds of the simulator.
+        /// Also what takes long: rare machines, unlucky moments, 20 rounds of the demo, 20000 seeds of the simulator.
         #[arg(long)]
         all: bool,
     },

@@ -1,277 +1,255 @@
-//! A stock Debian with Redis under real QEMUs, on two hosts that are network namespaces: a client goes on over the same TCP connection
-//! after a SIGKILL of its guest's QEMU, and finds every write that was acknowledged to it.
-//!
-//! Skipped, with a line that says so, where QEMU, root, the `ip` program or the guest image (`cargo xtask setup`) is missing.
+//! One row from its boot to the end of its survivor.
 
-use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, SocketAddrV6};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use vmm_hooks::guest::{Capture, Guest, PauseParts, TwinHost, TwinMemory};
-use vmm_hooks::layout::PAGE_SIZE;
-use vmm_hooks::qemu::{AttachOptions, QemuTwinHost, Target, TwinHostOptions, attach};
+use vmm_hooks::guest::{Capture, Guest, GuestError, PauseParts, Recipe, Twin, TwinHost, TwinMemory};
+use vmm_hooks::layout::{Layout, PAGE_SIZE};
+use vmm_hooks::qemu::{AttachOptions, QemuGuest, QemuTwinHost, Target, TwinHostOptions, attach};
 use vmm_hooks::sys::process::PidFd;
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-const IMAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
+use crate::client::{Client, Progress};
+use crate::machine::{LINK_LOCAL, Machine, NOBODY, SOON, cards, directory, missing, status};
+use crate::net::Net;
+use crate::{Row, Starter, When};
 
-/// Bound on every wait for something that must happen.
-const SOON: Duration = Duration::from_secs(60);
+/// What asks for rows that take long.
+const LONG: &str = "UNDERSTUDY_LONG";
 
 /// An epoch ends when output waits, or after this.
 const EPOCH_MAX: Duration = Duration::from_millis(25);
 
-/// Writes before the kill, and after it.
-const WRITES: u64 = 200;
+/// Writes of each client before the kill, and after it.
+const WRITES: u64 = 100;
 
-/// Namespaces `a` and `b` with a bridge each, and `c` with the client; removed at the end.
-struct Net {
-    prefix: String,
+/// The client's neighbours are forgotten every so many epochs.
+const FORGET_EVERY: u64 = 20;
+
+/// Pages that are read at once.
+const CHUNK: usize = 4096;
+
+/// Numbers the rows of this process, so that their namespaces do not meet.
+static ROWS: AtomicUsize = AtomicUsize::new(0);
+
+/// Plays a row, or says why not.
+pub(crate) fn play(row: &Row) {
+    if let Some(what) = missing() {
+        println!("skipped: {}: {what}", row.name);
+        return;
+    }
+    if row.when == When::Long && std::env::var_os(LONG).is_none() {
+        println!("skipped: {}: takes long, set {LONG}=1", row.name);
+        return;
+    }
+    let starter = (row.starter == Starter::Nobody).then_some("nobody");
+    let net = Net::make(ROWS.fetch_add(1, Ordering::SeqCst), cards(row), starter);
+    // What enters a namespace must not be a thread that is used again.
+    let played = thread::scope(|scope| scope.spawn(|| protect(row, &net)).join());
+    assert!(played.is_ok(), "{}: see above", row.name);
 }
 
-impl Net {
-    fn make() -> Self {
-        let net = Self { prefix: format!("qemu-t{}", std::process::id()) };
-        for name in ["a", "b", "c"] {
-            ip(&format!("netns add {}", net.name(name)));
-            ip(&format!("-n {} link set lo up", net.name(name)));
-            ip(&format!("-n {} link add br0 type bridge", net.name(name)));
-            ip(&format!("-n {} link set br0 up", net.name(name)));
-        }
-        for host in ["a", "b"] {
-            let (host_net, client) = (net.name(host), net.name("c"));
-            ip(&format!("-n {host_net} link add up0 type veth peer name to{host} netns {client}"));
-            ip(&format!("-n {host_net} link set up0 master br0 up"));
-            ip(&format!("-n {client} link set to{host} master br0 up"));
-        }
-        ip(&format!("-n {} addr add 10.77.3.1/24 dev br0", net.name("c")));
-        ip(&format!("-n {} tuntap add dev tap0 mode tap", net.name("a")));
-        ip(&format!("-n {} link set tap0 master br0 up", net.name("a")));
-        net
-    }
+fn protect(row: &Row, net: &Net) {
+    let dir = directory();
+    net.enter("a");
+    let mut primary = Machine::boot(row, dir.path());
+    let target = Target::QmpSocket(dir.path().join("qmp"));
+    let attached = || attach(&target, &AttachOptions::default()).expect("it can be attached to");
+    let found = primary.appearance();
+    visit(attached());
+    assert_eq!(primary.appearance(), found, "left is not found");
 
-    fn name(&self, host: &str) -> String {
-        format!("{}-{host}", self.prefix)
-    }
-
-    /// Puts the calling thread, and what it starts, into a namespace.
-    fn enter(&self, host: &str) {
-        let namespace = fs::File::open(format!("/run/netns/{}", self.name(host))).expect("just made");
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).expect("root may");
-    }
+    let mut addresses: Vec<SocketAddr> =
+        ["10.77.3.2:6379", "10.77.4.2:6379"][..cards(row)].iter().map(|to| to.parse().expect("an address")).collect();
+    let scope = net.scope();
+    addresses.push(SocketAddrV6::new(LINK_LOCAL.parse().expect("an address"), 6379, 0, scope).into());
+    let progress: Vec<Progress> = addresses.iter().map(|_| Progress::default()).collect();
+    thread::scope(|scope| {
+        let clients: Vec<Client<'_>> = addresses
+            .iter()
+            .zip(&progress)
+            .map(|(&address, progress)| Client::start(scope, net, address, progress))
+            .collect();
+        // Whatever panics here, the clients must not be waited for.
+        let _stop = StopAll(&progress);
+        let mut guest = attached();
+        let mut twin = prepare(net, dir.path(), guest.recipe(), guest.layout()).expect("a twin");
+        let mut protection = Protection { net, guest: &mut guest, memory: twin.memory(), epoch: 1 };
+        protection.begin();
+        protection.until_written(&clients, &progress);
+        let device = protection.last_epoch();
+        println!("{}: {:?}", row.name, twin.rehearse(&device).expect("the state loads"));
+        primary.kill();
+        println!("{}: {:?}", row.name, twin.activate(&device).expect("goes on"));
+        net.forget_neighbours();
+        wait_written(&clients, &progress);
+        progress.iter().for_each(Progress::enough);
+        clients.into_iter().for_each(Client::end);
+        check_survivor(row, net, twin);
+    });
 }
 
-impl Drop for Net {
+/// Lets the clients end.
+struct StopAll<'a>(&'a [Progress]);
+
+impl Drop for StopAll<'_> {
     fn drop(&mut self) {
-        for name in ["a", "b", "c"] {
-            let _ = Command::new("ip").args(["netns", "delete", &self.name(name)]).status();
-        }
+        self.0.iter().for_each(Progress::enough);
     }
 }
 
-fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status().expect("ip runs");
-    assert!(status.success(), "ip {arguments}");
+/// Attaches with everything that there is, and leaves again.
+fn visit(mut guest: QemuGuest) {
+    println!("tracker {}, {} pages", guest.tracker(), guest.layout().pages());
+    guest.pause().expect("pauses");
+    guest.arm().expect("arms");
+    guest.hold_output(1).expect("holds");
+    guest.capture(&mut Capture::default(), &mut PauseParts::default()).expect("captures");
+    guest.resume().expect("resumes");
+    Box::new(guest).detach().expect("leaves it");
 }
 
-struct Ended(Child);
+/// A twin on host `b`.
+fn prepare(net: &Net, dir: &Path, recipe: &Recipe, layout: &Layout) -> Result<Box<dyn Twin>, GuestError> {
+    let run_dir = dir.join("b");
+    thread::scope(|scope| {
+        let prepared = scope.spawn(|| {
+            net.enter("b");
+            QemuTwinHost::new(TwinHostOptions { run_dir, ..TwinHostOptions::default() }).prepare("mx", recipe, layout)
+        });
+        prepared.join().expect("no panic")
+    })
+}
+
+/// A guest whose epochs go to a twin's memory.
+struct Protection<'a> {
+    net: &'a Net,
+    guest: &'a mut QemuGuest,
+    memory: Arc<dyn TwinMemory>,
+    epoch: u64,
+}
+
+impl Protection<'_> {
+    /// Starts tracking, sends all memory while it runs, and holds its output from the first epoch on.
+    fn begin(&mut self) {
+        self.guest.pause().expect("pauses");
+        self.guest.arm().expect("arms");
+        self.guest.resume().expect("resumes");
+        let mut bytes = Vec::new();
+        for pages in chunks(self.memory.pages()) {
+            self.guest.read_pages(&pages, &mut bytes).expect("readable");
+            for (&page, bytes) in pages.iter().zip(bytes.chunks_exact(PAGE_SIZE)) {
+                if bytes == [0; PAGE_SIZE] {
+                    self.memory.zero(page);
+                } else {
+                    self.memory.write(page, 0, bytes);
+                }
+            }
+        }
+        self.guest.pause().expect("pauses");
+        self.guest.hold_output(self.epoch).expect("holds");
+        self.capture();
+        self.guest.resume().expect("resumes");
+        self.release();
+    }
+
+    /// One epoch, up to its capture; the guest stands.
+    fn capture(&mut self) -> Vec<u8> {
+        self.guest.pause().expect("pauses");
+        self.guest.gate().seal(self.epoch + 1);
+        let mut capture = Capture::default();
+        self.guest.capture(&mut capture, &mut PauseParts::default()).expect("captures");
+        for (&page, bytes) in capture.pages.iter().zip(capture.bytes.chunks_exact(PAGE_SIZE)) {
+            self.memory.write(page, 0, bytes);
+        }
+        capture.device
+    }
+
+    /// Releases the epoch that was captured.
+    fn release(&mut self) {
+        self.guest.gate().release(self.epoch);
+        self.epoch += 1;
+    }
+
+    /// Epochs until every client has written enough, with a neighbour table that is emptied meanwhile.
+    fn until_written(&mut self, clients: &[Client<'_>], progress: &[Progress]) {
+        let wanted: Vec<u64> = progress.iter().map(|progress| progress.acknowledged() + WRITES).collect();
+        let deadline = Instant::now() + SOON;
+        while progress.iter().zip(&wanted).any(|(progress, wanted)| progress.acknowledged() < *wanted) {
+            clients.iter().for_each(Client::check);
+            assert!(Instant::now() < deadline, "the clients do not go on: {progress:?}, wanted {wanted:?}");
+            self.guest.gate().wait_output(Instant::now() + EPOCH_MAX);
+            self.capture();
+            self.guest.resume().expect("resumes");
+            self.release();
+            assert_eq!(self.guest.events(), [], "nothing but us touches it");
+            if self.epoch.is_multiple_of(FORGET_EVERY) {
+                self.net.forget_neighbours();
+            }
+        }
+        assert!(self.epoch > FORGET_EVERY, "the neighbours were never forgotten");
+        let held = self.guest.gate().held();
+        assert!(held.released > 0 && held.dropped == 0, "{held:?}");
+    }
+
+    /// The last epoch, after which the twin must hold what the guest held when it stood.
+    fn last_epoch(&mut self) -> Vec<u8> {
+        let device = self.capture();
+        self.release();
+        let (mut truth, mut page) = (Vec::new(), vec![0; PAGE_SIZE]);
+        let mut lost = Vec::new();
+        for pages in chunks(self.memory.pages()) {
+            self.guest.read_pages(&pages, &mut truth).expect("readable");
+            lost.extend(pages.iter().zip(truth.chunks_exact(PAGE_SIZE)).filter_map(|(&number, theirs)| {
+                self.memory.read(number, &mut page);
+                (page != *theirs).then(|| self.guest.layout().locate(number))
+            }));
+        }
+        assert_eq!(lost, [], "dirty pages were lost");
+        device
+    }
+}
+
+fn chunks(pages: u64) -> impl Iterator<Item = Vec<u64>> {
+    (0..pages).step_by(CHUNK).map(move |start| (start..pages.min(start + CHUNK as u64)).collect())
+}
+
+fn wait_written(clients: &[Client<'_>], progress: &[Progress]) {
+    let wanted: Vec<u64> = progress.iter().map(|progress| progress.acknowledged() + WRITES).collect();
+    let deadline = Instant::now() + SOON;
+    while progress.iter().zip(&wanted).any(|(progress, wanted)| progress.acknowledged() < *wanted) {
+        clients.iter().for_each(Client::check);
+        assert!(Instant::now() < deadline, "the clients do not go on: {progress:?}, wanted {wanted:?}");
+        thread::yield_now();
+    }
+}
+
+/// Ended whatever happens.
+struct Ended(PidFd);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.0.kill_confirmed(SOON);
     }
 }
 
-fn missing() -> Option<&'static str> {
-    if !Path::new(QEMU).exists() {
-        return Some("no QEMU");
-    }
-    if !rustix::process::geteuid().is_root() {
-        return Some("not root");
-    }
-    if !Path::new(IMAGE).join("manifest").exists() {
-        return Some("no guest image: run `cargo xtask setup`");
-    }
-    Command::new("ip").arg("-V").stdout(Stdio::null()).status().is_err().then_some("no `ip` program")
-}
-
-fn boot(dir: &Path) -> Ended {
-    let image = |name: &str| format!("{IMAGE}/{name}");
-    let append =
-        format!("{} us.ip=10.77.3.2/24", fs::read_to_string(image("cmdline")).expect("the image has one").trim());
-    let console = format!("file:{}", dir.join("console").display());
-    let qmp = format!("unix:{},server=on,wait=off", dir.join("qmp").display());
-    let child = Command::new(QEMU)
-        .args([
-            "-name", "linux", "-m", "256", "-display", "none", "-serial", &console, "-qmp", &qmp, "-append", &append,
-        ])
-        .args(["-kernel", &image("vmlinuz"), "-initrd", &image("initrd.img")])
-        .args(["-netdev", "tap,id=net0,ifname=tap0,script=no,downscript=no", "-device", "virtio-net-pci,netdev=net0"])
-        .stdin(Stdio::null())
-        .spawn()
-        .expect("QEMU starts");
-    let guest = Ended(child);
-    let deadline = Instant::now() + SOON;
-    while !fs::read_to_string(dir.join("console")).is_ok_and(|console| console.contains("READY")) {
-        assert!(Instant::now() < deadline, "the guest does not boot");
-        thread::yield_now();
-    }
-    guest
-}
-
-/// A client of Redis with one connection.
-struct Client {
-    stream: BufReader<TcpStream>,
-}
-
-impl Client {
-    fn connect() -> Self {
-        let stream = TcpStream::connect("10.77.3.2:6379").expect("Redis listens");
-        stream.set_read_timeout(Some(SOON)).expect("a socket");
-        stream.set_nodelay(true).expect("a socket");
-        Self { stream: BufReader::new(stream) }
-    }
-
-    fn ask(&mut self, command: &str) -> String {
-        self.stream.get_mut().write_all(format!("{command}\r\n").as_bytes()).expect("connected");
-        let mut line = String::new();
-        self.stream.read_line(&mut line).expect("the connection lives");
-        if line.starts_with('$') && line.trim() != "$-1" {
-            line.clear();
-            self.stream.read_line(&mut line).expect("the connection lives");
-        }
-        line.trim().to_owned()
-    }
-}
-
-fn percentile(times: &mut [Duration], per_cent: usize) -> Duration {
-    times.sort_unstable();
-    times[(times.len() - 1) * per_cent / 100]
-}
-
-#[test]
-fn a_client_of_a_linux_guest_loses_no_acknowledged_write() {
-    if let Some(what) = missing() {
-        println!("skipped: {what}");
-        return;
-    }
-    let net = Net::make();
-    let dir = tempfile::Builder::new().prefix("qemu-linux").tempdir().expect("a directory");
-    let acknowledged = AtomicU64::new(0);
-    let failed_over = AtomicBool::new(false);
+/// The survivor has no more rights than its primary had, can be protected in its turn, and leaves nothing when it is gone.
+fn check_survivor(row: &Row, net: &Net, twin: Box<dyn Twin>) {
+    let survivor = twin.release().expect("it runs");
+    let process = Ended(PidFd::open(survivor.pid).expect("it runs"));
+    let process = &process.0;
+    let unprivileged = row.starter == Starter::Nobody || row.arguments.contains("-runas");
+    assert_eq!(process.uid().expect("it runs"), if unprivileged { NOBODY } else { 0 }, "its user");
+    let target = Target::QmpSocket(survivor.control.clone().into());
     thread::scope(|scope| {
-        let (net, acknowledged, failed_over, dir) = (&net, &acknowledged, &failed_over, dir.path());
-        let protector = scope.spawn(move || {
-            net.enter("a");
-            let mut primary = boot(dir);
-            let mut guest = attach(&Target::Pid(primary.0.id()), &AttachOptions::default()).expect("it can be attached to");
-            println!("tracker {}, {} pages", guest.tracker(), guest.layout().pages());
-            let client = scope.spawn(move || {
-                net.enter("c");
-                let mut client = Client::connect();
-                let mut longest = Duration::ZERO;
-                let mut number = 0;
-                let mut after = 0;
-                while after < WRITES {
-                    after += u64::from(failed_over.load(Ordering::SeqCst));
-                    let asked = Instant::now();
-                    assert_eq!(client.ask(&format!("SET key{number} value{number}")), "+OK");
-                    longest = longest.max(asked.elapsed());
-                    number += 1;
-                    acknowledged.store(number, Ordering::SeqCst);
-                }
-                for key in 0..number {
-                    assert_eq!(client.ask(&format!("GET key{key}")), format!("value{key}"));
-                }
-                println!("{number} acknowledged writes, all there; longest wait {longest:?}");
-            });
-            let recipe = guest.recipe().clone();
-            let layout = guest.layout().clone();
-            let mut twin = thread::scope(|scope| {
-                let prepared = scope.spawn(|| {
-                    net.enter("b");
-                    let run_dir = dir.join("b");
-                    let host = QemuTwinHost::new(TwinHostOptions { run_dir, ..TwinHostOptions::default() });
-                    host.prepare("linux", &recipe, &layout)
-                });
-                prepared.join().expect("no panic").expect("a twin")
-            });
-            let memory = twin.memory();
-            let apply = |memory: &dyn TwinMemory, capture: &Capture| {
-                for (&page, bytes) in capture.pages.iter().zip(capture.bytes.chunks_exact(PAGE_SIZE)) {
-                    memory.write(page, 0, bytes);
-                }
-            };
-            let gate = guest.gate();
-            guest.pause().expect("pauses");
-            guest.arm().expect("arms");
-            guest.hold_output(1).expect("holds");
-            guest.resume().expect("resumes");
-            let mut capture = Capture { pages: (0..layout.pages()).collect(), ..Capture::default() };
-            guest.read_pages(&capture.pages.clone(), &mut capture.bytes).expect("readable");
-            apply(&*memory, &capture);
-            let (mut times, mut stops, mut pages, mut devices) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            let mut epoch = 1;
-            let until = acknowledged.load(Ordering::SeqCst) + WRITES;
-            while acknowledged.load(Ordering::SeqCst) < until {
-                gate.wait_output(Instant::now() + EPOCH_MAX);
-                let mut parts = PauseParts::default();
-                let started = Instant::now();
-                guest.pause().expect("pauses");
-                stops.push(started.elapsed());
-                gate.seal(epoch + 1);
-                guest.capture(&mut capture, &mut parts).expect("captures");
-                guest.resume().expect("resumes");
-                times.push(started.elapsed());
-                pages.push(capture.pages.len());
-                devices.push(parts.device);
-                apply(&*memory, &capture);
-                gate.release(epoch);
-                epoch += 1;
-                assert_eq!(guest.events(), [], "nothing but us touches it");
-            }
-            pages.sort_unstable();
-            println!(
-                "{} epochs: pause p50 {:?} p99 {:?}, stop p50 {:?}, device p50 {:?}, dirty pages p50 {}, device state {} bytes",
-                times.len(),
-                percentile(&mut times, 50),
-                percentile(&mut times, 99),
-                percentile(&mut stops, 50),
-                percentile(&mut devices, 50),
-                pages[pages.len() / 2],
-                capture.device.len()
-            );
-            // The last epoch, after which the twin must hold what the guest held when it stood.
-            guest.pause().expect("pauses");
-            gate.seal(epoch + 1);
-            guest.capture(&mut capture, &mut PauseParts::default()).expect("captures");
-            apply(&*memory, &capture);
-            gate.release(epoch);
-            let mut truth = Vec::new();
-            guest.read_pages(&(0..layout.pages()).collect::<Vec<_>>(), &mut truth).expect("readable");
-            let mut page = vec![0; PAGE_SIZE];
-            let lost = (0..).zip(truth.chunks_exact(PAGE_SIZE)).filter(|(number, theirs)| {
-                memory.read(*number, &mut page);
-                page != *theirs
-            });
-            assert_eq!(lost.map(|(number, _)| layout.locate(number)).collect::<Vec<_>>(), [], "dirty pages were lost");
-            println!("{:?}", twin.rehearse(&capture.device).expect("the state loads"));
-            primary.0.kill().expect("ours");
-            primary.0.wait().expect("ours");
-            println!("{:?}", twin.activate(&capture.device).expect("goes on"));
-            failed_over.store(true, Ordering::SeqCst);
-            client.join().expect("the client is content");
-            let survivor = twin.release().expect("it runs");
-            PidFd::open(survivor.pid).expect("it runs").kill_confirmed(SOON).expect("ours");
+        let visited = scope.spawn(|| {
+            net.enter("b");
+            visit(attach(&target, &AttachOptions::default()).expect("a survivor can be protected again"));
         });
-        protector.join().expect("no panic");
+        visited.join().expect("no panic");
     });
+    assert_eq!(status(survivor.control.as_ref()), "running");
 }
