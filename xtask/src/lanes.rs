@@ -1,4 +1,4 @@
-//! `cargo xtask demo | test | sim`: what they call, in which order.
+//! `cargo xtask demo | test | sim | bench`: what they call, in which order.
 
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -35,6 +35,24 @@ pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
     command.args(["run", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]).args(args);
     let status = command.status()?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Builds the product and the benchmark, and measures with `args`. What this machine lacks the benchmark itself skips.
+///
+/// # Errors
+/// If it does not build.
+pub(crate) fn bench(args: &[String]) -> Result<ExitCode> {
+    let means = setup::run(false)?;
+    if let Err(reasons) = means.demo() {
+        println!("bench: what needs a real VM will be skipped here: {reasons}");
+    }
+    shell::run(shell::cargo().args(["build", "--release", "--package", "replicator", "--package", "bench"]))?;
+    let release = shell::target().join("release");
+    let mut command = Command::new(release.join("bench"));
+    command.arg("--guest").arg(shell::target().join("guest")).arg("--understudy").arg(release.join("understudy"));
+    command.args(args);
+    let error = std::os::unix::process::CommandExt::exec(&mut command);
+    bail!("cannot run {}: {error}", release.join("bench").display())
 }
 
 /// How a lane ended.

@@ -46,6 +46,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Set up, build and measure the promised numbers: `--quick`, `--json FILE`, `--only PART`.
+    Bench {
+        /// Given to the benchmark as they are.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Check the house rules alone: who imports whom, pure cores, unsafe code, file lengths, cited clauses.
     Tidy,
 }
@@ -69,6 +75,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Demo { args } => lanes::demo(&args),
         Task::Test { all } => lanes::test(all),
         Task::Sim { args } => lanes::sim(&args),
+        Task::Bench { args } => lanes::bench(&args),
         Task::Tidy => {
             tidy::run()?;
             Ok(ExitCode::SUCCESS)

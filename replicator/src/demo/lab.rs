@@ -36,7 +36,6 @@ pub const REDIS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(GUEST), 6379)
 pub const VM: &str = "web-1";
 /// The witness's address.
 pub const WITNESS: &str = "10.77.0.3";
-const MEMORY_MIB: u32 = 256;
 
 /// Bound on booting the guest; it takes 3 s on an idle machine.
 const BOOT: Duration = Duration::from_secs(120);
@@ -82,6 +81,23 @@ impl Host {
             Self::A => "10.77.0.1",
             Self::B => "10.77.0.2",
         }
+    }
+}
+
+/// What the VM is made of.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Its memory.
+    pub memory_mib: u32,
+    /// More words for its kernel: `mem=256M` leaves it no more than that of the memory.
+    pub kernel: String,
+    /// More arguments for QEMU.
+    pub more: Vec<String>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self { memory_mib: 256, kernel: String::new(), more: Vec::new() }
     }
 }
 
@@ -170,21 +186,29 @@ impl Lab {
     /// # Errors
     /// If it does not within a bound.
     pub async fn boot(&mut self) -> Result<Duration> {
+        self.boot_as(&Machine::default()).await
+    }
+
+    /// The same, with another machine.
+    ///
+    /// # Errors
+    /// If its Redis does not answer within a bound.
+    pub async fn boot_as(&mut self, machine: &Machine) -> Result<Duration> {
         let dir = self.part("vm")?;
         let cmdline = self.guest.join("cmdline");
         let cmdline = fs::read_to_string(&cmdline).with_context(|| format!("cannot read {}", cmdline.display()))?;
         let shown = |name: &str| self.guest.join(name).display().to_string();
-        let args: Vec<String> = [
+        let mut args: Vec<String> = [
             "-name",
             VM,
             "-m",
-            &MEMORY_MIB.to_string(),
+            &machine.memory_mib.to_string(),
             "-kernel",
             &shown("vmlinuz"),
             "-initrd",
             &shown("initrd.img"),
             "-append",
-            &format!("{} us.ip={GUEST}/24", cmdline.trim()),
+            &format!("{} us.ip={GUEST}/24 {}", cmdline.trim(), machine.kernel),
             "-netdev",
             "tap,id=net0,ifname=tap0,script=no,downscript=no",
             "-device",
@@ -198,6 +222,7 @@ impl Lab {
         ]
         .map(str::to_owned)
         .into();
+        args.extend_from_slice(&machine.more);
         let begun = now_ns();
         let qemu = Path::new("qemu-system-x86_64");
         let mut vm = Daemon::start("the VM", &self.namespace("a"), qemu, &args, &[], &dir.join("qemu.log"))?;
@@ -329,10 +354,16 @@ impl Lab {
         ip(&format!("-n {} link set to-{} {state}", self.namespace("s"), host.role()))
     }
 
+    /// The directory of the VM on host A.
+    #[must_use]
+    pub fn vm_dir(&self) -> PathBuf {
+        self.dir.join("vm")
+    }
+
     /// The QMP socket of the VM on host A. QEMU serves one client at a time.
     #[must_use]
     pub fn vm_control(&self) -> PathBuf {
-        self.dir.join("vm/qmp.sock")
+        self.vm_dir().join("qmp.sock")
     }
 
     /// The pid of a host's agent.

@@ -1,6 +1,6 @@
 //! SET throughput: many connections, one request in flight on each, as `redis-benchmark -t set` does it.
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -25,6 +25,10 @@ const ANSWER: Duration = Duration::from_secs(10);
 pub struct Loaded {
     /// Acknowledged SETs per second.
     pub ops_per_s: f64,
+    /// From sending a SET to its answer, median.
+    pub p50_ms: f64,
+    /// The same, 99th percentile.
+    pub p99_ms: f64,
 }
 
 /// Measures for `length` after a warm-up and answers with [`Loaded`].
@@ -32,7 +36,7 @@ pub struct Loaded {
 /// # Errors
 /// If a connection fails or Redis refuses a SET.
 pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> Result<()> {
-    let done = Rc::new(Cell::new(0_u64));
+    let done = Rc::new(RefCell::new(Vec::<Duration>::new()));
     let opened = {
         let mut all = Vec::new();
         for _ in 0..connections {
@@ -54,6 +58,7 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
                     number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     bytes.clear();
                     request(&mut bytes, &[b"SET", format!("key:{:012}", (number >> 33) % KEYS).as_bytes(), b"xyz"]);
+                    let asked = Instant::now();
                     let reply = timeout(ANSWER, connection.ask(&bytes)).await.context("no answer in time")??;
                     if reply != Reply::Simple("OK".to_owned()) {
                         bail!("Redis answered {reply:?} to SET");
@@ -63,7 +68,7 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
                         return Ok(());
                     }
                     if now >= begin {
-                        done.set(done.get() + 1);
+                        done.borrow_mut().push(now - asked);
                     }
                 }
             })
@@ -77,7 +82,30 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
             anyhow::Ok(())
         })
         .await?;
+    let mut took = done.take();
+    took.sort_unstable();
     #[expect(clippy::cast_precision_loss, reason = "a count of seconds' worth of requests is far below 2^52")]
-    let ops_per_s = done.get() as f64 / length.as_secs_f64();
-    say(&Loaded { ops_per_s })
+    let ops_per_s = took.len() as f64 / length.as_secs_f64();
+    let ms = |percent| percentile(&took, percent).as_secs_f64() * 1e3;
+    say(&Loaded { ops_per_s, p50_ms: ms(50), p99_ms: ms(99) })
+}
+
+/// The smallest value that at least `percent` of the sorted values do not exceed; nothing of nothing.
+fn percentile(sorted: &[Duration], percent: usize) -> Duration {
+    let rank = (sorted.len() * percent).div_ceil(100).max(1);
+    sorted.get(rank - 1).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_nearest_rank() {
+        let values: Vec<Duration> = (1..=200).map(Duration::from_millis).collect();
+        assert_eq!(percentile(&values, 50), Duration::from_millis(100));
+        assert_eq!(percentile(&values, 99), Duration::from_millis(198));
+        assert_eq!(percentile(&values[..1], 99), Duration::from_millis(1));
+        assert_eq!(percentile(&[], 50), Duration::ZERO);
+    }
 }

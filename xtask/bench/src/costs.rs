@@ -1,0 +1,109 @@
+//! What protection costs beside throughput: a guest that only computes, the initial sync, the agents' memory.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use replicator::demo::lab::{Host, REDIS};
+
+use crate::path::Speeds;
+use crate::row::{Better, Pairs, Report};
+use crate::stage::Stage;
+use crate::stats::{count, median};
+
+/// A guest that only computes keeps at least this much of its speed.
+const COMPUTE_BUDGET: f64 = 0.95;
+/// Bound on one computation.
+const COMPUTE: Duration = Duration::from_secs(60);
+/// Rounds of the loop that Redis's Lua runs: about a second under emulation.
+const LOOPS: &str = "2000000";
+const SCRIPT: &str = "local a=0 for i=1,tonumber(ARGV[1]) do a=(a*31+i)%65521 end return a";
+/// Memory of the laboratory's VM.
+const GUEST_MIB: f64 = 256.0;
+
+/// A guest that only computes, unprotected and protected in turn. It is not protected before and after.
+pub(crate) async fn compute(stage: &Stage, quick: bool, report: &mut Report) -> Result<()> {
+    let rounds = if quick { 2 } else { 6 };
+    println!("a guest that only computes: {rounds} rounds");
+    let to = REDIS.to_string();
+    let args = ["compute", "--to", &to, "--count", if quick { "2" } else { "3" }];
+    let mut pairs = Pairs::default();
+    let speed = |took: Vec<f64>| median(took.into_iter().map(|seconds| 1.0 / seconds));
+    for _ in 0..rounds {
+        let without = speed(stage.worker("c", &args).await?);
+        stage.protect("auto").await?;
+        let with = speed(stage.worker("c", &args).await?);
+        stage.unprotect().await?;
+        if let (Some(with), Some(without)) = (with, without) {
+            pairs.push(with, without);
+        }
+    }
+    report.add("a guest that only computes, auto", "runs/s", Better::Higher, Some(COMPUTE_BUDGET), &pairs);
+    Ok(())
+}
+
+/// The worker: has Redis compute, and says how many seconds each run took.
+pub(crate) fn run_compute(to: SocketAddr, times: u32) -> Result<Vec<f64>> {
+    let mut out = TcpStream::connect(to).with_context(|| format!("cannot connect to {to}"))?;
+    out.set_nodelay(true)?;
+    out.set_read_timeout(Some(COMPUTE))?;
+    let mut lines = BufReader::new(out.try_clone()?);
+    let words = ["EVAL", SCRIPT, "0", LOOPS];
+    let mut request = format!("*{}\r\n", words.len());
+    for word in words {
+        request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+    }
+    let mut took = Vec::new();
+    for _ in 0..times {
+        let begun = Instant::now();
+        out.write_all(request.as_bytes())?;
+        let mut line = String::new();
+        lines.read_line(&mut line).context("no answer to EVAL")?;
+        if !line.starts_with(':') {
+            bail!("Redis answered {line:?} to EVAL");
+        }
+        took.push(begun.elapsed().as_secs_f64());
+    }
+    Ok(took)
+}
+
+/// How long becoming protected takes, idle and under load, against a raw stream of the guest's memory. The VM is not protected
+/// before and after.
+pub(crate) async fn sync(stage: &Stage, quick: bool, speeds: Speeds, report: &mut Report) -> Result<()> {
+    let rounds = if quick { 1 } else { 4 };
+    println!("initial sync: {rounds} rounds");
+    let raw = GUEST_MIB * f64::from(1 << 20) / speeds.quinn;
+    let (mut idle, mut busy) = (Pairs::default(), Pairs::default());
+    for _ in 0..rounds {
+        idle.push(stage.protect("auto").await?.as_secs_f64(), raw);
+        stage.unprotect().await?;
+        let load = stage.load_until_dropped(50)?;
+        busy.push(stage.protect("auto").await?.as_secs_f64(), raw);
+        drop(load);
+        stage.unprotect().await?;
+    }
+    report.add("protect an idle guest, against a raw stream of its memory", "s", Better::Lower, None, &idle);
+    report.add("protect a loaded guest, against a raw stream of its memory", "s", Better::Lower, None, &busy);
+    Ok(())
+}
+
+/// The agents' memory while they protect, against the guest's.
+pub(crate) fn memory(stage: &Stage, report: &mut Report) -> Result<()> {
+    for (host, what) in [(Host::A, "memory of the primary's agent"), (Host::B, "memory of the standby's agent")] {
+        let mib = proportional_kib(stage.lab.agent_pid(host)?)? / 1024.0;
+        let name = format!("{what}, against the guest's");
+        report.add(&name, "MiB", Better::Lower, None, &Pairs::one(mib, GUEST_MIB));
+    }
+    Ok(())
+}
+
+/// A process's memory, what it shares counted by its share.
+fn proportional_kib(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss in smaps_rollup")?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().context("Pss is no number")?;
+    Ok(count(kib))
+}
