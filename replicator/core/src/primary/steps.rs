@@ -214,7 +214,7 @@ impl Primary {
     /// not run.
     pub(super) fn guest_changed(&mut self, now: Time, what: &str) {
         self.capture_broken(now, what);
-        if matches!(self.phase, Phase::Contesting { .. }) && !self.paused && !self.ended {
+        if matches!(self.phase, Phase::Contesting { .. } | Phase::Frozen) && !self.paused && !self.ended {
             self.paused = true;
             self.outputs.push_back(Output::Mute);
         }
