@@ -118,9 +118,11 @@ impl Pacer {
     }
 }
 
-/// How long to run between two pauses so that pauses take `share` percent of the time.
+/// How long to run between two pauses so that pauses take at most `share` percent of the time.
 fn run_for(pause: Duration, share: u8) -> Duration {
-    pause * u32::from(100 - share) / u32::from(share)
+    let share = u32::from(share);
+    // Rounded up: the bound holds for the shortest pauses, too.
+    (pause * (100 - share) + Duration::from_nanos(u64::from(share) - 1)) / share
 }
 
 #[cfg(test)]
