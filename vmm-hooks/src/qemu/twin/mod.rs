@@ -5,6 +5,7 @@
 
 mod leftovers;
 mod machine;
+mod room;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -76,6 +77,7 @@ impl TwinHost for QemuTwinHost {
             }
         }
         let binary = find_binary(self.options.binary.as_deref().unwrap_or(&recipe.exe))?;
+        room::check(layout)?;
         let memory = BlockMemory::new(name, layout)
             .map_err(|error| GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error))?;
         let run_dir = RunDir::make(&self.options.run_dir, name)?;
