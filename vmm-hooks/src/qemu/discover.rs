@@ -94,6 +94,13 @@ pub(super) fn connect(target: &Target) -> Result<(Qmp, PidFd), GuestError> {
             }
             Err(first_error.map_or_else(
                 || {
+                    if let Some(program) = no_qemu(&process, &argv) {
+                        return GuestError::new(
+                            GuestErrorKind::Refused,
+                            format!("process {pid} is no QEMU but {program}"),
+                        )
+                        .advise("see `ps` for the PID of a qemu-system process, or name the VM or its QMP socket");
+                    }
                     GuestError::new(
                         GuestErrorKind::Refused,
                         format!("process {pid} has no QMP socket on its command line"),
@@ -106,6 +113,17 @@ pub(super) fn connect(target: &Target) -> Result<(Qmp, PidFd), GuestError> {
             ))
         }
     }
+}
+
+/// What a process is, if it is for sure no QEMU. One may have any name, but its program or its arguments tell.
+fn no_qemu(process: &PidFd, argv: &[String]) -> Option<String> {
+    let exe = process.executable().unwrap_or_default();
+    let first = argv.first().map(String::as_str).unwrap_or_default();
+    if exe.to_string_lossy().contains("qemu") || first.contains("qemu") {
+        return None;
+    }
+    let name = [exe.to_string_lossy().as_ref(), first].into_iter().find(|name| !name.is_empty()).map(str::to_owned);
+    Some(name.unwrap_or_else(|| "a thread of the kernel".to_owned()))
 }
 
 /// Asks everything. `process` must be the one that `qmp` speaks to.
