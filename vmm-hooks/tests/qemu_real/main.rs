@@ -3,6 +3,7 @@
 //!
 //! Skipped, with a line that says so, where QEMU or root is missing.
 
+mod standby;
 mod troubles;
 
 use std::fs;
