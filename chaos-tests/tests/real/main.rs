@@ -2,7 +2,7 @@
 //! line, in the laboratory of `understudy demo`. What is judged is what a client sees, what operators read and what is left.
 //!
 //! Without root, QEMU, `ip` or the guest image (`cargo xtask setup`) each says `skipped: ...` and passes. They run one at
-//! a time, also beside those of another process. `UNDERSTUDY_BIN` names the program if it is not the one that was built
+//! a time, also beside those of another process. Those that take long say the same unless `UNDERSTUDY_LONG=1` is set. `UNDERSTUDY_BIN` names the program if it is not the one that was built
 //! beside the tests; `UNDERSTUDY_LOG` sets the daemons' log level, whose ends are shown when a scenario fails.
 
 mod ends;
@@ -10,3 +10,4 @@ mod fails;
 mod monitor;
 mod refuses;
 mod stage;
+mod unlucky;

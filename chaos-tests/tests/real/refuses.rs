@@ -6,7 +6,7 @@ use replicator::demo::lab::{COMMAND, Host, VM};
 use crate::stage::{Stage, play};
 
 /// Runs a command that must fail: with this code, these words in its first line, and nothing on standard output.
-async fn refused(stage: &Stage, host: Host, args: &[&str], code: i32, words: &str) -> Result<()> {
+pub(crate) async fn refused(stage: &Stage, host: Host, args: &[&str], code: i32, words: &str) -> Result<()> {
     let ended = stage.lab.try_understudy(host, args, COMMAND).await?;
     let first = ended.err.lines().next().unwrap_or_default();
     ensure!(

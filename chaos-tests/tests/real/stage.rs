@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use replicator::control::api::{ProtectionState, VmStatus};
-use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, MAC, REDIS, VM};
+use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, MAC, Machine, REDIS, VM};
 use replicator::demo::netns::{self, ip};
 use replicator::demo::process::{Helper, log_tails};
 use replicator::demo::wait::until;
@@ -29,6 +29,21 @@ const QUESTIONS: u64 = 300;
 
 /// One scenario at a time in this process; a file's lock does the same between processes.
 static ALONE: Mutex<()> = Mutex::new(());
+
+/// What asks for scenarios that take long.
+const LONG: &str = "UNDERSTUDY_LONG";
+
+/// Plays one scenario that takes long. Skips it, and says so, unless such were asked for.
+///
+/// # Panics
+/// See [`play`].
+pub(crate) fn play_long(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) {
+    if env::var_os(LONG).is_none() {
+        println!("skipped: {name}: takes long, set {LONG}=1");
+        return;
+    }
+    play(name, scenario);
+}
 
 /// Plays one scenario. Skips it, and says so, where it cannot be played.
 ///
@@ -119,6 +134,24 @@ impl Stage {
         self.lab.boot().await?;
         self.lab.start_daemons().await?;
         self.lab.pair().await
+    }
+
+    /// The same, with a monitor of the VM's owner beside the one that the agent uses.
+    pub(crate) async fn set_with_owner(&mut self) -> Result<()> {
+        let second = format!("unix:{},server=on,wait=off", self.lab.vm_second().display());
+        self.lab.boot_as(&Machine { more: vec!["-qmp".to_owned(), second], ..Machine::default() }).await?;
+        self.lab.start_daemons().await?;
+        self.lab.pair().await
+    }
+
+    /// The VM's owner, at that monitor.
+    pub(crate) fn owner(&self) -> Result<Monitor> {
+        Monitor::connect(&self.lab.vm_second())
+    }
+
+    /// `running` and so on, by the monitor that the agent uses: it must not be attached.
+    pub(crate) fn run_state(&self) -> Result<String> {
+        Monitor::connect(&self.lab.vm_control())?.status()
     }
 
     /// The same, and the VM is protected.

@@ -366,6 +366,12 @@ impl Lab {
         self.vm_dir().join("qmp.sock")
     }
 
+    /// Where an operator's own monitor of the VM on host A would be.
+    #[must_use]
+    pub fn vm_second(&self) -> PathBuf {
+        self.vm_dir().join("second.sock")
+    }
+
     /// The pid of a host's agent.
     ///
     /// # Errors
