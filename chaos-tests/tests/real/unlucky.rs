@@ -149,13 +149,13 @@ fn what_happens_to_a_vm_while_it_is_synced() {
         owner.ask("stop", &json!({}))?;
         owner.ask("cont", &json!({}))?;
         owner.ask("system_reset", &json!({}))?;
-        guest_is_up(stage).await?;
         owner.ask("netdev_add", &json!({ "type": "hubport", "id": "late", "hubid": 7 }))?;
         owner.ask("device_add", &json!({ "driver": "virtio-net-pci", "netdev": "late", "id": "late" }))?;
         slow(stage, false)?;
         let ended = given_up(stage).await?;
         ensure!(ended.reason.contains("when it was attached"), "it does not say why: {ended:?}");
         ensure!(owner.status()? == "running", "the VM stands");
+        guest_is_up(stage).await?;
         stage.appearance().await?.has_nothing_of_ours()
     });
 }

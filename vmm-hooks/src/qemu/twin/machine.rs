@@ -342,7 +342,9 @@ fn greet(socket: &Path, process: &PidFd) -> Result<Qmp, GuestError> {
             Err(error) => error,
         };
         let starting = matches!(error, QmpError::Connect { .. } | QmpError::NoGreeting { .. });
-        if process.wait_exit(RETRY) {
+        // One that gives up while it starts closes its monitor a moment before it has ended.
+        let broke = matches!(error, QmpError::Closed | QmpError::Io(_));
+        if process.wait_exit(if broke { KILL_TIMEOUT } else { RETRY }) {
             return Err(GuestError::new(GuestErrorKind::Refused, "QEMU ended while it started"));
         }
         if !starting || Instant::now() >= deadline {
