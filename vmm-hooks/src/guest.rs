@@ -152,6 +152,12 @@ pub trait Guest: Send {
     /// If it fails the guest stands.
     fn resume(&mut self) -> Result<(), GuestError>;
 
+    /// Whether the guest is seen to have nothing to do, at this look and since the one before. Cheap, never blocks, and no more
+    /// than a hint: nothing is unsafe if it is wrong.
+    fn idle(&mut self) -> bool {
+        false
+    }
+
     /// Starts tracking, while paused: from now on every written page is found by the next harvest.
     /// The caller must send all memory once after this.
     ///

@@ -4,7 +4,12 @@
 //! one so soon that pauses would take more than the bounded share of the time, and an idle guest is captured rarely. Output of
 //! several clients that comes close together should fall into one epoch: the gather time grows while epochs hold many frames, up to
 //! the length of a pause (waiting longer would cost each client more than the saved pause), and falls to nothing
-//! while they hold one. Pure: reports in, windows out.
+//! while they hold one. A guest that has nothing to do while its output waits loses nothing by a pause: then a larger
+//! share is allowed.
+//!
+//! Shares are those of a *typical* pause: the mean of the last pauses, in which none counts for more than twice their median. A
+//! pause that was long because the host was busy elsewhere would otherwise make every client wait for many epochs, and
+//! the guest would have gained nothing by it. Pure: reports in, windows out.
 
 use core::time::Duration;
 
@@ -14,6 +19,8 @@ use heartbeat_core::time::Time;
 pub const LONGEST_IDLE: Duration = Duration::from_secs(1);
 /// An epoch that holds more frames than this has the output of several clients.
 const MANY_FRAMES: u64 = 2;
+/// How many pauses tell what a typical one is.
+const RECENT: usize = 15;
 /// The smallest gather time that is not nothing.
 const GATHER_STEP: Duration = Duration::from_micros(100);
 
@@ -34,6 +41,8 @@ pub enum Pacing {
 pub struct AutoPacing {
     /// Bound on the share of time spent paused while output waits, in percent (1..=90).
     pub busy_share: u8,
+    /// The same while output waits and the guest has nothing else to do; not below `busy_share`.
+    pub waiting_share: u8,
     /// Bound on the share of time spent paused while no output waits, in percent (1..=90).
     pub idle_share: u8,
     /// The longest epoch of an idle guest, unless `idle_share` asks for a longer one; that then goes up to [`LONGEST_IDLE`].
@@ -44,7 +53,13 @@ pub struct AutoPacing {
 
 impl Default for AutoPacing {
     fn default() -> Self {
-        Self { busy_share: 25, idle_share: 5, longest: Duration::from_millis(100), gather: Duration::from_millis(3) }
+        Self {
+            busy_share: 25,
+            waiting_share: 40,
+            idle_share: 5,
+            longest: Duration::from_millis(100),
+            gather: Duration::from_millis(3),
+        }
     }
 }
 
@@ -55,15 +70,28 @@ pub struct Window {
     pub earliest: Time,
     /// At this time anyway.
     pub latest: Time,
-    /// `Some(gather)`: between the two, as soon as the oldest waiting output has waited this long. `None`: at `latest`.
-    pub on_output: Option<Duration>,
+    /// `Some`: between the two, as soon as output waits. `None`: at `latest`.
+    pub on_output: Option<OnOutput>,
+}
+
+/// How waiting output ends an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OnOutput {
+    /// The oldest of it has waited this long.
+    pub gather: Duration,
+    /// If the guest has nothing to do, it may be this much before [`Window::earliest`].
+    pub sooner: Duration,
 }
 
 /// Follows the pauses and says when the next one may be.
 #[derive(Clone, Debug)]
 pub struct Pacer {
     policy: Pacing,
-    /// Moving average of the pauses.
+    /// The last pauses, the next to be replaced at `oldest` once there are [`RECENT`].
+    recent: [Duration; RECENT],
+    filled: usize,
+    oldest: usize,
+    /// A typical pause.
     pause: Duration,
     gather: Duration,
 }
@@ -75,21 +103,36 @@ impl Pacer {
     /// If a share is not in 1..=90.
     #[must_use]
     pub fn new(policy: Pacing) -> Self {
-        if let Pacing::Auto(auto) = policy {
-            assert!((1..=90).contains(&auto.busy_share) && (1..=90).contains(&auto.idle_share), "no such share");
-        }
-        Self { policy, pause: Duration::ZERO, gather: Duration::ZERO }
+        let mut pacer = Self {
+            policy,
+            recent: [Duration::ZERO; RECENT],
+            filled: 0,
+            oldest: 0,
+            pause: Duration::ZERO,
+            gather: Duration::ZERO,
+        };
+        pacer.set_policy(policy);
+        pacer
     }
 
     /// The policy from now on. What was learned stays.
+    ///
+    /// # Panics
+    /// If a share is not in 1..=90.
     pub fn set_policy(&mut self, policy: Pacing) {
-        *self = Self { pause: self.pause, gather: self.gather, ..Self::new(policy) };
+        if let Pacing::Auto(auto) = policy {
+            let shares = [auto.busy_share, auto.waiting_share, auto.idle_share];
+            assert!(shares.iter().all(|share| (1..=90).contains(share)), "no such share");
+        }
+        self.policy = policy;
     }
 
     /// An epoch was captured with this pause and held this many frames.
     pub fn captured(&mut self, pause: Duration, held_frames: u64) {
-        // A rise counts at once, so that the share is kept; a fall by a quarter each time.
-        self.pause = if pause >= self.pause { pause } else { self.pause - (self.pause - pause) / 4 };
+        self.recent[self.oldest] = pause;
+        self.oldest = (self.oldest + 1) % RECENT;
+        self.filled = RECENT.min(self.filled + 1);
+        self.pause = typical(&self.recent[..self.filled]);
         if let Pacing::Auto(auto) = self.policy {
             self.gather = if held_frames > MANY_FRAMES {
                 (self.gather * 5 / 4).max(GATHER_STEP).min(auto.gather).min(self.pause)
@@ -105,17 +148,28 @@ impl Pacer {
         match self.policy {
             Pacing::Fixed { every } => Window { earliest: resumed + every, latest: resumed + every, on_output: None },
             Pacing::Auto(auto) => {
-                let earliest = run_for(self.pause, auto.busy_share);
+                let earliest = run_for(self.pause, auto.busy_share).min(LONGEST_IDLE);
+                let waiting = run_for(self.pause, auto.waiting_share).min(earliest);
                 let idle = run_for(self.pause, auto.idle_share).clamp(auto.longest, auto.longest.max(LONGEST_IDLE));
-                let earliest = earliest.min(LONGEST_IDLE);
                 Window {
                     earliest: resumed + earliest,
                     latest: resumed + idle.max(earliest),
-                    on_output: Some(self.gather),
+                    on_output: Some(OnOutput { gather: self.gather, sooner: earliest - waiting }),
                 }
             }
         }
     }
+}
+
+/// The mean of the pauses, in which none counts for more than twice their median. There is at least one.
+fn typical(pauses: &[Duration]) -> Duration {
+    let mut sorted = [Duration::ZERO; RECENT];
+    let sorted = &mut sorted[..pauses.len()];
+    sorted.copy_from_slice(pauses);
+    sorted.sort_unstable();
+    let most = sorted[sorted.len() / 2] * 2;
+    let sum: Duration = sorted.iter().map(|&pause| pause.min(most)).sum();
+    sum / u32::try_from(sorted.len()).expect("a handful")
 }
 
 /// How long to run between two pauses so that pauses take at most `share` percent of the time.
@@ -127,6 +181,8 @@ fn run_for(pause: Duration, share: u8) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use alloc::vec::Vec;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -140,47 +196,86 @@ mod tests {
         assert_eq!(pacer.window(Time::from_start(40 * MS)), Window { earliest: at, latest: at, on_output: None });
     }
 
+    fn gather(pacer: &Pacer) -> Option<Duration> {
+        pacer.window(Time::ZERO).on_output.map(|on_output| on_output.gather)
+    }
+
     #[test]
     fn one_client_never_waits_for_others_and_many_gather_up_to_a_pause() {
         let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
         for _ in 0..100 {
             pacer.captured(2 * MS, 1);
         }
-        assert_eq!(pacer.window(Time::ZERO).on_output, Some(Duration::ZERO));
+        assert_eq!(gather(&pacer), Some(Duration::ZERO));
         for _ in 0..100 {
             pacer.captured(2 * MS, 50);
         }
-        assert_eq!(pacer.window(Time::ZERO).on_output, Some(2 * MS));
+        assert_eq!(gather(&pacer), Some(2 * MS));
         for _ in 0..100 {
             pacer.captured(9 * MS, 50);
         }
-        assert_eq!(pacer.window(Time::ZERO).on_output, Some(3 * MS));
+        assert_eq!(gather(&pacer), Some(3 * MS));
         for _ in 0..40 {
             pacer.captured(2 * MS, 1);
         }
-        assert_eq!(pacer.window(Time::ZERO).on_output, Some(Duration::ZERO));
+        assert_eq!(gather(&pacer), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn one_long_pause_is_not_paid_for_by_every_client() {
+        let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
+        for _ in 0..RECENT {
+            pacer.captured(2 * MS, 50);
+        }
+        let before = pacer.window(Time::ZERO).earliest - Time::ZERO;
+        pacer.captured(120 * MS, 50);
+        let after = pacer.window(Time::ZERO).earliest - Time::ZERO;
+        assert!(after > before && after < before * 11 / 10, "{before:?}, then {after:?}");
+        for _ in 0..RECENT {
+            pacer.captured(120 * MS, 50);
+        }
+        assert_eq!(pacer.window(Time::ZERO).earliest, Time::ZERO + 360 * MS, "pauses that stay long count in full");
     }
 
     proptest! {
         #[test]
         fn pauses_take_no_more_than_their_share(
-            pauses in prop::collection::vec(1_u64..20_000, 1..50), busy in 1_u8..=90, idle in 1_u8..=90
+            others in prop::collection::vec(1_u64..20_000, 0..50), pause in 1_u64..20_000, busy in 1_u8..=90,
+            waiting in 1_u8..=90, idle in 1_u8..=90
         ) {
-            let auto = AutoPacing { busy_share: busy, idle_share: idle, ..AutoPacing::default() };
+            let auto = AutoPacing { busy_share: busy, waiting_share: waiting, idle_share: idle, ..AutoPacing::default() };
             let mut pacer = Pacer::new(Pacing::Auto(auto));
-            for pause in pauses {
-                let pause = Duration::from_micros(pause);
+            let others = others.into_iter().map(Duration::from_micros);
+            let pause = Duration::from_micros(pause);
+            for (number, pause) in others.chain([pause; RECENT]).enumerate() {
                 pacer.captured(pause, 3);
                 let window = pacer.window(Time::ZERO);
-                prop_assert!(window.earliest <= window.latest);
+                prop_assert!(window.earliest <= window.latest, "{number}");
                 prop_assert!(window.latest <= Time::ZERO + LONGEST_IDLE);
                 prop_assert!(window.latest >= Time::ZERO + auto.longest);
-                let share = |run: Duration| pause.as_secs_f64() / (pause + run).as_secs_f64() * 100.0;
-                let run = window.earliest - Time::ZERO;
-                prop_assert!(run == LONGEST_IDLE || share(run) <= f64::from(busy) + 0.01);
-                let run = window.latest - Time::ZERO;
-                prop_assert!(run == LONGEST_IDLE || share(run) <= f64::from(idle) + 0.01);
+                prop_assert!(window.on_output.is_some_and(|on| Time::ZERO + on.sooner <= window.earliest));
             }
+            // The last pauses were all alike: each kept its share.
+            let window = pacer.window(Time::ZERO);
+            let keeps = |run: Duration, bound: u8| {
+                let share = pause.as_secs_f64() / (pause + run).as_secs_f64() * 100.0;
+                run == LONGEST_IDLE || share <= f64::from(bound) + 0.01
+            };
+            let earliest = window.earliest - Time::ZERO;
+            prop_assert!(keeps(earliest, busy));
+            prop_assert!(keeps(window.latest - Time::ZERO, idle));
+            let sooner = window.on_output.expect("auto").sooner;
+            prop_assert!(earliest == LONGEST_IDLE || keeps(earliest - sooner, busy.max(waiting)));
+        }
+
+        #[test]
+        fn a_typical_pause_is_between_the_least_and_twice_the_middle(
+            pauses in prop::collection::vec(1_u64..1_000_000, 1..=RECENT)
+        ) {
+            let mut pauses: Vec<Duration> = pauses.into_iter().map(Duration::from_micros).collect();
+            let typical = typical(&pauses);
+            pauses.sort_unstable();
+            prop_assert!(typical >= pauses[0] && typical <= pauses[pauses.len() / 2] * 2);
         }
     }
 }

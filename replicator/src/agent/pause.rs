@@ -14,6 +14,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use heartbeat_core::time::Time;
+use replicator_core::pacing::OnOutput;
 use tokio::sync::mpsc::UnboundedSender;
 use vmm_hooks::guest::{Capture, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts};
 use vmm_hooks::layout::PageSet;
@@ -22,6 +23,8 @@ use super::{clock, encoder};
 
 /// The longest this thread waits without looking at its commands and at the guest.
 const SLICE: Duration = Duration::from_millis(5);
+/// How often it looks whether the guest has nothing to do, while its output waits.
+const LOOK: Duration = Duration::from_micros(150);
 /// Pages of one chunk of the initial sync: 1 MiB.
 const CHUNK_PAGES: usize = 256;
 /// Rounds of the initial sync before it goes on with what is left.
@@ -40,8 +43,8 @@ pub(super) struct CaptureOrder {
     pub(super) earliest: Time,
     /// Not after.
     pub(super) latest: Time,
-    /// How long to gather once output waits; `None`: output does not end the epoch.
-    pub(super) on_output: Option<Duration>,
+    /// How output that waits ends the epoch; `None`: not at all.
+    pub(super) on_output: Option<OnOutput>,
     /// Leave the guest paused: this is its last epoch here.
     pub(super) stay_paused: bool,
 }
@@ -277,12 +280,24 @@ impl PauseThread {
         let now = clock::now();
         let latest = order.latest.max(order.earliest);
         if now < order.earliest {
-            return self.commands.recv_timeout(order.earliest.since(now).min(SLICE));
+            let early = order.earliest.since(now);
+            let Some(on_output) = order.on_output else { return self.commands.recv_timeout(early.min(SLICE)) };
+            if early > on_output.sooner {
+                return self.commands.recv_timeout((early - on_output.sooner).min(SLICE));
+            }
+            // A guest that has nothing to do, and output that waits: running on would gain nothing.
+            let waits = self.gate.wait_output(Instant::now()).is_some_and(|first| first.elapsed() >= on_output.gather);
+            if !waits || !self.guest.idle() {
+                return self.commands.recv_timeout(early.min(LOOK));
+            }
+            self.order = None;
+            self.capture(order);
+            return Err(RecvTimeoutError::Timeout);
         }
         let left = latest.since(now);
         let due = if left.is_zero() {
             true
-        } else if let Some(gather) = order.on_output {
+        } else if let Some(OnOutput { gather, .. }) = order.on_output {
             match self.gate.wait_output(Instant::now() + left.min(SLICE)) {
                 Some(first) => {
                     // Once output waits, the epoch gathers what comes with it, then ends.

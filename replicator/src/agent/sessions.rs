@@ -209,6 +209,7 @@ impl Agent {
             EpochPolicy::Fixed(every) => Pacing::Fixed { every },
             EpochPolicy::Auto => Pacing::Auto(AutoPacing {
                 busy_share: self.config.epoch.busy_share,
+                waiting_share: self.config.epoch.waiting_share,
                 idle_share: self.config.epoch.idle_share,
                 longest: self.config.epoch.longest,
                 gather: self.config.epoch.gather,

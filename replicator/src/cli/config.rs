@@ -143,6 +143,8 @@ pub struct EpochConfig {
     pub pipeline: u32,
     /// `auto`: bound on the share of time paused while output waits, in percent, 1 to 90.
     pub busy_share: u8,
+    /// `auto`: the same while output waits and the guest has nothing else to do; counts if it is above `busy_share`.
+    pub waiting_share: u8,
     /// `auto`: the same while no output waits.
     pub idle_share: u8,
     /// `auto`: the longest epoch of an idle guest.
@@ -229,6 +231,7 @@ struct EpochFile {
     shadow: ShadowPolicy,
     pipeline: u32,
     busy_share: u8,
+    waiting_share: u8,
     idle_share: u8,
     longest: Span,
     gather: Span,
@@ -241,6 +244,7 @@ impl Default for EpochFile {
             shadow: ShadowPolicy::Full,
             pipeline: 2,
             busy_share: 25,
+            waiting_share: 40,
             idle_share: 5,
             longest: Span(ms(100)),
             gather: Span(ms(3)),
@@ -355,6 +359,7 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
             shadow: file.epoch.shadow,
             pipeline: file.epoch.pipeline,
             busy_share: file.epoch.busy_share,
+            waiting_share: file.epoch.waiting_share,
             idle_share: file.epoch.idle_share,
             longest: file.epoch.longest.0,
             gather: file.epoch.gather.0,
@@ -440,6 +445,7 @@ fn check_agent(config: &AgentConfig) -> Result<(), ConfigError> {
     require((1..=MAX_PIPELINE).contains(&epoch.pipeline), "epoch.pipeline", epoch.pipeline, "write 1 to 16 epochs")?;
     let share = |share: u8| (1..=90).contains(&share);
     require(share(epoch.busy_share), "epoch.busy_share", epoch.busy_share, "write 1 to 90 percent")?;
+    require(share(epoch.waiting_share), "epoch.waiting_share", epoch.waiting_share, "write 1 to 90 percent")?;
     require(share(epoch.idle_share), "epoch.idle_share", epoch.idle_share, "write 1 to 90 percent")?;
     within("epoch.longest", epoch.longest, ms(5), Duration::from_secs(10), "write 5ms to 10s")?;
     require(

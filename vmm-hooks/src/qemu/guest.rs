@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::discover::{Discovered, connect, discover};
 use super::gate::{GateBounds, QemuGate};
+use super::idle::Vcpus;
 use super::network::{self, Network};
 use super::qmp::{Pending, Qmp, QmpError, QmpEvent};
 use super::ram::parse_ramblock;
@@ -52,6 +53,7 @@ pub struct QemuGuest {
     recipe: Recipe,
     state: StateFile,
     gate: Arc<QemuGate>,
+    vcpus: Vcpus,
     netdevs: Vec<String>,
     shape: Shape,
     /// We told it to stop, and nobody has let it go on since.
@@ -131,6 +133,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
     let bounds = GateBounds { bytes: options.held_bytes_max, age: options.held_age_max };
     let gate = QemuGate::new(bounds)
         .map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot start the gate's thread").because(error))?;
+    let vcpus = Vcpus::find(&mut qmp, process.pid())?;
     let shutdown_pauses = qmp.has("set-action") && !cmdline::shutdown_pauses(argv);
     // Last, because it is the first change in QEMU.
     let state = StateFile::open(&mut qmp, machine)?;
@@ -145,6 +148,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
         recipe,
         state,
         gate: Arc::new(gate),
+        vcpus,
         netdevs,
         shape,
         paused: false,
@@ -501,6 +505,10 @@ impl Guest for QemuGuest {
             self.judge(asked)?;
         }
         Ok(())
+    }
+
+    fn idle(&mut self) -> bool {
+        self.vcpus.idle()
     }
 
     fn arm(&mut self) -> Result<(), GuestError> {

@@ -13,6 +13,7 @@
 //! | `gate`, `filters` | hold and release its frames by epochs |
 //! | `state` | takes its device state in a form that loads |
 //! | `guest` | pauses, captures, and loses no dirty page |
+//! | `idle` | says whether the guest has nothing to do |
 //! | `cmdline`, `recipe` | make a twin's command line out of the primary's |
 //! | `twin`, `tap` | launch, rehearse, activate and remove twins |
 
@@ -23,6 +24,7 @@ mod fault;
 mod filters;
 mod gate;
 mod guest;
+mod idle;
 mod network;
 mod qmp;
 mod ram;

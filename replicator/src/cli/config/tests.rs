@@ -103,6 +103,7 @@ fn values_that_cannot_be_are_refused_by_key() {
         ("[epoch]\npipeline = 0", "epoch.pipeline"),
         ("[epoch]\npipeline = 17", "epoch.pipeline"),
         ("[epoch]\nbusy_share = 91", "epoch.busy_share"),
+        ("[epoch]\nwaiting_share = 0", "epoch.waiting_share"),
         ("[epoch]\nidle_share = 0", "epoch.idle_share"),
         ("[epoch]\nlongest = '1ms'", "epoch.longest"),
         ("[epoch]\ngather = '1s'", "epoch.gather"),
