@@ -1,5 +1,9 @@
 //! How long an epoch lasts: fixed, or `auto`: until output waits.
 //!
+//! Either way pauses take no more than a bounded share of the time, because the guest's clock stands in them: `auto` has bounds of its
+//! own, and a fixed epoch is stretched rather than letting pauses take more than [`FIXED_SHARE`]. Only the longest epoch
+//! ([`LONGEST_IDLE`]) is above that: pauses of a second and more cannot be bounded without losing the standby.
+//!
 //! `auto` ends an epoch soon after the guest emitted something, so that a client waits for one commit and not for a timer. It never ends
 //! one so soon that pauses would take more than the bounded share of the time, and an idle guest is captured rarely. Output of
 //! several clients that comes close together should fall into one epoch: the gather time grows while epochs hold many frames, up to
@@ -17,6 +21,8 @@ use heartbeat_core::time::Time;
 
 /// Bound on an epoch, whatever the pauses are: the capture must come while the standby still waits for it.
 pub const LONGEST_IDLE: Duration = Duration::from_secs(1);
+/// Bound on the share of time spent paused under [`Pacing::Fixed`], in percent.
+pub const FIXED_SHARE: u8 = 50;
 /// An epoch that holds more frames than this has the output of several clients.
 const MANY_FRAMES: u64 = 2;
 /// How many pauses tell what a typical one is.
@@ -27,7 +33,7 @@ const GATHER_STEP: Duration = Duration::from_micros(100);
 /// The policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pacing {
-    /// A capture each `every`, counted from the end of the last pause.
+    /// A capture each `every`, counted from the end of the last pause; later if pauses would take more than [`FIXED_SHARE`].
     Fixed {
         /// The time between two pauses.
         every: Duration,
@@ -146,7 +152,10 @@ impl Pacer {
     #[must_use]
     pub fn window(&self, resumed: Time) -> Window {
         match self.policy {
-            Pacing::Fixed { every } => Window { earliest: resumed + every, latest: resumed + every, on_output: None },
+            Pacing::Fixed { every } => {
+                let at = resumed + every.max(run_for(self.pause, FIXED_SHARE).min(LONGEST_IDLE));
+                Window { earliest: at, latest: at, on_output: None }
+            }
             Pacing::Auto(auto) => {
                 let earliest = run_for(self.pause, auto.busy_share).min(LONGEST_IDLE);
                 let waiting = run_for(self.pause, auto.waiting_share).min(earliest);
@@ -198,6 +207,22 @@ mod tests {
 
     fn gather(pacer: &Pacer) -> Option<Duration> {
         pacer.window(Time::ZERO).on_output.map(|on_output| on_output.gather)
+    }
+
+    #[test]
+    fn a_fixed_epoch_is_stretched_before_pauses_take_more_than_their_share() {
+        let mut pacer = Pacer::new(Pacing::Fixed { every: MS });
+        pacer.captured(MS, 1);
+        assert_eq!(pacer.window(Time::ZERO).latest, Time::from_start(MS));
+        pacer.captured(30 * MS, 1);
+        assert_eq!(pacer.window(Time::ZERO).earliest, Time::from_start(30 * MS));
+        // Shorter pauses bring the chosen length back.
+        for _ in 0..100 {
+            pacer.captured(MS / 2, 1);
+        }
+        assert_eq!(pacer.window(Time::ZERO).earliest, Time::from_start(MS));
+        pacer.captured(5000 * MS, 1);
+        assert_eq!(pacer.window(Time::ZERO).latest, Time::ZERO + LONGEST_IDLE);
     }
 
     #[test]

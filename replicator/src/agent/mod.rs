@@ -19,6 +19,7 @@ mod clock;
 mod durable;
 mod encoder;
 mod intake;
+mod lag;
 mod leftovers;
 mod link;
 mod pause;

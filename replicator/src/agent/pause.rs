@@ -19,6 +19,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use vmm_hooks::guest::{Capture, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts};
 use vmm_hooks::layout::PageSet;
 
+use super::lag::Stand;
 use super::{clock, encoder};
 
 /// The longest this thread waits without looking at its commands and at the guest.
@@ -149,6 +150,7 @@ pub(super) struct PauseThread {
     running_since: Instant,
     dirty: PageSet,
     stopped: bool,
+    stand: Stand,
     /// The command that ended a sync half way.
     interrupting: Option<Command>,
 }
@@ -173,6 +175,7 @@ impl PauseThread {
         reports: UnboundedSender<Report>,
         chunks: SyncSender<encoder::Job>,
         spare: Receiver<Capture>,
+        stand: Stand,
     ) -> Self {
         let gate = guest.gate();
         let dirty = PageSet::empty(guest.layout().pages());
@@ -187,6 +190,7 @@ impl PauseThread {
             running_since: Instant::now(),
             dirty,
             stopped: false,
+            stand,
             interrupting: None,
         }
     }
@@ -212,10 +216,34 @@ impl PauseThread {
             if matches!(next, Next::End) {
                 return;
             }
-            for event in self.guest.events() {
-                self.report(Report::Event(event));
-            }
+            self.hear();
         }
+    }
+
+    /// Tells what happened in the guest.
+    fn hear(&mut self) {
+        for event in self.guest.events() {
+            self.stand.heard(&event, Instant::now());
+            self.report(Report::Event(event));
+        }
+    }
+
+    /// Stops the guest, and the time that it stands for us begins.
+    fn hold(&mut self) -> Result<(), GuestError> {
+        let asked = Instant::now();
+        self.guest.pause()?;
+        self.stand.stops(asked);
+        Ok(())
+    }
+
+    /// Lets the guest run.
+    fn let_run(&mut self) -> Result<(), GuestError> {
+        let resumed = self.guest.resume();
+        self.running_since = Instant::now();
+        if resumed.is_ok() {
+            self.stand.runs(self.running_since);
+        }
+        resumed
     }
 
     /// A report that nobody waits for any more is dropped: the next receive sees that the task is gone.
@@ -246,14 +274,13 @@ impl PauseThread {
             }
             Command::Pause => {
                 self.cancel();
-                let answer = self.guest.pause();
+                let answer = self.hold();
                 self.stopped = answer.is_ok();
                 self.report(Report::Paused(answer));
             }
             Command::Resume => {
-                let answer = self.guest.resume();
+                let answer = self.let_run();
                 self.stopped = answer.is_err();
-                self.running_since = Instant::now();
                 self.report(Report::Resumed(answer));
             }
             Command::Detach => unreachable!("served by run, which owns the guest"),
@@ -331,7 +358,7 @@ impl PauseThread {
         let resume = Instant::now();
         // A guest that its owner or the core has stopped stays stopped.
         let stay = self.stopped || (order.stay_paused && result.is_ok());
-        let resumed = if stay { Ok(()) } else { self.guest.resume() };
+        let resumed = if stay { Ok(()) } else { self.let_run() };
         self.stopped = stay;
         self.running_since = Instant::now();
         parts.resume = resume.elapsed();
@@ -362,7 +389,7 @@ impl PauseThread {
     ) -> Result<u64, GuestError> {
         capture.pages.clear();
         let start = Instant::now();
-        self.guest.pause()?;
+        self.hold()?;
         parts.stop = start.elapsed();
         let next = order.epoch + 1;
         let held = if order.begin_hold {
@@ -384,12 +411,11 @@ impl PauseThread {
     /// Stop, arm, run, send everything; then rounds of what was written meanwhile. Tracking is armed again only while
     /// the guest stands.
     fn sync(&mut self) -> Result<Next, GuestError> {
-        self.guest.pause()?;
+        self.hold()?;
         let armed = self.guest.arm();
-        let resumed = self.guest.resume();
+        let resumed = self.let_run();
         armed?;
         resumed?;
-        self.running_since = Instant::now();
         let mut set = PageSet::full(self.dirty.capacity());
         let mut before = u64::MAX;
         for round in 1.. {
@@ -402,10 +428,9 @@ impl PauseThread {
             }
             before = set.len();
             set.clear();
-            self.guest.pause()?;
+            self.hold()?;
             let harvested = self.guest.harvest(&mut set);
-            let resumed = self.guest.resume();
-            self.running_since = Instant::now();
+            let resumed = self.let_run();
             harvested?;
             if let Err(error) = resumed {
                 self.guest.put_back(&set);
@@ -453,9 +478,7 @@ impl PauseThread {
                     return Err(GuestError::new(GuestErrorKind::Failed, "the initial sync was cancelled"));
                 }
             }
-            for event in self.guest.events() {
-                self.report(Report::Event(event));
-            }
+            self.hear();
         }
         Ok(Next::Go)
     }

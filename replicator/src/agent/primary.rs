@@ -21,6 +21,7 @@ use super::asker::Asker;
 use super::beats::Beat;
 use super::durable::Durable;
 use super::encoder::{self, Job, Session};
+use super::lag::Stand;
 use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
 use super::sessions::blocking;
@@ -151,7 +152,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
             return Err(no_thread(error));
         }
     };
-    let thread = PauseThread::new(guest, inbox, reports, jobs.clone(), spares);
+    let thread = PauseThread::new(guest, inbox, reports, jobs.clone(), spares, Stand::new(view.lag()));
     hand.send(thread).map_err(|_| no_thread(std::io::Error::other("it ended at once")))?;
     let mut task = Task {
         name,

@@ -8,8 +8,9 @@ use heartbeat_core::time::Time;
 use vmm_hooks::guest::{Activation, Gate};
 
 use super::clock;
+use super::lag::Lag;
 use crate::control::api::{
-    ActivationMs, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, SurvivorAt, Suspicion,
+    ActivationMs, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SurvivorAt, Suspicion,
     SyncProgress, VmStatus,
 };
 use crate::metrics::VmMetrics;
@@ -20,6 +21,7 @@ use crate::status::{EpochObservation, EpochStats};
 pub(super) struct View {
     inner: Mutex<Inner>,
     metrics: VmMetrics,
+    lag: Arc<Lag>,
 }
 
 #[derive(Debug)]
@@ -48,7 +50,8 @@ impl View {
         let mut status = VmStatus::new(name, vm.to_string(), role);
         status.state = ProtectionState::Pairing;
         metrics.set_state(&status.state);
-        Self { inner: Mutex::new(Inner { status, epochs: EpochStats::new(), gate: None, failing: None }), metrics }
+        let inner = Inner { status, epochs: EpochStats::new(), gate: None, failing: None };
+        Self { inner: Mutex::new(inner), metrics, lag: Arc::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -61,7 +64,22 @@ impl View {
         let mut status = inner.status.clone();
         status.epochs = inner.epochs.summary();
         status.held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
+        status.guest_clock = self.guest_clock(&inner);
         status
+    }
+
+    /// How far the guest's clock fell behind; for who pauses the guest.
+    pub(super) fn lag(&self) -> Arc<Lag> {
+        self.lag.clone()
+    }
+
+    /// `None` where nobody pauses the guest: on the standby.
+    fn guest_clock(&self, inner: &Inner) -> Option<GuestClock> {
+        let primary = inner.status.role == Role::Primary;
+        primary.then(|| GuestClock {
+            lag_seconds: self.lag.total().as_secs_f64(),
+            pause_share: inner.epochs.pause_share(),
+        })
     }
 
     /// The other side's name.
@@ -117,8 +135,12 @@ impl View {
         inner.epochs.observe(epoch);
         inner.status.epoch_committed = epoch.epoch;
         let held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
+        let clock = self.guest_clock(&inner);
         drop(inner);
         self.metrics.observe_epoch(epoch);
+        if let Some(clock) = clock {
+            self.metrics.set_guest_clock(&clock);
+        }
         if let Some(held) = held {
             self.metrics.set_held(&held);
         }

@@ -134,6 +134,9 @@ pub struct VmStatus {
     /// Output held until its epoch is acknowledged, if a gate is in place.
     #[serde(default)]
     pub held: Option<HeldOutput>,
+    /// What our pauses do to the guest's clock; on the primary alone.
+    #[serde(default)]
+    pub guest_clock: Option<GuestClock>,
     /// What this protection does not hold or cover, one sentence each.
     #[serde(default)]
     pub warnings: Vec<String>,
@@ -163,6 +166,7 @@ impl VmStatus {
             suspicion: None,
             epochs: None,
             held: None,
+            guest_clock: None,
             warnings: Vec::new(),
             failover: None,
             survivor: None,
@@ -215,6 +219,16 @@ pub struct EpochSummary {
     pub bytes: EncodedBytes,
     /// Bytes given to the transport, in all.
     pub wire_bytes: u64,
+}
+
+/// What pauses do to the guest's clock, which stands in each of them.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct GuestClock {
+    /// How long this agent has made the guest stand since protection began: about what its clock lost, unless something in
+    /// the guest sets it right. Pauses by its owner do not count.
+    pub lag_seconds: f64,
+    /// The part of the time that the guest stood, over the last [`crate::status::WINDOW`] committed epochs.
+    pub pause_share: f64,
 }
 
 /// Where a pause goes, in milliseconds. Parts may overlap.

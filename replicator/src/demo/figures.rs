@@ -36,6 +36,10 @@ pub struct Figures {
     pub lost_writes: u64,
     /// Connections that broke.
     pub connections_broken: u64,
+    /// What the guest's clock lost while nothing was asked of it, in percent of the time.
+    pub clock_lost_idle_percent: f64,
+    /// The same under the load of the protected throughput measurement.
+    pub clock_lost_busy_percent: f64,
     /// SETs per second over 50 connections before protection.
     pub unprotected_ops_per_s: f64,
     /// The same under protection.
@@ -61,6 +65,8 @@ impl Figures {
             acked_writes: self.acked_writes + other.acked_writes,
             lost_writes: self.lost_writes + other.lost_writes,
             connections_broken: self.connections_broken + other.connections_broken,
+            clock_lost_idle_percent: self.clock_lost_idle_percent.max(other.clock_lost_idle_percent),
+            clock_lost_busy_percent: self.clock_lost_busy_percent.max(other.clock_lost_busy_percent),
             unprotected_ops_per_s: self.unprotected_ops_per_s.min(other.unprotected_ops_per_s),
             protected_ops_per_s: self.protected_ops_per_s.min(other.protected_ops_per_s),
         }
@@ -92,7 +98,7 @@ impl Figures {
     /// The table for people, with what each figure means.
     #[must_use]
     pub fn table(&self) -> String {
-        let rows: [(&str, String, &str); 16] = [
+        let rows: [(&str, String, &str); 18] = [
             ("rounds", self.rounds.to_string(), "times below are the worst round's, counts are sums"),
             ("epochs", self.epochs.to_string(), "epochs that the standby acknowledged before the kill"),
             ("epoch_ms_p50", ms(self.epoch_ms_p50), "start of an epoch to the start of the next"),
@@ -107,12 +113,18 @@ impl Figures {
             ("acked_writes", self.acked_writes.to_string(), "writes the client was told are done"),
             ("lost_writes", self.lost_writes.to_string(), "of these not on the survivor: must be 0"),
             ("connections_broken", self.connections_broken.to_string(), "must be 0"),
+            (
+                "clock_lost_idle_percent",
+                ms(self.clock_lost_idle_percent),
+                "the guest's clock stands in pauses: of an idle guest",
+            ),
+            ("clock_lost_busy_percent", ms(self.clock_lost_busy_percent), "the same under 50 connections"),
             ("unprotected_ops_per_s", ops(self.unprotected_ops_per_s), "SET, 50 connections, before protection"),
             ("protected_ops_per_s", ops(self.protected_ops_per_s), "the same with --epoch auto"),
         ];
         let mut text = String::new();
         for (name, value, meaning) in rows {
-            writeln!(text, "  {name:<22} {value:>10}   {meaning}").expect("a string takes everything");
+            writeln!(text, "  {name:<23} {value:>10}   {meaning}").expect("a string takes everything");
         }
         text
     }
@@ -146,6 +158,8 @@ mod tests {
             acked_writes: count,
             lost_writes: 0,
             connections_broken: 0,
+            clock_lost_idle_percent: time,
+            clock_lost_busy_percent: time,
             unprotected_ops_per_s: ops,
             protected_ops_per_s: ops,
         }
@@ -168,7 +182,7 @@ mod tests {
         let mut keys: Vec<_> = json.as_object().expect("an object").keys().map(String::as_str).collect();
         let promised = "rounds epochs epoch_ms_p50 pause_ms_p50 pause_ms_p99 dirty_pages_p50 commit_ms_p50 detection_ms \
                         activation_ms failover_ms client_stall_ms acked_writes lost_writes connections_broken \
-                        unprotected_ops_per_s protected_ops_per_s";
+                        clock_lost_idle_percent clock_lost_busy_percent unprotected_ops_per_s protected_ops_per_s";
         let mut promised: Vec<_> = promised.split_whitespace().collect();
         keys.sort_unstable();
         promised.sort_unstable();

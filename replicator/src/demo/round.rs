@@ -8,7 +8,7 @@ use super::figures::Figures;
 use super::lab::{COMMAND, Death, Host, Lab, REDIS, VM};
 use super::process::Helper;
 use super::wait::{ms_between, now_ns, until};
-use super::worker::{Checked, FIRST_REPLY, FirstReply, Loaded, Started, WRITE_ANSWER, Written};
+use super::worker::{Checked, FIRST_REPLY, FirstReply, Loaded, Started, Ticked, WRITE_ANSWER, Written};
 use crate::control::api::{EpochSummary, FailoverReport, VmStatus};
 
 /// Connections of the throughput measurement.
@@ -17,6 +17,8 @@ const CONNECTIONS: &str = "50";
 const PROTECT: Duration = Duration::from_secs(120);
 /// Bound on a throughput measurement beyond its length.
 const LOAD_SLACK: Duration = Duration::from_secs(60);
+/// How long an idle guest's clock is watched.
+const IDLE_SECONDS: u64 = 3;
 /// The kill comes this long after the writer started at the earliest, and this much later at the latest.
 const KILL_AFTER: Duration = Duration::from_millis(1_500);
 const KILL_WITHIN_MS: u64 = 2_000;
@@ -51,7 +53,14 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
     let begun = now_ns();
     protect(lab, plan).await?;
     println!("  protected after {:.1} s", ms_between(begun, now_ns()) / 1e3);
+    let idle = watch_clock(lab, IDLE_SECONDS)?.answer::<Ticked>(LOAD_SLACK).await.context("watching the clock")?;
+    let mut watcher = watch_clock(lab, plan.load_seconds)?;
     let protected = load(lab, plan).await.context("protected")?;
+    let busy: Ticked = watcher.answer(LOAD_SLACK).await.context("watching the clock under load")?;
+    println!(
+        "  the guest's clock loses {:.1} % of the time while idle, {:.1} % under load",
+        idle.lost_percent, busy.lost_percent
+    );
     let share = protected.ops_per_s / unprotected.ops_per_s;
     println!("  protected: {:.0} SET/s, {share:.2} of unprotected", protected.ops_per_s);
     lab.check(&[Host::A, Host::B])?;
@@ -82,6 +91,8 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
         acked_writes: run.written.acked,
         lost_writes: checked.lost,
         connections_broken: u64::from(run.written.broken.is_some()),
+        clock_lost_idle_percent: idle.lost_percent,
+        clock_lost_busy_percent: busy.lost_percent,
         unprotected_ops_per_s: unprotected.ops_per_s,
         protected_ops_per_s: protected.ops_per_s,
     };
@@ -94,6 +105,13 @@ async fn load(lab: &Lab, plan: &Plan) -> Result<Loaded> {
     let args = ["load", "--to", &to, "--connections", CONNECTIONS, "--seconds", &seconds];
     let mut helper = lab.helper("the throughput measurement", &args)?;
     helper.answer(Duration::from_secs(plan.load_seconds) + LOAD_SLACK).await
+}
+
+fn watch_clock(lab: &Lab, seconds: u64) -> Result<Helper> {
+    lab.helper(
+        "the comparison of the clocks",
+        &["clock", "--to", &REDIS.to_string(), "--seconds", &seconds.to_string()],
+    )
 }
 
 /// `understudy protect` on host A; checks that the VM is protected when it returns.

@@ -1,7 +1,7 @@
 //! The metric families: names, labels, help texts and buckets, all in one place.
 
 use prometheus::core::Collector;
-use prometheus::{GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
+use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
 
 /// Bucket bounds of pauses and their parts: 10 us to 2.6 s, doubling.
 const PAUSE_SECONDS: (f64, f64, usize) = (10e-6, 2.0, 19);
@@ -27,6 +27,8 @@ pub(super) struct Families {
     pub(super) epoch_committed: IntGaugeVec,
     pub(super) epoch_seconds: HistogramVec,
     pub(super) pause_seconds: HistogramVec,
+    pub(super) clock_lag_seconds: CounterVec,
+    pub(super) pause_share: GaugeVec,
     pub(super) commit_seconds: HistogramVec,
     pub(super) dirty_pages: HistogramVec,
     pub(super) encoded_bytes: IntCounterVec,
@@ -96,6 +98,17 @@ impl Families {
                  Encoding and sending are not in it.",
                 &["vm", "part"],
                 PAUSE_SECONDS,
+            ),
+            clock_lag_seconds: make.float_counters(
+                "guest_clock_lag_seconds_total",
+                "Time that this agent made the guest stand, in which the guest's clock stood too: what it fell behind, \
+                 unless something in the guest sets it right. Pauses by the guest's owner do not count.",
+                &["vm"],
+            ),
+            pause_share: make.float_gauges(
+                "guest_pause_share_ratio",
+                "Part of the time that the guest stood, over the last 1024 committed epochs: 0.05 is one twentieth.",
+                &["vm"],
             ),
             commit_seconds: make.histograms(
                 "epoch_commit_seconds",
@@ -221,6 +234,10 @@ impl Maker<'_> {
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
         self.register(IntCounterVec::new(Self::opts(name, help), labels))
+    }
+
+    fn float_counters(&self, name: &str, help: &str, labels: &[&str]) -> CounterVec {
+        self.register(CounterVec::new(Self::opts(name, help), labels))
     }
 
     fn histograms(&self, name: &str, help: &str, labels: &[&str], bounds: (f64, f64, usize)) -> HistogramVec {

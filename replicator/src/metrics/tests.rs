@@ -8,8 +8,8 @@ use vmm_hooks::guest::PauseParts;
 
 use super::*;
 use crate::control::api::{
-    ActivationMs, EncodedBytes, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, Suspicion,
-    SyncProgress,
+    ActivationMs, EncodedBytes, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role,
+    Suspicion, SyncProgress,
 };
 use crate::status::EpochObservation;
 
@@ -55,6 +55,7 @@ fn all() -> Metrics {
     vm.set_state(&ProtectionState::Syncing(SyncProgress { done_pages: 5, total_pages: 9, round: 2 }));
     vm.observe_epoch(&epoch(7));
     vm.set_held(&HeldOutput { frames: 2, bytes: 120, oldest_ms: 1.5, released: 10, dropped: 3 });
+    vm.set_guest_clock(&GuestClock { lag_seconds: 1.5, pause_share: 0.08 });
     vm.observe_failover(&report());
     let peer = metrics.peer("host-b");
     peer.set_suspicion(&Suspicion::new(0.5, 12.0, false));
@@ -96,6 +97,8 @@ fn an_epoch_is_counted_in_base_units() {
         ("understudy_epoch_seconds_sum{vm=\"web-1\"}", 0.025),
         ("understudy_epoch_pause_seconds_sum{part=\"stop\",vm=\"web-1\"}", 0.000_2),
         ("understudy_epoch_pause_seconds_sum{part=\"total\",vm=\"web-1\"}", 0.002),
+        ("understudy_guest_clock_lag_seconds_total{vm=\"web-1\"}", 1.5),
+        ("understudy_guest_pause_share_ratio{vm=\"web-1\"}", 0.08),
         ("understudy_epoch_commit_seconds_sum{vm=\"web-1\"}", 0.003),
         ("understudy_epoch_dirty_pages_sum{vm=\"web-1\"}", 300.0),
         ("understudy_epoch_encoded_bytes_total{encoding=\"delta\",vm=\"web-1\"}", 1_000.0),
@@ -136,6 +139,17 @@ fn a_gates_totals_become_steps_also_when_it_is_made_anew() {
     let text = metrics.encode();
     assert_eq!(value(&text, "understudy_output_released_frames_total{vm=\"web-1\"}"), Some(19.0));
     assert_eq!(value(&text, "understudy_output_dropped_frames_total{vm=\"web-1\"}"), Some(2.0));
+}
+
+#[test]
+fn a_clocks_lag_grows_also_when_the_agent_counts_anew() {
+    let metrics = Metrics::new();
+    let vm = metrics.vm("web-1");
+    for lag_seconds in [1.0, 1.5, 0.25] {
+        vm.set_guest_clock(&GuestClock { lag_seconds, pause_share: 0.1 });
+    }
+    let text = metrics.encode();
+    assert_eq!(value(&text, "understudy_guest_clock_lag_seconds_total{vm=\"web-1\"}"), Some(1.75));
 }
 
 #[test]

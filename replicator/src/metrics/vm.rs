@@ -2,11 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use prometheus::{Gauge, Histogram, IntCounter, IntGauge};
+use prometheus::{Counter, Gauge, Histogram, IntCounter, IntGauge};
 
 use super::families::{FAILOVER_PHASES, Families, PAUSE_PARTS};
 use crate::control::api::{
-    EncodedBytes, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, SyncProgress,
+    EncodedBytes, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SyncProgress,
 };
 use crate::status::EpochObservation;
 
@@ -24,6 +24,8 @@ struct Series {
     epoch_committed: IntGauge,
     epoch_seconds: Histogram,
     pause_seconds: [Histogram; PAUSE_PARTS.len()],
+    clock_lag_seconds: Counter,
+    pause_share: Gauge,
     commit_seconds: Histogram,
     dirty_pages: Histogram,
     encoded_bytes: [IntCounter; ENCODINGS],
@@ -37,6 +39,8 @@ struct Series {
     sync: [IntGauge; 3],
     /// Released and dropped frames as the gate said last: it reports totals, counters want steps.
     gate_totals: Mutex<(u64, u64)>,
+    /// The lag as the agent said last, for the same reason.
+    lag: Mutex<f64>,
 }
 
 const ENCODINGS: usize = 6;
@@ -50,6 +54,8 @@ impl VmMetrics {
             epoch_committed: families.epoch_committed.with_label_values(vm),
             epoch_seconds: families.epoch_seconds.with_label_values(vm),
             pause_seconds: PAUSE_PARTS.map(|part| families.pause_seconds.with_label_values(&[name, part])),
+            clock_lag_seconds: families.clock_lag_seconds.with_label_values(vm),
+            pause_share: families.pause_share.with_label_values(vm),
             commit_seconds: families.commit_seconds.with_label_values(vm),
             dirty_pages: families.dirty_pages.with_label_values(vm),
             encoded_bytes: bytes.map(|(encoding, _)| families.encoded_bytes.with_label_values(&[name, encoding])),
@@ -66,6 +72,7 @@ impl VmMetrics {
                 families.sync_round.with_label_values(vm),
             ],
             gate_totals: Mutex::new((0, 0)),
+            lag: Mutex::new(0.0),
             name: name.to_owned(),
             families,
         };
@@ -140,6 +147,16 @@ impl VmMetrics {
         *last = (held.released, held.dropped);
     }
 
+    /// What pauses did to the guest's clock. A smaller lag is that of a new protection, which counts from 0.
+    pub fn set_guest_clock(&self, clock: &GuestClock) {
+        let series = &*self.series;
+        series.pause_share.set(clock.pause_share);
+        let mut last = series.lag.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = if clock.lag_seconds < *last { 0.0 } else { *last };
+        series.clock_lag_seconds.inc_by(clock.lag_seconds - before);
+        *last = clock.lag_seconds;
+    }
+
     /// Counts a failover whose survivor runs here. Call once, when the report is complete.
     pub fn observe_failover(&self, report: &FailoverReport) {
         let series = &*self.series;
@@ -183,6 +200,8 @@ pub(super) fn remove(families: &Families, name: &str) {
         let _ = family.remove_label_values(vm);
     }
     let _ = families.held_age_seconds.remove_label_values(vm);
+    let _ = families.pause_share.remove_label_values(vm);
+    let _ = families.clock_lag_seconds.remove_label_values(vm);
     for word in ProtectionState::WORDS {
         let _ = families.vm_state.remove_label_values(&[name, word]);
     }

@@ -83,6 +83,17 @@ impl EpochStats {
         })
     }
 
+    /// The part of the window's time that the guest stood; 0 if no epoch was observed.
+    #[must_use]
+    pub fn pause_share(&self) -> f64 {
+        let (mut stood, mut all) = (Duration::ZERO, Duration::ZERO);
+        for epoch in &self.recent {
+            stood += epoch.pause.total;
+            all += epoch.length;
+        }
+        if all.is_zero() { 0.0 } else { stood.as_secs_f64() / all.as_secs_f64() }
+    }
+
     /// The smallest value that at least `rank` percent of the window do not exceed. The window is not empty.
     fn percentile<T: Ord + Copy>(&self, rank: u32, of: impl Fn(&EpochObservation) -> T) -> T {
         let mut values: Vec<T> = self.recent.iter().map(of).collect();
@@ -135,6 +146,17 @@ mod tests {
         assert_eq!(summary.bytes.delta, 5_050);
         assert_eq!(summary.bytes.total(), 5_050 + 409_600);
         assert_eq!(summary.wire_bytes, 500_000);
+    }
+
+    #[test]
+    fn the_pause_share_is_of_the_windows_time() {
+        let mut stats = EpochStats::new();
+        assert_eq!(stats.pause_share(), 0.0);
+        // 20 of 40 ms, then 40 of 60 ms.
+        stats.observe(&epoch(20));
+        assert_eq!(stats.pause_share(), 0.5);
+        stats.observe(&epoch(40));
+        assert_eq!(stats.pause_share(), 0.6);
     }
 
     #[test]

@@ -98,6 +98,13 @@ pub fn vm(vm: &VmStatus) -> String {
     if let Some(epochs) = &vm.epochs {
         epoch_lines(&mut line, epochs);
     }
+    if let Some(clock) = &vm.guest_clock {
+        let share = clock.pause_share * 100.0;
+        line(
+            "guest's clock",
+            format!("lost {:.1} s in our pauses, which take {share:.1} % of the time", clock.lag_seconds),
+        );
+    }
     if let Some(held) = &vm.held {
         let age = if held.frames == 0 { String::new() } else { format!(", oldest {}", ms(held.oldest_ms)) };
         let now = format!("{} frames, {}{age}", held.frames, ByteSize(held.bytes));

@@ -3,6 +3,7 @@
 //! Each worker answers in JSON, one line each, on its standard output. Its maker ends it by closing its standard input.
 
 mod check;
+mod clock;
 mod load;
 mod probe;
 mod resp;
@@ -18,6 +19,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 pub use check::Checked;
+pub use clock::Ticked;
 pub use load::Loaded;
 pub use probe::{FIRST_REPLY, FirstReply};
 pub use write::{ANSWER as WRITE_ANSWER, Started, Written};
@@ -46,6 +48,15 @@ pub enum Worker {
         #[arg(long)]
         connections: u32,
         /// How long.
+        #[arg(long)]
+        seconds: u64,
+    },
+    /// Measure what the guest's clock loses.
+    Clock {
+        /// Redis.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Over how long.
         #[arg(long)]
         seconds: u64,
     },
@@ -91,6 +102,7 @@ pub(super) fn run(worker: Worker) -> Result<()> {
         match worker {
             Worker::Ping { to, seconds } => ping(to, Duration::from_secs(seconds)).await,
             Worker::Load { to, connections, seconds } => load::run(to, connections, Duration::from_secs(seconds)).await,
+            Worker::Clock { to, seconds } => clock::run(to, Duration::from_secs(seconds)).await,
             Worker::Write { to, tag } => write::run(to, &tag).await,
             Worker::Check { to, tag, acked } => check::run(to, &tag, acked).await,
             Worker::Probe { .. } => unreachable!("answered above"),

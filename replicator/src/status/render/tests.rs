@@ -1,6 +1,6 @@
 use super::*;
 use crate::control::api::{
-    ActivationMs, Check, EncodedBytes, FailoverCause, HeldOutput, PausePartsMs, Role, SurvivorAt, Suspicion,
+    ActivationMs, Check, EncodedBytes, FailoverCause, GuestClock, HeldOutput, PausePartsMs, Role, SurvivorAt, Suspicion,
 };
 
 fn protected() -> VmStatus {
@@ -23,6 +23,7 @@ fn protected() -> VmStatus {
         bytes: EncodedBytes { delta: 3 << 20, raw: 4096, device: 1 << 20, ..EncodedBytes::default() },
         wire_bytes: 5 << 20,
     });
+    vm.guest_clock = Some(GuestClock { lag_seconds: 12.34, pause_share: 0.071 });
     vm.held = Some(HeldOutput { frames: 2, bytes: 180, oldest_ms: 1.5, released: 40, dropped: 1 });
     vm.warnings = vec!["serial port serial0 is not held".into()];
     vm
@@ -139,6 +140,7 @@ pause         1.87 ms (p99 4.20 ms)
               stop 0.20 ms, harvest 0.10 ms, device 1.10 ms, copy 0.40 ms, resume 0.07 ms
 commit        3.16 ms (p99 12.5 ms)
 sent          5.0 MiB (delta 3.0 MiB, raw 4.0 KiB, device 1.0 MiB)
+guest's clock lost 12.3 s in our pauses, which take 7.1 % of the time
 held output   2 frames, 180 B, oldest 1.50 ms (40 released, 1 dropped)
 warning       serial port serial0 is not held
 "
