@@ -5,6 +5,9 @@
 
 pub mod beat;
 pub mod files;
+#[doc(hidden)]
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod quic;
 pub mod store;
 pub mod trust;

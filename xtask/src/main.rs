@@ -3,6 +3,7 @@
 //! Promise: each task says what it does, needs nothing but Rust to start, and where a machine lacks the means for
 //! something it says `skipped` with the reason instead of passing silently.
 
+mod fuzz;
 mod lanes;
 mod setup;
 mod shell;
@@ -52,6 +53,8 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Fuzz what reads the words of others, guided by coverage (`docs/testing.md`).
+    Fuzz(fuzz::Args),
     /// Check the house rules alone: who imports whom, pure cores, unsafe code, file lengths, cited clauses.
     Tidy,
 }
@@ -76,6 +79,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test { all } => lanes::test(all),
         Task::Sim { args } => lanes::sim(&args),
         Task::Bench { args } => lanes::bench(&args),
+        Task::Fuzz(args) => fuzz::run(&args),
         Task::Tidy => {
             tidy::run()?;
             Ok(ExitCode::SUCCESS)

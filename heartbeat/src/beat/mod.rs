@@ -10,7 +10,7 @@
 //! the agent acts, never what is safe (`docs/protocol.md` P7).
 
 mod drive;
-mod pulse;
+pub(crate) mod pulse;
 mod track;
 
 use std::collections::BTreeMap;

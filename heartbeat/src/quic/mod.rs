@@ -6,7 +6,7 @@
 //! proves both keys.
 
 mod endpoint;
-mod hello;
+pub(crate) mod hello;
 mod message;
 mod profile;
 mod socket;

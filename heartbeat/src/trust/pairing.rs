@@ -208,7 +208,7 @@ pub enum PairError {
 }
 
 #[derive(Debug, PartialEq, Eq, Encode, Decode)]
-struct WireCard {
+pub(crate) struct WireCard {
     name: String,
     role: Role,
     addresses: Vec<String>,
@@ -216,13 +216,13 @@ struct WireCard {
 }
 
 #[derive(Debug, PartialEq, Eq, Encode, Decode)]
-struct Join {
+pub(crate) struct Join {
     proof: [u8; PROOF],
     card: WireCard,
 }
 
 #[derive(Debug, PartialEq, Eq, Encode, Decode)]
-enum Reply {
+pub(crate) enum Reply {
     Accepted { proof: [u8; PROOF], card: WireCard },
     WrongCode,
     Closed,

@@ -113,32 +113,43 @@ impl Disk {
     /// Makes `record` durable. One call at a time per VM. After an error nobody knows which record a
     /// restart will find.
     pub(crate) fn write(&self, vm: VmId, record: Record) -> io::Result<()> {
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&encode(&Body { vm, record }));
-        let checksum = crc32fast::hash(&bytes);
-        bytes.extend_from_slice(&checksum.to_le_bytes());
-        files::replace(&self.dir.join(format!("{vm}.{EXTENSION}")), &bytes)
+        files::replace(&self.dir.join(format!("{vm}.{EXTENSION}")), &file(vm, record))
     }
 
     fn parse(&self, vm: VmId, bytes: &[u8]) -> Result<Record, String> {
-        let Some((content, checksum)) = bytes.split_last_chunk::<CHECKSUM>() else {
-            return Err("it is too short".to_owned());
-        };
-        if crc32fast::hash(content) != u32::from_le_bytes(*checksum) {
-            return Err("its checksum is wrong".to_owned());
+        let record = parse(vm, bytes)?;
+        if record.store != self.store {
+            return Err(format!("it belongs to the store {}", record.store));
         }
-        let Some(body) = content.strip_prefix(MAGIC) else {
-            return Err("it is of another kind or version".to_owned());
-        };
-        let body: Body = decode(body).map_err(|error| error.to_string())?;
-        if body.vm != vm {
-            return Err(format!("it is the record of {}", body.vm));
-        }
-        if body.record.store != self.store {
-            return Err(format!("it belongs to the store {}", body.record.store));
-        }
-        Ok(body.record)
+        Ok(record)
     }
+}
+
+/// The bytes of a record's file.
+pub(crate) fn file(vm: VmId, record: Record) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend_from_slice(&encode(&Body { vm, record }));
+    let checksum = crc32fast::hash(&bytes);
+    bytes.extend_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// Reads a record's file, of whatever store.
+pub(crate) fn parse(vm: VmId, bytes: &[u8]) -> Result<Record, String> {
+    let Some((content, checksum)) = bytes.split_last_chunk::<CHECKSUM>() else {
+        return Err("it is too short".to_owned());
+    };
+    if crc32fast::hash(content) != u32::from_le_bytes(*checksum) {
+        return Err("its checksum is wrong".to_owned());
+    }
+    let Some(body) = content.strip_prefix(MAGIC) else {
+        return Err("it is of another kind or version".to_owned());
+    };
+    let body: Body = decode(body).map_err(|error| error.to_string())?;
+    if body.vm != vm {
+        return Err(format!("it is the record of {}", body.vm));
+    }
+    Ok(body.record)
 }
 
 fn store_id(path: &Path, may_make: bool) -> Result<StoreId, DiskError> {

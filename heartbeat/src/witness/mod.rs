@@ -4,7 +4,7 @@
 //! (`docs/protocol.md` P4, P8): no answer before what it shows is durable, reads included; a request
 //! counts only in the name that its connection proved; a damaged record is refused, never taken for absent.
 
-mod disk;
+pub(crate) mod disk;
 mod serve;
 
 use std::net::SocketAddr;

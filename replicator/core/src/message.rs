@@ -311,7 +311,9 @@ mod tests {
         #[test]
         fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             if let Ok(message) = PeerMessage::decode(&bytes) {
-                prop_assert_eq!(message.encode(), Ok(bytes));
+                // Not the same bytes: a duration may come with a second's worth of nanoseconds or more.
+                let again = message.encode().expect("it fits where it came from");
+                prop_assert_eq!(PeerMessage::decode(&again), Ok(message));
             }
         }
 

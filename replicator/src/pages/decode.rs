@@ -197,6 +197,10 @@ impl Stager {
             self.pending.reserve_exact(want - self.pending.len());
             self.pending.extend_from_slice(piece);
             bytes = rest;
+            if let (Some(header), true) = (self.pending.first_chunk::<FRAME_HEADER>(), want == FRAME_HEADER) {
+                // Known at once to be wrong, not only when the next piece comes.
+                FrameHeader::parse(header)?;
+            }
             if self.pending.len() == want && want > FRAME_HEADER {
                 let mut frame = std::mem::take(&mut self.pending);
                 self.frame(&frame)?;

@@ -14,6 +14,9 @@ pub mod decode;
 pub mod delta;
 pub mod encode;
 pub mod frame;
+#[doc(hidden)]
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod record;
 pub mod shadow;
 pub mod staged;

@@ -3,6 +3,7 @@
 //!
 //! Outputs are held by allow-list: what is not known to be held, or to write guest memory only where it is tracked, is refused.
 
+use super::clock;
 use super::discover::{Channel, Discovered};
 use super::network::Netdev;
 use super::qmp::Qmp;
@@ -180,6 +181,7 @@ pub(super) fn examine(qmp: &Qmp, found: &Discovered, tracker: TrackerChoice) -> 
     checks.extend(drives(found));
     checks.extend(devices(found));
     checks.extend(not_held(found));
+    checks.push(clock::check(found.kvm, &found.argv));
     checks.push(command_line(found));
     checks
 }

@@ -63,6 +63,8 @@ pub(super) struct Discovered {
     pub(super) files: Vec<String>,
     /// Why QEMU itself could not migrate, in its words.
     pub(super) blocked: Vec<String>,
+    /// Whether KVM runs the guest.
+    pub(super) kvm: bool,
     /// Whether its threads use shadow stacks.
     pub(super) shadow_stack: bool,
     /// Whether a display server is listening, by name.
@@ -152,6 +154,7 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
     let blocked = migrate
         .get("blocked-reasons")
         .map(|reasons| array(reasons).filter_map(Value::as_str).map(str::to_owned).collect());
+    let kvm = qmp.has("query-kvm") && qmp.execute("query-kvm", json!({}))?.get("enabled") == Some(&Value::Bool(true));
     let mut displays = Vec::new();
     for (command, name) in [("query-vnc", "VNC"), ("query-spice", "SPICE")] {
         if qmp.has(command) && qmp.execute(command, json!({}))?.get("enabled") == Some(&Value::Bool(true)) {
@@ -184,6 +187,7 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         devices,
         files,
         blocked: blocked.unwrap_or_default(),
+        kvm,
         shadow_stack: thread_features
             .lines()
             .any(|line| line.starts_with("x86_Thread_features:") && line.contains("shstk")),

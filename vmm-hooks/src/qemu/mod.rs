@@ -9,7 +9,7 @@
 //! | `target` | finds the QEMU that the operator means |
 //! | `qmp` | speaks to its monitor, never longer than a bound |
 //! | `discover`, `network`, `ram` | find out what it is made of, or say that it is not clear |
-//! | `checks` | says what stops protection, in words for operators |
+//! | `checks`, `clock` | say what stops protection and what it costs, in words for operators |
 //! | `gate`, `filters` | hold and release its frames by epochs |
 //! | `state` | takes its device state in a form that loads |
 //! | `guest` | pauses, captures, and loses no dirty page |
@@ -18,10 +18,14 @@
 //! | `twin`, `tap` | launch, rehearse, activate and remove twins |
 
 mod checks;
+mod clock;
 mod cmdline;
 mod discover;
 mod fault;
 mod filters;
+#[doc(hidden)]
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod gate;
 mod guest;
 mod idle;

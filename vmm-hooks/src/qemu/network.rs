@@ -61,7 +61,7 @@ pub(super) fn parse(text: &str) -> Network {
             let Some((port, rest)) = line.split_once(": ") else { continue };
             let Some(client) = client(rest) else { continue };
             if client.kind == "nic" {
-                let netdev = Netdev { id: port.to_owned(), kind: "hubport".to_owned(), detail: String::new() };
+                let netdev = Netdev { id: port.trim().to_owned(), kind: "hubport".to_owned(), detail: String::new() };
                 network.nics.push(Nic { name: client.id, netdev: Some(netdev), queues: 1 });
             } else {
                 network.others.push(client);
@@ -125,6 +125,12 @@ mod tests {
         assert_eq!(network.nics[1].netdev.as_ref().and_then(Netdev::ifname), Some("tap9"));
         let others: Vec<_> = network.others.iter().map(|netdev| netdev.kind.as_str()).collect();
         assert_eq!(others, ["user", "socket"]);
+    }
+
+    #[test]
+    fn a_port_is_named_like_any_other_netdev() {
+        let network = parse("hub 0\n \\  hub0port0 : e1000.0: index=0,type=nic,\n");
+        assert_eq!(network.nics[0].netdev.as_ref().map(|netdev| netdev.id.as_str()), Some("hub0port0"));
     }
 
     proptest! {

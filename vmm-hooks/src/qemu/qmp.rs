@@ -333,14 +333,14 @@ fn broken(error: io::Error) -> QmpError {
 
 /// Cuts a byte stream into JSON lines.
 #[derive(Debug, Default)]
-struct Lines {
+pub(super) struct Lines {
     bytes: Vec<u8>,
     /// Up to here there is no end of line.
     searched: usize,
 }
 
 impl Lines {
-    fn read_from(&mut self, stream: &mut impl Read) -> Result<bool, QmpError> {
+    pub(super) fn read_from(&mut self, stream: &mut impl Read) -> Result<bool, QmpError> {
         let old = self.bytes.len();
         if old > LINE_MAX {
             return Err(QmpError::Malformed { what: format!("a line of more than {LINE_MAX} bytes") });
@@ -356,7 +356,7 @@ impl Lines {
         }
     }
 
-    fn next_message(&mut self) -> Result<Option<Value>, QmpError> {
+    pub(super) fn next_message(&mut self) -> Result<Option<Value>, QmpError> {
         loop {
             let Some(end) = self.bytes[self.searched..].iter().position(|&byte| byte == b'\n') else {
                 self.searched = self.bytes.len();

@@ -151,23 +151,24 @@ fn hex(token: &str) -> Option<u64> {
 
 /// One line of `/proc/PID/maps`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Mapping {
-    start: u64,
-    end: u64,
-    readable: bool,
-    writable: bool,
-    name: String,
+pub(super) struct Mapping {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) readable: bool,
+    pub(super) writable: bool,
+    pub(super) name: String,
 }
 
-fn parse_maps(text: &str) -> Vec<Mapping> {
+pub(super) fn parse_maps(text: &str) -> Vec<Mapping> {
     text.lines()
         .filter_map(|line| {
             let mut fields = line.split_whitespace();
             let (start, end) = fields.next()?.split_once('-')?;
             let rights = fields.next()?;
-            Some(Mapping {
-                start: u64::from_str_radix(start, 16).ok()?,
-                end: u64::from_str_radix(end, 16).ok()?,
+            let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+            (start < end).then(|| Mapping {
+                start,
+                end,
                 readable: rights.starts_with('r'),
                 writable: rights.get(1..2) == Some("w"),
                 name: fields.skip(3).collect::<Vec<_>>().join(" "),
@@ -177,7 +178,7 @@ fn parse_maps(text: &str) -> Vec<Mapping> {
 }
 
 /// Whether `host..host+total` is readable and writable all over, in one or more mappings without a hole.
-fn is_mapped(maps: &[Mapping], host: u64, total: u64) -> bool {
+pub(super) fn is_mapped(maps: &[Mapping], host: u64, total: u64) -> bool {
     let Some(end) = host.checked_add(total) else { return false };
     let mut at = host;
     for map in maps.iter().filter(|map| map.readable && map.writable) {
@@ -192,7 +193,7 @@ fn is_mapped(maps: &[Mapping], host: u64, total: u64) -> bool {
 }
 
 /// Mappings of exactly this length with a guard page behind them, as QEMU makes them; used only when nothing else is known.
-fn lonely_mappings(maps: &[Mapping], total: u64) -> Vec<u64> {
+pub(super) fn lonely_mappings(maps: &[Mapping], total: u64) -> Vec<u64> {
     const GUARD: u64 = 4096;
     maps.windows(2)
         .filter(|pair| pair[0].end - pair[0].start == total && pair[0].readable && pair[0].writable)
@@ -224,7 +225,7 @@ fn read_heap(pid: u32, maps: &[Mapping]) -> Result<Vec<u8>, RamError> {
 
 /// The addresses in QEMU's own records of a block: its name, with its offset, used and total length one after the other a
 /// little before it, and its address two words before these.
-fn records(heap: &[u8], block: &RamBlock) -> Vec<u64> {
+pub(super) fn records(heap: &[u8], block: &RamBlock) -> Vec<u64> {
     let mut name = block.name.clone().into_bytes();
     name.push(0);
     let mut numbers = Vec::with_capacity(24);
@@ -232,10 +233,9 @@ fn records(heap: &[u8], block: &RamBlock) -> Vec<u64> {
         numbers.extend_from_slice(&number.to_le_bytes());
     }
     let mut found = Vec::new();
-    let mut at = 0;
-    while let Some(next) = heap[at..].windows(numbers.len()).position(|window| window == numbers) {
-        let start = at + next;
-        at = start + 8;
+    // The numbers are aligned, as everything that malloc gives is. A search byte by byte could step over them from a place
+    // before, where zeroes look alike.
+    for start in (0..heap.len()).step_by(8).filter(|start| heap[*start..].starts_with(&numbers)) {
         let after = start + numbers.len();
         let reach = &heap[after..heap.len().min(after + RECORD_REACH + name.len())];
         // The record continues with a function, flags and then its name.
@@ -274,14 +274,14 @@ fn mapped_blocks(qmp: &mut Qmp, blocks: &[RamBlock]) -> Result<Vec<(String, u64)
 }
 
 #[derive(Debug, PartialEq, Eq)]
-struct Region {
-    address: u64,
-    name: String,
-    offset: u64,
+pub(super) struct Region {
+    pub(super) address: u64,
+    pub(super) name: String,
+    pub(super) offset: u64,
 }
 
 /// The RAM and ROM regions of the guest's physical address space, by `info mtree -f`.
-fn parse_flat_view(text: &str) -> Vec<Region> {
+pub(super) fn parse_flat_view(text: &str) -> Vec<Region> {
     let mut in_memory = false;
     let mut regions = Vec::new();
     for line in text.lines() {
@@ -395,6 +395,8 @@ mod tests {
         assert!(!is_mapped(&maps, 0x7eff_ffff_f000, 0x2000));
         assert_eq!(lonely_mappings(&maps, 0x20_0000), vec![0x7f00_0020_0000]);
         assert_eq!(maps[1].name, "/memfd:x (deleted)");
+        let backwards = parse_maps("2000-1000 rw-p 0 0:0 0\n1000-2000 ---p 0 0:0 0\n");
+        assert!(lonely_mappings(&backwards, 0x1000).is_empty(), "what ends before it starts is no mapping");
     }
 
     proptest! {

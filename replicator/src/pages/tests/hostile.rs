@@ -208,6 +208,15 @@ fn an_error_is_final() {
 }
 
 #[test]
+fn a_header_is_looked_at_as_soon_as_it_is_there() {
+    for piece in [1, 5, FRAME_HEADER] {
+        let mut stager = Stager::new(PAGES, None, LIMIT);
+        let pushed: Vec<_> = [b'x'; FRAME_HEADER].chunks(piece).map(|piece| stager.push(piece)).collect();
+        assert_eq!(pushed.last(), Some(&Err(StageError::Frame(FrameError::Magic))), "in pieces of {piece}");
+    }
+}
+
+#[test]
 fn memory_of_an_applied_epoch_serves_the_next_one() {
     let (first, second, device) = streams();
     let memory = Memory::new(PAGES);

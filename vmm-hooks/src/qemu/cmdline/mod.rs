@@ -4,6 +4,8 @@
 //! maps; what the primary listens on or writes to (monitors, serial lines, VNC, logs) moves into the twin's run directory, because
 //! both may share a file system or a host. What cannot be carried over is refused by name.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing;
 mod options;
 mod rewrite;
 
@@ -57,6 +59,12 @@ pub(super) fn qmp_sockets(argv: &[String]) -> Vec<PathBuf> {
         found.extend(chardev.and_then(|mut chardev| chardev.remove("path")).map(PathBuf::from));
     }
     found
+}
+
+/// What the guest's RTC follows, if the command line says so: `host`, `rt` or `vm`.
+pub(super) fn rtc_clock(argv: &[String]) -> Option<String> {
+    let pair = argv.windows(2).rfind(|pair| pair[0].starts_with('-') && pair[0].trim_start_matches('-') == "rtc")?;
+    Keys::parse(&pair[1], "")?.remove("clock")
 }
 
 /// Whether a guest's shutdown pauses this QEMU instead of ending it, by its owner's wish.

@@ -191,6 +191,10 @@ impl Keys {
         let serde_json::Value::Object(object) = serde_json::from_str(text).ok()? else { return None };
         let mut keys = Vec::new();
         for (key, value) in object {
+            // Such a key cannot be written in the other form.
+            if key.contains('=') {
+                return None;
+            }
             let value = match value {
                 serde_json::Value::String(text) => text,
                 serde_json::Value::Bool(on) => if on { "on" } else { "off" }.to_owned(),
@@ -241,12 +245,17 @@ impl Keys {
         }
     }
 
-    /// As QEMU reads it: the value of `leading` first and bare, then the others.
+    /// As QEMU reads it: the value of `leading`, if there is such a key, first and bare, then the others.
     pub(super) fn print(&self, leading: &str) -> String {
         let escape = |text: &str| text.replace(',', ",,");
-        let first = self.get(leading).map(escape);
+        let pair = |key: &str, value: &str| format!("{}={}", escape(key), escape(value));
+        let first = self.get(leading).filter(|_| !leading.is_empty()).map(|value| {
+            // Bare, it would be read as nothing, as another key, or as JSON.
+            let misread = value.is_empty() || value.contains('=') || value.starts_with('{');
+            if misread { pair(leading, value) } else { escape(value) }
+        });
         let others =
-            self.0.iter().filter(|(key, _)| key != leading).map(|(key, value)| format!("{key}={}", escape(value)));
+            self.0.iter().filter(|(key, _)| leading.is_empty() || key != leading).map(|(key, value)| pair(key, value));
         first.into_iter().chain(others).collect::<Vec<_>>().join(",")
     }
 }
@@ -285,6 +294,22 @@ mod tests {
             .expect("flat");
         assert_eq!(json.print("qom-type"), "memory-backend-ram,id=m,share=on,size=64");
         assert!(Keys::parse(r#"{"a":{"b":1}}"#, "").is_none());
+    }
+
+    #[test]
+    fn no_value_is_taken_for_something_else_when_it_is_read_again() {
+        let again = |keys: &Keys, leading: &str| Keys::parse(&keys.print(leading), leading);
+        for value in ["a=b", "", "{a", "a,b", "plain"] {
+            let mut keys = Keys::default();
+            keys.set("file", value);
+            keys.set("if", "virtio");
+            assert_eq!(again(&keys, "file"), Some(keys), "{value}");
+        }
+        for text in ["==x", "a,,b=c", "=", "x,=y"] {
+            let keys = Keys::parse(text, "").expect("no JSON");
+            assert_eq!(again(&keys, ""), Some(keys), "{text}");
+        }
+        assert!(Keys::parse(r#"{"a=b":"c"}"#, "").is_none());
     }
 
     #[test]

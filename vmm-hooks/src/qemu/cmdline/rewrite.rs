@@ -312,7 +312,9 @@ impl Rewriter<'_> {
 
     fn netdev(&mut self, value: &str) -> Result<(), CmdlineError> {
         let mut keys = Keys::parse(value, "type").ok_or_else(|| unreadable("netdev", value))?;
-        let id = keys.get("id").unwrap_or_default().to_owned();
+        let Some(id) = keys.get("id").filter(|id| !id.is_empty()).map(str::to_owned) else {
+            return Err(unreadable("netdev", value));
+        };
         if self.plan.network == Network::Null {
             let id = id.replace(',', ",,");
             if matches!(keys.get("type"), Some("tap" | "bridge")) {

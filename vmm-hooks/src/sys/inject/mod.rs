@@ -13,6 +13,8 @@
 
 mod chain;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod seccomp;
 mod tracee;
 mod victim;

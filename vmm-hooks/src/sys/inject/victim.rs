@@ -63,10 +63,13 @@ pub(super) fn maps(pid: u32) -> Result<Vec<Mapping>, InjectError> {
     Ok(text.lines().filter_map(parse_mapping).collect())
 }
 
-fn parse_mapping(line: &str) -> Option<Mapping> {
+pub(super) fn parse_mapping(line: &str) -> Option<Mapping> {
     let mut fields = line.split_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let range = u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?;
+    if range.is_empty() {
+        return None;
+    }
     let permissions = fields.next()?.to_owned();
     let name = fields.nth(3).unwrap_or("").to_owned();
     Some(Mapping { range, permissions, name })
@@ -161,7 +164,7 @@ pub(super) fn userfaultfds(process: &PidFd) -> Result<Vec<Userfaultfd>, InjectEr
 }
 
 /// The features in `aa:FEATURES:IOCTLS`.
-fn parse_features(api: &str) -> Option<u64> {
+pub(super) fn parse_features(api: &str) -> Option<u64> {
     u64::from_str_radix(api.split(':').nth(1)?, 16).ok()
 }
 
@@ -175,6 +178,7 @@ mod tests {
         let mapping = parse_mapping(line).expect("a mapping");
         assert_eq!((mapping.range, mapping.permissions.as_str()), (0x7f00_0000_1000..0x7f00_0000_3000, "r-xp"));
         assert_eq!(mapping.name, "/usr/lib/with");
+        assert!(parse_mapping("3000-1000 rw-p 0 0:0 0").is_none());
         assert_eq!(parse_features("aa:8000b001:ff").map(|features| features & !INITIALIZED), Some(FEATURES));
     }
 
