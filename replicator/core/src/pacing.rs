@@ -212,16 +212,19 @@ mod tests {
     #[test]
     fn a_fixed_epoch_is_stretched_before_pauses_take_more_than_their_share() {
         let mut pacer = Pacer::new(Pacing::Fixed { every: MS });
-        pacer.captured(MS, 1);
+        let pauses = |pacer: &mut Pacer, pause: Duration| {
+            for _ in 0..RECENT {
+                pacer.captured(pause, 1);
+            }
+        };
+        pauses(&mut pacer, MS);
         assert_eq!(pacer.window(Time::ZERO).latest, Time::from_start(MS));
-        pacer.captured(30 * MS, 1);
+        pauses(&mut pacer, 30 * MS);
         assert_eq!(pacer.window(Time::ZERO).earliest, Time::from_start(30 * MS));
         // Shorter pauses bring the chosen length back.
-        for _ in 0..100 {
-            pacer.captured(MS / 2, 1);
-        }
+        pauses(&mut pacer, MS / 2);
         assert_eq!(pacer.window(Time::ZERO).earliest, Time::from_start(MS));
-        pacer.captured(5000 * MS, 1);
+        pauses(&mut pacer, 5000 * MS);
         assert_eq!(pacer.window(Time::ZERO).latest, Time::ZERO + LONGEST_IDLE);
     }
 
