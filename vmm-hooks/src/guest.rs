@@ -6,11 +6,13 @@
 //! Calls on a [`Guest`] block and come from one thread, the pause path's; a [`Gate`] is used from any thread.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
 use crate::layout::{Layout, PageSet};
 
 /// What went wrong with a guest, in words for its operator.
@@ -71,6 +73,8 @@ pub struct Recipe {
     pub backend: String,
     /// The back end's own description, as JSON text.
     pub body: String,
+    /// The disks that are replicated with the guest, at most [`crate::disk::MAX_DISKS`].
+    pub disks: Vec<DiskSpec>,
 }
 
 /// Everything of one epoch, copied aside. Reused between epochs, so that a pause allocates little.
@@ -82,6 +86,8 @@ pub struct Capture {
     pub bytes: Vec<u8>,
     /// Device and CPU state, in the back end's own form.
     pub device: Vec<u8>,
+    /// What was written to the disks since the capture before, in the order of completion. Empty without mirrored disks.
+    pub disk: Vec<DiskWrite>,
 }
 
 /// Where a capture's pause went. Parts may overlap; `total` is from the call of pause to the return of resume.
@@ -175,6 +181,9 @@ pub trait Guest: Send {
     /// Gives pages back that were harvested and not committed; the next harvest returns them again.
     fn put_back(&mut self, dirty: &PageSet);
 
+    /// Gives the disk writes of a capture back that is not sent: the next capture begins with them.
+    fn put_back_writes(&mut self, _writes: Vec<DiskWrite>) {}
+
     /// Copies pages to `bytes` (cleared first), in the given order, paused or running. While it runs a page may be torn; it
     /// is then dirty and comes again.
     ///
@@ -182,8 +191,9 @@ pub trait Guest: Send {
     /// If a page cannot be read.
     fn read_pages(&mut self, pages: &[u64], bytes: &mut Vec<u8>) -> Result<(), GuestError>;
 
-    /// While paused: harvests, saves device state and copies the dirty pages aside, overlapped as the back end can. Fills
-    /// `parts` but for `stop`, `resume` and `total`. On error every harvested page has been put back.
+    /// While paused: harvests, saves device state and copies the dirty pages aside, overlapped as the back end can, and takes
+    /// the writes to mirrored disks, after it proved that no write is missing. Fills `parts` but for `stop`, `resume` and
+    /// `total`. On error every harvested page has been put back, and disk writes come again.
     ///
     /// # Errors
     /// See above.
@@ -200,6 +210,37 @@ pub trait Guest: Send {
     /// # Errors
     /// If it fails, output may go on being held.
     fn open_output(&mut self) -> Result<(), GuestError>;
+
+    /// Begins to mirror every disk of the recipe, while the guest runs: all of its content, and every write from now on,
+    /// comes as writes of [`Guest::take_writes`]. Does not wait for the copy.
+    ///
+    /// # Errors
+    /// If it fails, nothing is mirrored.
+    fn mirror_disks(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// How far the first copy is. Cheap; to be asked until it is ready. A guest without disks is ready at once.
+    ///
+    /// # Errors
+    /// If a mirror broke; it has to be begun again.
+    fn mirror_progress(&mut self) -> Result<MirrorProgress, GuestError> {
+        Ok(MirrorProgress { ready: true, ..MirrorProgress::default() })
+    }
+
+    /// Moves what was written to the disks since the last call or capture to the end of `into`, in the order of completion,
+    /// at most `bytes` of data but at least one write if there is any. For the first copy; afterwards captures take the
+    /// writes. Waits for a first write until `wait` is over. The guest's disk writes wait while nobody takes them and a bound
+    /// is reached.
+    fn take_writes(&mut self, _into: &mut Vec<DiskWrite>, _bytes: usize, _wait: Duration) {}
+
+    /// Ends mirroring, paused or running; the guest's own disks are untouched. What was not taken is dropped.
+    ///
+    /// # Errors
+    /// If something of ours had to be left in it; the guest's writes no longer wait for us in any case.
+    fn unmirror_disks(&mut self) -> Result<(), GuestError> {
+        Ok(())
+    }
 
     /// What happened since the last call. Never blocks.
     fn events(&mut self) -> Vec<GuestEvent>;
@@ -296,10 +337,18 @@ pub struct Survivor {
 /// Prepares twins on the standby.
 pub trait TwinHost: Send + Sync + fmt::Debug {
     /// Builds a twin of the guest that `recipe` describes, called `name`, with `layout`. It waits, and emits nothing.
+    /// `images` are raw images, one for each disk of the recipe, in its order and of its size; the twin does not read or
+    /// write them before it is activated.
     ///
     /// # Errors
     /// [`GuestErrorKind::Refused`] if this host cannot; nothing is left behind.
-    fn prepare(&self, name: &str, recipe: &Recipe, layout: &Layout) -> Result<Box<dyn Twin>, GuestError>;
+    fn prepare(
+        &self,
+        name: &str,
+        recipe: &Recipe,
+        layout: &Layout,
+        images: &[PathBuf],
+    ) -> Result<Box<dyn Twin>, GuestError>;
 }
 
 /// A guest that waits on the standby to go on where the primary stood.

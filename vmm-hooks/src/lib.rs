@@ -6,12 +6,14 @@
 //! | module | promise |
 //! | --- | --- |
 //! | [`layout`] | names every byte of guest memory by one dense page number |
+//! | [`disk`] | what a guest's disks are, and what was written to them |
 //! | [`guest`] | the traits a back end offers: [`guest::Guest`], [`guest::Gate`], [`guest::Twin`] |
 //! | [`track`] | finds dirty pages from outside and never loses one |
 //! | [`qemu`] | back end: a running, unmodified QEMU |
 //! | [`sim`] | back end: a deterministic guest for tests |
 //! | [`sys`] | system calls; every line of unsafe code |
 
+pub mod disk;
 pub mod guest;
 pub mod layout;
 pub mod qemu;

@@ -267,7 +267,7 @@ impl Agent {
         let (durable, ownership, _) = self.open_durable(&name, vm, true)?;
         let pages = layout.pages();
         let (twins, twin_name) = (Arc::clone(&self.twins), name.clone());
-        let twin = blocking(move || twins.prepare(&twin_name, &recipe, &layout)).await??;
+        let twin = blocking(move || twins.prepare(&twin_name, &recipe, &layout, &[])).await??;
         let config = StandbyConfig { ownership, ..StandbyConfig::new(vm, self.me(), primary, generation) };
         Ok(Prepared { name, config, pages, twin, witness, durable })
     }

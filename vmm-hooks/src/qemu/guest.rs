@@ -706,7 +706,7 @@ mod tests {
         fn merging_is_overwriting_by_page(first in prop::collection::btree_map(0_u64..40, any::<u8>(), 0..20),
                                           later in prop::collection::btree_map(0_u64..40, any::<u8>(), 0..20)) {
             let flat = |map: &BTreeMap<u64, u8>| map.values().flat_map(|&byte| [byte; PAGE_SIZE]).collect::<Vec<u8>>();
-            let mut capture = Capture { pages: first.keys().copied().collect(), bytes: flat(&first), device: Vec::new() };
+            let mut capture = Capture { pages: first.keys().copied().collect(), bytes: flat(&first), ..Capture::default() };
             let pages: Vec<u64> = later.keys().copied().collect();
             merge(&mut capture, &pages, &flat(&later));
             let mut model = first;

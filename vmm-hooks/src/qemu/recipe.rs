@@ -81,7 +81,7 @@ impl QemuRecipe {
     /// In the form that travels.
     pub(super) fn pack(&self) -> Recipe {
         let body = serde_json::to_string(self).expect("strings and paths that came from UTF-8");
-        Recipe { backend: BACKEND.to_owned(), body }
+        Recipe { backend: BACKEND.to_owned(), body, disks: Vec::new() }
     }
 
     /// Out of the form that travels.
@@ -183,7 +183,11 @@ mod tests {
 
     #[test]
     fn a_foreign_or_broken_recipe_is_refused() {
-        let recipe = |backend: &str, body: &str| Recipe { backend: backend.to_owned(), body: body.to_owned() };
+        let recipe = |backend: &str, body: &str| Recipe {
+            backend: backend.to_owned(),
+            body: body.to_owned(),
+            disks: Vec::new(),
+        };
         assert!(QemuRecipe::unpack(&recipe("sim", "{}")).expect_err("foreign").message.contains("sim"));
         assert_eq!(QemuRecipe::unpack(&recipe("qemu", "{}")).expect_err("broken").kind, GuestErrorKind::Refused);
     }

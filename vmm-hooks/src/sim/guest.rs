@@ -26,7 +26,7 @@ pub fn attach(machine: &SimMachine) -> Result<SimGuest, GuestError> {
     inner.gate = Some(Arc::downgrade(&gate));
     let layout = inner.layout.clone();
     drop(inner);
-    let recipe = Recipe { backend: "sim".to_owned(), body: machine.seed().to_string() };
+    let recipe = Recipe { backend: "sim".to_owned(), body: machine.seed().to_string(), disks: Vec::new() };
     let ledger = DirtyLedger::new(SimTracker { machine: machine.clone() }, layout.pages());
     Ok(SimGuest { machine: machine.clone(), layout, recipe, gate, ledger, paused: false })
 }

@@ -1,6 +1,7 @@
 //! The standby's side: twins whose memory is a vector of the host's.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -75,7 +76,13 @@ impl SimHost {
 }
 
 impl TwinHost for SimHost {
-    fn prepare(&self, name: &str, recipe: &Recipe, layout: &Layout) -> Result<Box<dyn Twin>, GuestError> {
+    fn prepare(
+        &self,
+        name: &str,
+        recipe: &Recipe,
+        layout: &Layout,
+        _images: &[PathBuf],
+    ) -> Result<Box<dyn Twin>, GuestError> {
         let refuse = |why: String| Err(GuestError::new(GuestErrorKind::Refused, why));
         if recipe.backend != "sim" {
             return refuse(format!("this host builds simulated twins, not {} ones", recipe.backend));

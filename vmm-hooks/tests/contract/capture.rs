@@ -50,7 +50,7 @@ pub(crate) fn a_capture_is_ascending_unique_and_true(world: &dyn World) {
     for index in [9, 3, 4, 60] {
         world.fill(world.spare(index), u8::try_from(index).expect("small"));
     }
-    let mut capture = Capture { pages: vec![1, 2], bytes: vec![3], device: vec![4] };
+    let mut capture = Capture { pages: vec![1, 2], bytes: vec![3], device: vec![4], disk: Vec::new() };
     let mut parts = PauseParts::default();
     guest.pause().expect("pausing works");
     guest.capture(&mut capture, &mut parts).expect("capturing works");

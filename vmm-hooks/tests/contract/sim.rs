@@ -102,7 +102,7 @@ impl World for SimWorld {
 /// Protects `machine` for some epochs, then kills it, and gives the twin that goes on.
 fn fail_over(machine: &SimMachine, host: &SimHost, epochs: u64) -> Box<dyn Twin> {
     let mut guest = attach(machine).expect("nobody is attached");
-    let mut twin = host.prepare("twin", guest.recipe(), guest.layout()).expect("a free name");
+    let mut twin = host.prepare("twin", guest.recipe(), guest.layout(), &[]).expect("a free name");
     guest.pause().expect("it works");
     guest.arm().expect("it works");
     guest.hold_output(1).expect("it works");
@@ -179,7 +179,7 @@ fn a_twin_that_dies_while_loading_is_launched_again_so_many_times() {
     guest.pause().expect("it works");
     guest.arm().expect("it works");
     guest.capture(&mut capture, &mut PauseParts::default()).expect("it works");
-    let mut twin = host.prepare("twin", guest.recipe(), guest.layout()).expect("a free name");
+    let mut twin = host.prepare("twin", guest.recipe(), guest.layout(), &[]).expect("a free name");
     host.fail(TwinFault::DiesLoading, MAX_RELAUNCHES + 1);
     twin.activate(&capture.device).expect_err("it died each time");
     host.fail(TwinFault::DiesLoading, MAX_RELAUNCHES);

@@ -11,7 +11,7 @@ const BATCH: usize = 256;
 /// All memory and the device state of a guest that stands, copied to a new twin.
 fn committed(world: &dyn World, guest: &mut dyn Guest) -> (Box<dyn Twin>, Vec<u8>) {
     world.fill(world.spare(8), 8);
-    let twin = world.twins().prepare("contract", guest.recipe(), guest.layout()).expect("this host can");
+    let twin = world.twins().prepare("contract", guest.recipe(), guest.layout(), &[]).expect("this host can");
     guest.pause().expect("pausing works");
     guest.arm().expect("arming works");
     let mut capture = Capture::default();
@@ -116,10 +116,10 @@ pub(crate) fn a_destroyed_twin_leaves_nothing(world: &dyn World) {
 pub(crate) fn another_back_ends_recipe_is_refused(world: &dyn World) {
     let guest = world.attach().expect("a guest that can be attached to");
     let recipe = Recipe { backend: "another".to_owned(), ..guest.recipe().clone() };
-    let refused = world.twins().prepare("contract", &recipe, guest.layout()).map(drop);
+    let refused = world.twins().prepare("contract", &recipe, guest.layout(), &[]).map(drop);
     assert_eq!(refused.expect_err("this host cannot").kind, GuestErrorKind::Refused);
     let recipe = Recipe { body: "{ not a recipe".to_owned(), ..guest.recipe().clone() };
-    let refused = world.twins().prepare("contract", &recipe, guest.layout()).map(drop);
+    let refused = world.twins().prepare("contract", &recipe, guest.layout(), &[]).map(drop);
     assert_eq!(refused.expect_err("nobody can read this").kind, GuestErrorKind::Refused);
     assert_eq!(world.twin_traces(), Vec::<String>::new());
     guest.detach().expect("detaching works");

@@ -118,7 +118,12 @@ fn prepare(net: &Net, dir: &Path, recipe: &Recipe, layout: &Layout) -> Result<Bo
     thread::scope(|scope| {
         let prepared = scope.spawn(|| {
             net.enter("b");
-            QemuTwinHost::new(TwinHostOptions { run_dir, ..TwinHostOptions::default() }).prepare("mx", recipe, layout)
+            QemuTwinHost::new(TwinHostOptions { run_dir, ..TwinHostOptions::default() }).prepare(
+                "mx",
+                recipe,
+                layout,
+                &[],
+            )
         });
         prepared.join().expect("no panic")
     })

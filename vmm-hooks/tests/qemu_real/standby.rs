@@ -53,7 +53,7 @@ fn a_host_that_cannot_make_the_twin_says_why_and_keeps_nothing() {
         (recipe.clone(), &too_large, "of memory available, and the guest has"),
         (recipe.clone(), &other_firmware, "the twin's memory differs from the primary's"),
     ] {
-        let refused = host.prepare("t", &recipe, layout).map(drop).expect_err(words);
+        let refused = host.prepare("t", &recipe, layout, &[]).map(drop).expect_err(words);
         assert_eq!(refused.kind, GuestErrorKind::Refused, "{refused}");
         assert!(refused.message.contains(words) && !refused.message.contains('\n'), "{words}: {refused}");
         assert_eq!(fs::read_dir(run_dir.path()).expect("a directory").count(), 0, "{words}");
@@ -74,7 +74,7 @@ fn a_twin_that_cannot_load_the_state_fails_its_rehearsal_and_goes_on_waiting() {
     let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.path().to_owned(), ..TwinHostOptions::default() });
     // It lacks a device whose state came.
     let mut twin =
-        host.prepare("t", &with_arguments(guest.recipe(), &["-no-hpet"]), guest.layout()).expect("it starts");
+        host.prepare("t", &with_arguments(guest.recipe(), &["-no-hpet"]), guest.layout(), &[]).expect("it starts");
     let error = twin.rehearse(&capture.device).expect_err("there is no such device");
     assert_eq!(error.kind, GuestErrorKind::Failed, "{error}");
     assert!(error.message.contains("QEMU said"), "{error}");

@@ -159,7 +159,7 @@ fn helper_that_makes_a_twin() {
     let Some(mut qemu) = Qemu::start(&["-M", "pc", "-nic", "none"]) else { return };
     let mut guest = qemu.attach();
     let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.into(), ..TwinHostOptions::default() });
-    let mut twin = host.prepare("orphan", guest.recipe(), guest.layout()).expect("a twin");
+    let mut twin = host.prepare("orphan", guest.recipe(), guest.layout(), &[]).expect("a twin");
     sync(&mut guest, &*twin.memory());
     let mut capture = Capture::default();
     epoch(&mut guest, &mut capture);
@@ -202,11 +202,11 @@ fn a_killed_agents_twin_is_removed_if_it_never_ran_and_left_alone_if_it_did() {
             assert_eq!(host.remove_leftovers(), [dir]);
             assert!(twin.has_exited());
             assert_eq!(fs::read_dir(run_dir.path()).expect("a directory").count(), 0);
-            let again = host.prepare("orphan", guest.recipe(), guest.layout()).expect("there is room again");
+            let again = host.prepare("orphan", guest.recipe(), guest.layout(), &[]).expect("there is room again");
             again.destroy().expect("nothing is left");
         } else {
             assert_eq!(host.remove_leftovers(), Vec::<PathBuf>::new());
-            let refused = host.prepare("orphan", guest.recipe(), guest.layout()).map(drop).expect_err("it runs");
+            let refused = host.prepare("orphan", guest.recipe(), guest.layout(), &[]).map(drop).expect_err("it runs");
             assert_eq!(refused.kind, GuestErrorKind::Refused);
             assert!(refused.message.contains("state `running`"), "{refused}");
             assert_eq!(status(&dir.join("qmp.sock")), "running");

@@ -109,6 +109,7 @@ fn record(guest: &mut dyn Guest, monitor: &mut Monitor, rounds: usize) -> Result
             pages: capture.pages.clone(),
             bytes: capture.bytes.clone(),
             device: capture.device.clone(),
+            ..Capture::default()
         });
         sleep(RUN);
         let floor = monitor.floor()?;

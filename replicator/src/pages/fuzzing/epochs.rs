@@ -133,6 +133,6 @@ impl Guest {
             let start = usize::try_from(page).expect("small") * PAGE_SIZE;
             bytes.extend_from_slice(&self.memory[start..start + PAGE_SIZE]);
         }
-        Capture { bytes, pages, device: self.device.clone() }
+        Capture { bytes, pages, device: self.device.clone(), ..Capture::default() }
     }
 }

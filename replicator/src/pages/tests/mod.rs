@@ -101,7 +101,7 @@ impl Machine {
     fn capture(&mut self) -> Capture {
         let pages: Vec<u64> = self.dirty.iter().collect();
         self.dirty.clear();
-        Capture { bytes: self.bytes_of(&pages), pages, device: self.device.clone() }
+        Capture { bytes: self.bytes_of(&pages), pages, device: self.device.clone(), ..Capture::default() }
     }
 }
 

@@ -68,7 +68,13 @@ impl QemuTwinHost {
 }
 
 impl TwinHost for QemuTwinHost {
-    fn prepare(&self, name: &str, recipe: &Recipe, layout: &Layout) -> Result<Box<dyn Twin>, GuestError> {
+    fn prepare(
+        &self,
+        name: &str,
+        recipe: &Recipe,
+        layout: &Layout,
+        _images: &[PathBuf],
+    ) -> Result<Box<dyn Twin>, GuestError> {
         let recipe = QemuRecipe::unpack(recipe)?;
         for backend in &recipe.backends {
             if !layout.blocks().iter().any(|block| block.name == backend.block) {
