@@ -160,7 +160,8 @@ fn component(name: &str) -> Result<(), String> {
 
 /// The demo of the build that was just tested, with its assertions on, and short throughput measurements.
 fn demo_lane(guest: &Path, rounds: &str) -> Result<()> {
-    shell::run(shell::cargo().args(["build", "--package", "replicator"]))?;
+    // The whole workspace, as the tests do: the same features, so nothing is built twice.
+    shell::run(shell::cargo().args(["build", "--workspace", "--bin", "understudy"]))?;
     let mut command = Command::new(shell::target().join("debug/understudy"));
     command.arg("demo").arg("--guest").arg(guest);
     command.args(["--rounds", rounds, "--load-seconds", "3"]);
