@@ -2,7 +2,7 @@
 //!
 //! What it checks before [`Stager::finish`] gives a [`StagedEpoch`], so that the epoch may be acknowledged: every frame's
 //! fields and CRC, the order of frames, that pages lie inside the layout, ascend and come once, that every delta is
-//! well-formed and every LZ4 block gives exactly one page, the device state against its base and its CRC, the totals and
+//! well-formed and every LZ4 block gives exactly one page, that disk writes lie inside their disks, the device state against its base and its CRC, the totals and
 //! the digest over all frames, and that nothing follows the trailer. It never holds more than its limit and one frame.
 //!
 //! An error is the peer's fault (or damage on the way) and final: the connection is to be closed, the stager refuses
@@ -10,9 +10,11 @@
 
 use std::sync::Arc;
 
+use vmm_hooks::disk::DiskWrite;
 use vmm_hooks::layout::PAGE_SIZE;
 
 use super::delta;
+use super::disk::{self, WriteError};
 use super::frame::{
     DeviceBase, FRAME_HEADER, FrameError, FrameHeader, FrameKind, HEAD_BYTES, StreamHead, TRAILER_BYTES, Totals,
     Trailer,
@@ -29,6 +31,9 @@ pub enum StageError {
     /// A record's own bytes are wrong.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// A disk write's own bytes are wrong.
+    #[error(transparent)]
+    Write(#[from] WriteError),
     /// A frame of this kind may not come here.
     #[error("a {kind:?} frame came out of order")]
     Order {
@@ -76,6 +81,7 @@ pub enum StageError {
 #[derive(Debug)]
 enum Phase {
     Head,
+    Disk(StreamHead),
     Pages(StreamHead),
     Device(StreamHead),
     Done(StreamHead),
@@ -102,6 +108,11 @@ pub struct Stager {
     next: u64,
     /// The device state in the making, padded to whole blocks.
     device: Vec<u8>,
+    /// Sizes of the disks, in bytes.
+    disks: Arc<[u64]>,
+    writes: Vec<DiskWrite>,
+    /// What the writes take in memory.
+    write_bytes: usize,
 }
 
 impl Stager {
@@ -130,14 +141,23 @@ impl Stager {
             pages: 0,
             next: 0,
             device: Vec::new(),
+            disks: Arc::default(),
+            writes: Vec::new(),
+            write_bytes: 0,
         }
+    }
+
+    /// The same, for a guest with disks of these sizes in bytes.
+    #[must_use]
+    pub fn with_disks(self, disks: Arc<[u64]>) -> Self {
+        Self { disks, ..self }
     }
 
     /// The stream's head, once it has come.
     #[must_use]
     pub fn head(&self) -> Option<&StreamHead> {
         match &self.phase {
-            Phase::Pages(head) | Phase::Device(head) | Phase::Done(head) => Some(head),
+            Phase::Disk(head) | Phase::Pages(head) | Phase::Device(head) | Phase::Done(head) => Some(head),
             Phase::Head | Phase::Failed(_) => None,
         }
     }
@@ -155,6 +175,7 @@ impl Stager {
             self.phase = Phase::Failed(error);
             self.records = Vec::new();
             self.device = Vec::new();
+            self.writes = Vec::new();
             self.pending = Vec::new();
         }
         result
@@ -168,10 +189,18 @@ impl Stager {
         let head = match self.phase {
             Phase::Done(head) => head,
             Phase::Failed(error) => return Err(error),
-            Phase::Head | Phase::Pages(_) | Phase::Device(_) => return Err(StageError::Unfinished),
+            Phase::Head | Phase::Disk(_) | Phase::Pages(_) | Phase::Device(_) => return Err(StageError::Unfinished),
         };
         let device = head.device.is_some().then(|| Arc::new(self.device));
-        Ok(StagedEpoch { head, records: self.records, device, pages: self.pages, wire_bytes: self.totals.bytes() })
+        Ok(StagedEpoch {
+            head,
+            records: self.records,
+            device,
+            disk: self.writes,
+            disk_bytes: self.write_bytes,
+            pages: self.pages,
+            wire_bytes: self.totals.bytes(),
+        })
     }
 
     fn frames(&mut self, mut bytes: &[u8]) -> Result<(), StageError> {
@@ -218,14 +247,18 @@ impl Stager {
         header.verify(header_bytes, payload)?;
         match (&self.phase, header.kind) {
             (Phase::Head, FrameKind::Head) => self.begin(payload.try_into().expect("checked with the header"))?,
-            (Phase::Pages(_), FrameKind::Pages) => self.records(&header, payload, Self::page)?,
-            (&Phase::Pages(head), FrameKind::Device) if head.device.is_some() => {
+            (Phase::Disk(_), FrameKind::Disk) => self.writes(&header, payload)?,
+            (&Phase::Disk(head) | &Phase::Pages(head), FrameKind::Pages) => {
+                self.phase = Phase::Pages(head);
+                self.records(&header, payload, Self::page)?;
+            }
+            (&Phase::Disk(head) | &Phase::Pages(head), FrameKind::Device) if head.device.is_some() => {
                 self.phase = Phase::Device(head);
                 self.next = 0;
                 self.records(&header, payload, Self::block)?;
             }
             (Phase::Device(_), FrameKind::Device) => self.records(&header, payload, Self::block)?,
-            (&Phase::Pages(head) | &Phase::Device(head), FrameKind::Trailer) => {
+            (&Phase::Disk(head) | &Phase::Pages(head) | &Phase::Device(head), FrameKind::Trailer) => {
                 self.end(head, payload.try_into().expect("checked with the header"))?;
             }
             (_, kind) => return Err(StageError::Order { kind }),
@@ -255,8 +288,24 @@ impl Stager {
             state.resize(length, 0);
             self.device = state;
         }
-        self.phase = Phase::Pages(head);
+        self.phase = Phase::Disk(head);
         Ok(())
+    }
+
+    /// Takes the disk writes of one frame.
+    fn writes(&mut self, header: &FrameHeader, payload: &[u8]) -> Result<(), StageError> {
+        let (mut rest, mut count) = (payload, 0_u32);
+        while !rest.is_empty() {
+            let left = rest.len();
+            let write = disk::take(&mut rest, &self.disks)?;
+            self.write_bytes += disk::OVERHEAD + (left - rest.len());
+            if self.write_bytes + self.device.len() + self.records.len() > self.limit {
+                return Err(StageError::TooLarge { limit: self.limit });
+            }
+            self.writes.push(write);
+            count += 1;
+        }
+        if count == header.count { Ok(()) } else { Err(WriteError::Malformed.into()) }
     }
 
     /// Takes the records of one frame, each through `take`.
@@ -301,7 +350,7 @@ impl Stager {
 
     /// Keeps one record, within the limit.
     fn stage(&mut self, page: u64, kind: RecordKind, n: u16, body: &[u8]) -> Result<(), StageError> {
-        let limit = self.limit - self.device.len();
+        let limit = self.limit - self.device.len() - self.write_bytes;
         let need = self.records.len() + record::RECORD_HEADER + body.len();
         if need > limit {
             return Err(StageError::TooLarge { limit: self.limit });

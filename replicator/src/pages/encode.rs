@@ -7,10 +7,12 @@
 
 use bytes::{Bytes, BytesMut};
 use lz4_flex::block::CompressTable;
+use vmm_hooks::disk::DiskWrite;
 use vmm_hooks::guest::Capture;
 use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 
 use super::delta::{self, Compared, DeltaBuffer};
+use super::disk::{self, WRITE_HEADER};
 use super::frame::{self, DeviceBase, DeviceHead, FRAME_HEADER, FrameKind, StreamHead, StreamId, Totals};
 use super::record::{self, MAX_LZ4, RECORD_HEADER, RecordKind};
 use super::shadow::{Base, Shadow, ShadowMode};
@@ -39,10 +41,10 @@ pub enum EncodeError {
     },
 }
 
-/// Pages sent one way, and what they took.
+/// Pages sent one way (or disk writes), and what they took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
-    /// Pages.
+    /// Pages (or disk writes).
     pub pages: u64,
     /// Their bytes in the stream, record headers included.
     pub bytes: u64,
@@ -65,6 +67,8 @@ pub struct EncodeStats {
     pub device_bytes: u64,
     /// What it took in the stream, record headers included.
     pub device_wire_bytes: u64,
+    /// Disk writes, and their bytes in the stream.
+    pub disk: Tally,
     /// Bytes of the whole stream.
     pub wire_bytes: u64,
     /// Frames of the whole stream.
@@ -126,6 +130,7 @@ impl Encoder {
         let head = StreamHead { id: StreamId { sync: false, ..*id }, layout_pages: self.layout_pages, device };
         let mut stats = EncodeStats::default();
         let mut writer = Writer::begin(&mut self.buffer, sink, &head);
+        write_disks(&mut writer, &capture.disk, &mut stats);
         write_pages(&mut writer, &mut self.chooser, &mut self.shadow, &capture.pages, &capture.bytes, &mut stats);
         let name = DeviceBase::of(&capture.device);
         let mut next = std::mem::take(&mut self.spare);
@@ -160,6 +165,16 @@ impl Encoder {
         stats
     }
 
+    /// Writes one piece of the first copy of the disks into `sink`. The `sync` mark of `id` is set for you.
+    pub fn encode_writes(&mut self, id: &StreamId, writes: &[DiskWrite], sink: &mut dyn FnMut(Bytes)) -> EncodeStats {
+        let head = StreamHead { id: StreamId { sync: true, ..*id }, layout_pages: self.layout_pages, device: None };
+        let mut stats = EncodeStats::default();
+        let mut writer = Writer::begin(&mut self.buffer, sink, &head);
+        write_disks(&mut writer, writes, &mut stats);
+        writer.end(0, &mut stats);
+        stats
+    }
+
     /// A stream with these pages will not be applied: they, and the device state, are sent whole next time.
     ///
     /// # Panics
@@ -177,6 +192,15 @@ impl Encoder {
         self.shadow.forget_all();
         self.device = None;
     }
+}
+
+fn write_disks(writer: &mut Writer<'_>, writes: &[DiskWrite], stats: &mut EncodeStats) {
+    writer.kind(FrameKind::Disk);
+    for write in writes {
+        disk::records(write, |header, data| stats.disk.bytes += writer.write(header, data));
+        stats.disk.pages += 1;
+    }
+    writer.flush();
 }
 
 fn write_pages(
@@ -390,6 +414,21 @@ impl<'a> Writer<'a> {
         self.count += if kind == RecordKind::Zero { u32::from(n) } else { 1 };
         self.buffer.extend_from_slice(&record::header(page, kind, n));
         self.buffer.extend_from_slice(body);
+        length as u64
+    }
+
+    /// Writes one disk write's record. Returns the bytes that it took.
+    fn write(&mut self, header: &[u8; WRITE_HEADER], data: &[u8]) -> u64 {
+        let length = WRITE_HEADER + data.len();
+        if self.count > 0 && self.buffer.len() + length > FRAME_HEADER + MAX_PAYLOAD {
+            self.close();
+        }
+        if self.count == 0 {
+            self.open();
+        }
+        self.count += 1;
+        self.buffer.extend_from_slice(header);
+        self.buffer.extend_from_slice(data);
         length as u64
     }
 

@@ -1,17 +1,17 @@
 //! Frames: the fixed little-endian layout of an epoch stream.
 //!
-//! A stream is one `Head` frame, any number of `Pages` frames, any number of `Device` frames, one `Trailer` frame, and
-//! nothing after it. Every frame starts with [`FRAME_HEADER`] bytes:
+//! A stream is one `Head` frame, any number of `Disk` frames, of `Pages` frames and of `Device` frames in this order, one
+//! `Trailer` frame, and nothing after it. Every frame starts with [`FRAME_HEADER`] bytes:
 //!
 //! | bytes | field | meaning |
 //! | --- | --- | --- |
 //! | 0..4 | magic | `55 50 47 45` (`UPGE`) |
 //! | 4 | version | 1; another version is refused |
-//! | 5 | kind | 1 head, 2 pages, 3 device, 4 trailer; 0 is invalid |
-//! | 6 | encoding | 0: the payload is a fixed structure; 1: the payload is [records](super::record) |
+//! | 5 | kind | 1 head, 2 pages, 3 device, 4 trailer, 5 disk; 0 is invalid |
+//! | 6 | encoding | 0: the payload is a fixed structure; 1: the payload is [records](super::record), of a disk frame [disk writes](super::disk) |
 //! | 7 | reserved | 0 |
 //! | 8..16 | first | u64: the first page (device: block) of the run that the records touch; else 0 |
-//! | 16..20 | count | u32: how many pages (blocks) the records hold, at least 1; else 0 |
+//! | 16..20 | count | u32: how many pages (blocks, disk writes) the records hold, at least 1; else 0 |
 //! | 20..24 | length | u32: payload bytes, at most [`MAX_PAYLOAD`] |
 //! | 24..28 | crc | u32: CRC-32 (IEEE) of bytes 0..24 and then the payload |
 //!
@@ -120,6 +120,15 @@ pub enum FrameKind {
     Device = 3,
     /// Ends a stream.
     Trailer = 4,
+    /// Disk write records.
+    Disk = 5,
+}
+
+impl FrameKind {
+    /// Whether its payload is records.
+    fn has_records(self) -> bool {
+        matches!(self, Self::Pages | Self::Device | Self::Disk)
+    }
 }
 
 /// A frame's header, but for its CRC.
@@ -154,9 +163,10 @@ impl FrameHeader {
             2 => FrameKind::Pages,
             3 => FrameKind::Device,
             4 => FrameKind::Trailer,
+            5 => FrameKind::Disk,
             kind => return Err(FrameError::Kind { kind }),
         };
-        let records = matches!(kind, FrameKind::Pages | FrameKind::Device);
+        let records = kind.has_records();
         if bytes[6] != u8::from(records) {
             return Err(FrameError::Field { field: "encoding" });
         }
@@ -164,7 +174,7 @@ impl FrameHeader {
             return Err(FrameError::Field { field: "reserved" });
         }
         let (first, count) = (get_u64(bytes, 8), get_u32(bytes, 16));
-        if !records && first != 0 {
+        if (!records || kind == FrameKind::Disk) && first != 0 {
             return Err(FrameError::Field { field: "first" });
         }
         if records == (count == 0) {
@@ -174,10 +184,10 @@ impl FrameHeader {
         let fits = match kind {
             FrameKind::Head => length as usize == HEAD_BYTES,
             FrameKind::Trailer => length as usize == TRAILER_BYTES,
-            FrameKind::Pages | FrameKind::Device if length as usize > MAX_PAYLOAD => {
+            FrameKind::Pages | FrameKind::Device | FrameKind::Disk if length as usize > MAX_PAYLOAD => {
                 return Err(FrameError::TooLong { length });
             }
-            FrameKind::Pages | FrameKind::Device => length > 0,
+            FrameKind::Pages | FrameKind::Device | FrameKind::Disk => length > 0,
         };
         if !fits {
             return Err(FrameError::Field { field: "length" });
@@ -211,7 +221,7 @@ pub fn seal(frame: &mut [u8], kind: FrameKind, first: u64, count: u32) -> u32 {
     header[0..4].copy_from_slice(&MAGIC);
     header[4] = VERSION;
     header[5] = kind as u8;
-    header[6] = u8::from(matches!(kind, FrameKind::Pages | FrameKind::Device));
+    header[6] = u8::from(kind.has_records());
     header[7] = 0;
     header[8..16].copy_from_slice(&first.to_le_bytes());
     header[16..20].copy_from_slice(&count.to_le_bytes());

@@ -7,11 +7,12 @@
 //! - [`staged::StagedEpoch::apply`] cannot fail and may be repeated: after a crash in the middle of applying, applying
 //!   again from the start gives the same memory.
 //!
-//! No I/O, no clock, no async, no unsafe code. The wire form is described in [`frame`] (frames) and [`record`] (the pages
-//! within a frame).
+//! No I/O, no clock, no async, no unsafe code. The wire form is described in [`frame`] (frames), [`record`] (the pages
+//! within a frame) and [`disk`] (disk writes within a frame).
 
 pub mod decode;
 pub mod delta;
+pub mod disk;
 pub mod encode;
 pub mod frame;
 #[doc(hidden)]

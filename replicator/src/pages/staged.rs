@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use vmm_hooks::disk::DiskWrite;
 use vmm_hooks::guest::TwinMemory;
 use vmm_hooks::layout::PAGE_SIZE;
 
@@ -19,6 +20,9 @@ pub struct StagedEpoch {
     /// Records as in the wire form, LZ4 pages decompressed to raw ones.
     pub(super) records: Vec<u8>,
     pub(super) device: Option<DeviceState>,
+    pub(super) disk: Vec<DiskWrite>,
+    /// What the disk writes take in memory.
+    pub(super) disk_bytes: usize,
     pub(super) pages: u64,
     pub(super) wire_bytes: u64,
 }
@@ -75,6 +79,12 @@ impl StagedEpoch {
         self.device.clone()
     }
 
+    /// The disk writes of this epoch, in the order of completion.
+    #[must_use]
+    pub fn disk(&self) -> &[DiskWrite] {
+        &self.disk
+    }
+
     /// How many pages it writes.
     #[must_use]
     pub fn pages(&self) -> u64 {
@@ -84,7 +94,7 @@ impl StagedEpoch {
     /// Bytes that it takes in memory, bounded by the stager's limit.
     #[must_use]
     pub fn staged_bytes(&self) -> u64 {
-        (self.records.len() + self.device.as_ref().map_or(0, |device| device.len())) as u64
+        (self.records.len() + self.disk_bytes + self.device.as_ref().map_or(0, |device| device.len())) as u64
     }
 
     /// Bytes of its stream, trailer included.

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use vmm_hooks::disk::{DiskChange, DiskWrite};
 use vmm_hooks::layout::PAGE_SIZE;
 
 use super::Memory;
@@ -19,6 +20,9 @@ const HEAD: u8 = 1;
 const RECORDS: u8 = 2;
 const DEVICE: u8 = 3;
 const TRAILER: u8 = 4;
+const DISK: u8 = 5;
+/// Bytes of the disks.
+const DISKS: [u64; 2] = [4096, 512];
 
 pub(super) fn run(bytes: &[u8]) {
     let Some((&mend, rest)) = bytes.split_first() else { return };
@@ -38,9 +42,11 @@ pub(super) fn run(bytes: &[u8]) {
             other.apply(&second);
             assert!(first.bytes() == second.bytes() && one.device_state() == other.device_state());
             assert!(one.staged_bytes() <= LIMIT as u64);
-            let (memory, device) = read_again(&stream, held.as_deref().map_or(&[], Vec::as_slice));
+            assert_eq!(one.disk(), other.disk());
+            let (memory, device, disks) = read_again(&stream, held.as_deref().map_or(&[], Vec::as_slice));
             assert!(memory == first.bytes(), "the memory is not what the stream says");
             assert!(device == one.device_state(), "the device state is not what the stream says");
+            assert!(disks == play(one.disk()), "the disks are not what the stream says");
             assert_eq!(one.wire_bytes(), stream.len() as u64, "bytes that nobody looked at");
         }
         (one, other) => panic!("accepted in some pieces and not in others: {one:?} and {other:?}"),
@@ -48,7 +54,7 @@ pub(super) fn run(bytes: &[u8]) {
 }
 
 fn stage(stream: &[u8], piece: usize, held: Option<DeviceState>) -> Result<StagedEpoch, StageError> {
-    let mut stager = Stager::new(PAGES as u64, held, LIMIT);
+    let mut stager = Stager::new(PAGES as u64, held, LIMIT).with_disks(Arc::from(DISKS));
     let mut outcome = Ok(());
     for piece in stream.chunks(piece) {
         let next = stager.push(piece);
@@ -100,10 +106,30 @@ fn frame_crc(frame: &[u8]) -> u32 {
     crc.finalize()
 }
 
-/// A second reader for an accepted stream: checks what the stager must have checked, and gives memory and device state.
-fn read_again(stream: &[u8], previous: &[u8]) -> (Vec<u8>, Vec<u8>) {
+/// The disks after these writes.
+fn play(writes: &[DiskWrite]) -> Vec<Vec<u8>> {
+    let mut disks = fresh_disks();
+    for write in writes {
+        let start = usize::try_from(write.offset).expect("small");
+        let end = start + usize::try_from(write.bytes()).expect("small");
+        let target = &mut disks[usize::try_from(write.disk).expect("small")][start..end];
+        match &write.change {
+            DiskChange::Data(data) => target.copy_from_slice(data),
+            DiskChange::Zero(_) => target.fill(0),
+        }
+    }
+    disks
+}
+
+fn fresh_disks() -> Vec<Vec<u8>> {
+    DISKS.iter().map(|&bytes| vec![0xA5; usize::try_from(bytes).expect("small")]).collect()
+}
+
+/// A second reader for an accepted stream: checks what the stager must have checked, and gives memory, device state and disks.
+fn read_again(stream: &[u8], previous: &[u8]) -> (Vec<u8>, Vec<u8>, Vec<Vec<u8>>) {
     let mut memory = vec![0xA5; PAGES * PAGE_SIZE];
     let (mut device, mut device_length, mut kinds) = (Vec::new(), 0, Vec::new());
+    let mut disks = fresh_disks();
     let (mut at, mut pages, mut digest) = (0, 0, crc32fast::Hasher::new());
     while at < stream.len() {
         let end = at + FRAME_HEADER + u32_at(stream, at + 20);
@@ -120,6 +146,7 @@ fn read_again(stream: &[u8], previous: &[u8]) -> (Vec<u8>, Vec<u8>) {
             }
             RECORDS => pages += records(body, &mut memory),
             DEVICE => drop(records(body, &mut device)),
+            DISK => writes(body, &mut disks),
             _ => {
                 assert_eq!(u32_at(body, 0), pages, "pages were lost or made up");
                 assert_eq!(u32_at(body, 8), at, "bytes were lost or made up");
@@ -132,12 +159,28 @@ fn read_again(stream: &[u8], previous: &[u8]) -> (Vec<u8>, Vec<u8>) {
             }
         }
         digest.update(&frame[24..FRAME_HEADER]);
-        kinds.push(kind);
+        // Disk frames come right after the head.
+        kinds.push(if kind == DISK { HEAD } else { kind });
         at = end;
     }
     assert!(kinds.is_sorted() && kinds.first() == Some(&HEAD) && kinds.last() == Some(&TRAILER), "{kinds:?}");
     device.truncate(device_length);
-    (memory, device)
+    (memory, device, disks)
+}
+
+/// Plays disk writes over `disks`.
+fn writes(mut rest: &[u8], disks: &mut [Vec<u8>]) {
+    while !rest.is_empty() {
+        let (disk, kind, at, length) = (u32_at(rest, 0), rest[4], u32_at(rest, 8), u32_at(rest, 16));
+        rest = &rest[24..];
+        let target = &mut disks[disk][at..at + length];
+        if kind == 2 {
+            target.fill(0);
+        } else {
+            target.copy_from_slice(&rest[..length]);
+            rest = &rest[length..];
+        }
+    }
 }
 
 /// Plays the records over `into`; gives the number of pages.

@@ -98,12 +98,12 @@ fn perform(machine: &mut Machine, write: &Write) {
 }
 
 /// The tallies must account for each captured page and each byte.
-fn check_stats(stats: &EncodeStats, pages: usize, stream: &[Bytes]) {
+pub(super) fn check_stats(stats: &EncodeStats, pages: usize, stream: &[Bytes]) {
     let tallies = [stats.zero, stats.same, stats.delta, stats.lz4, stats.raw];
     assert_eq!(tallies.iter().map(|tally| tally.pages).sum::<u64>(), pages as u64);
     assert_eq!(stats.wire_bytes, stream.iter().map(Bytes::len).sum::<usize>() as u64);
     assert_eq!(stats.frames, stream.len() as u64);
-    let records = tallies.iter().map(|tally| tally.bytes).sum::<u64>() + stats.device_wire_bytes;
+    let records = tallies.iter().map(|tally| tally.bytes).sum::<u64>() + stats.device_wire_bytes + stats.disk.bytes;
     let framing = stats.frames * crate::pages::frame::FRAME_HEADER as u64;
     let fixed = (crate::pages::frame::HEAD_BYTES + crate::pages::frame::TRAILER_BYTES) as u64;
     assert_eq!(records + framing + fixed, stats.wire_bytes);

@@ -1,5 +1,6 @@
 //! Tests of the whole pipeline: a simulated guest, the encoder, the stager, and the standby's memory.
 
+mod disks;
 mod history;
 mod hostile;
 
