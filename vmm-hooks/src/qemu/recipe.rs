@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::cmdline::{Backend, Network, Plan, rewrite};
+use super::cmdline::{Backend, Disk, Image, Network, Plan, rewrite};
 use super::discover::{Discovered, display_name, taps};
 use super::ram::RamBlock;
 use crate::guest::{GuestError, GuestErrorKind, Recipe};
@@ -36,6 +36,18 @@ pub(super) struct QemuRecipe {
     pub(super) backends: Vec<RecipeBackend>,
     /// Its tap interfaces.
     pub(super) taps: Vec<RecipeTap>,
+    /// Its replicated disks, as in [`Recipe::disks`].
+    pub(super) disks: Vec<RecipeDisk>,
+}
+
+/// A disk of the primary that is replicated.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RecipeDisk {
+    /// Its file there, an absolute path as the command line has it.
+    pub(super) source: PathBuf,
+    /// Its size in bytes.
+    pub(super) bytes: u64,
 }
 
 /// A memory backend and its block.
@@ -75,7 +87,23 @@ impl QemuRecipe {
             machine: found.machine.clone(),
             backends: backends(&found.objects, blocks),
             taps: taps(found.pid, &found.network),
+            disks: Vec::new(),
         }
+    }
+
+    /// The disks of a machine that never runs.
+    pub(super) fn scratch_disks(&self) -> Vec<Disk> {
+        let disk = |disk: &RecipeDisk| Disk { source: disk.source.clone(), image: Image::Null(disk.bytes) };
+        self.disks.iter().map(disk).collect()
+    }
+
+    /// The disks of a machine with these images.
+    pub(super) fn disks_in(&self, images: &[PathBuf]) -> Vec<Disk> {
+        let disk = |(disk, image): (&RecipeDisk, &PathBuf)| Disk {
+            source: disk.source.clone(),
+            image: Image::File(image.clone()),
+        };
+        self.disks.iter().zip(images).map(disk).collect()
     }
 
     /// In the form that travels.
@@ -143,6 +171,7 @@ pub(super) fn try_out(found: &Discovered) -> Result<Vec<String>, String> {
             memory: &backends,
             share: true,
             network,
+            disks: &recipe.scratch_disks(),
             run_dir: Path::new("/"),
         };
         left_out = rewrite(&plan).map_err(|error| error.to_string())?.left_out;

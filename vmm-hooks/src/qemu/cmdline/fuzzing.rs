@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::options::{Keys, Opt, parse};
-use super::{Backend, Network, Plan, qmp_sockets, rewrite, shutdown_pauses};
+use super::{Backend, Disk, Image, Network, Plan, qmp_sockets, rewrite, shutdown_pauses};
 
 const RUN_DIR: &str = "/run/t";
 
@@ -47,7 +47,9 @@ pub(in super::super) fn run(bytes: &[u8]) {
     } else {
         Network::Null
     };
-    twice(&argv, memory, &network);
+    // What a survivor has is its image, which is what its own twin would replace.
+    let disks = [Disk { source: "/d".into(), image: Image::File("/d".into()) }];
+    twice(&argv, memory, &network, &disks[..usize::from(choice >> 2 & 1)]);
 }
 
 /// Keys can be printed and read again.
@@ -62,7 +64,7 @@ fn keys(text: &str) {
     }
 }
 
-fn twice(argv: &[String], memory: &[Backend], network: &Network) {
+fn twice(argv: &[String], memory: &[Backend], network: &Network, disks: &[Disk]) {
     let (cwd, run_dir) = (Path::new("/home/vm"), Path::new(RUN_DIR));
     let plan = |argv| Plan {
         argv,
@@ -72,6 +74,7 @@ fn twice(argv: &[String], memory: &[Backend], network: &Network) {
         memory,
         share: true,
         network: network.clone(),
+        disks,
         run_dir,
     };
     let Ok(done) = rewrite(&plan(argv)) else { return };
@@ -83,7 +86,20 @@ fn twice(argv: &[String], memory: &[Backend], network: &Network) {
         assert_eq!(values(&is, name), values(&was, name), "-{name}");
     }
     for name in ["netdev", "serial", "chardev", "drive", "blockdev"] {
-        let (before, after) = (values(&was, name).len(), values(&is, name).len());
+        let moved = if name == "drive" {
+            values(&was, "hda").len()
+                + values(&was, "hdb").len()
+                + values(&was, "hdc").len()
+                + values(&was, "hdd").len()
+        } else {
+            0
+        };
+        let left = if name == "drive" {
+            values(&is, "hda").len() + values(&is, "hdb").len() + values(&is, "hdc").len() + values(&is, "hdd").len()
+        } else {
+            0
+        };
+        let (before, after) = (values(&was, name).len() + moved, values(&is, name).len() + left);
         assert!(after == before || (name == "serial" && after == before + 1), "-{name}: {before} became {after}");
     }
     let ids = |options: &[Opt]| -> Vec<Option<String>> {

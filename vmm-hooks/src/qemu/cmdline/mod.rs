@@ -4,6 +4,7 @@
 //! maps; what the primary listens on or writes to (monitors, serial lines, VNC, logs) moves into the twin's run directory, because
 //! both may share a file system or a host. What cannot be carried over is refused by name.
 
+mod drives;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(super) mod fuzzing;
 mod options;
@@ -11,6 +12,7 @@ mod rewrite;
 
 use std::path::PathBuf;
 
+pub(super) use drives::{Disk, Image};
 use options::Keys;
 pub(super) use rewrite::{Backend, Network, Plan, qmp_path, rewrite};
 
@@ -32,6 +34,9 @@ pub(super) enum CmdlineError {
     /// A value in a form that is not read.
     #[error("the value of -{option} cannot be read: {value}")]
     Unreadable { option: String, value: String },
+    /// A replicated disk that no option names.
+    #[error("no drive on the command line is in {}", file.display())]
+    NoDrive { file: PathBuf },
     /// A tap whose interface is not known.
     #[error("the interface of netdev {netdev} is not known")]
     NoInterface { netdev: String },

@@ -238,6 +238,16 @@ impl Keys {
         self.0.retain(|(name, _)| keys.contains(&name.as_str()));
     }
 
+    /// Keeps only the keys that `kept` says.
+    pub(super) fn keep_if(&mut self, kept: impl Fn(&str) -> bool) {
+        self.0.retain(|(name, _)| kept(name));
+    }
+
+    /// Keys and values, in order.
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+
     /// Adds the keys of another value behind these.
     pub(super) fn extend(&mut self, other: Self) {
         for (key, value) in other.0 {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::CmdlineError;
+use super::drives::{Disk, Drives};
 use super::options::{Keys, Opt, parse};
 
 /// One memory backend of the machine, to be put in a file.
@@ -43,6 +44,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) share: bool,
     /// Its network.
     pub(crate) network: Network,
+    /// Its replicated disks.
+    pub(crate) disks: &'a [Disk],
     /// Where its sockets and logs go.
     pub(crate) run_dir: &'a Path,
 }
@@ -66,6 +69,7 @@ pub(crate) fn qmp_path(run_dir: &Path) -> PathBuf {
 struct Rewriter<'a> {
     plan: &'a Plan<'a>,
     out: Rewritten,
+    drives: Drives<'a>,
     machine: Keys,
     placed: Vec<&'a str>,
     serials: usize,
@@ -85,6 +89,7 @@ pub(crate) fn rewrite(plan: &Plan<'_>) -> Result<Rewritten, CmdlineError> {
     let mut rewriter = Rewriter {
         plan,
         out: Rewritten { arguments: Vec::new(), needs: Vec::new(), left_out: Vec::new() },
+        drives: Drives::new(plan.disks, plan.cwd),
         machine: Keys::default(),
         placed: Vec::new(),
         serials: 0,
@@ -121,6 +126,7 @@ impl Rewriter<'_> {
             "object" => self.object(&value)?,
             "icount" if value.contains("rr=") => return bound("record and replay"),
             "icount" => self.push(name, value),
+            "hda" | "hdb" | "hdc" | "hdd" if self.drives.of_file(&value).is_some() => self.hard_disk(name, &value),
             // Files that are read.
             "kernel" | "initrd" | "dtb" | "cdrom" | "fda" | "fdb" | "hda" | "hdb" | "hdc" | "hdd" | "mtdblock"
             | "pflash" | "sd" => {
@@ -278,12 +284,33 @@ impl Rewriter<'_> {
         self.push("object", keys.print("qom-type"));
     }
 
+    /// `-hda` and its like, which cannot say that an image is raw.
+    fn hard_disk(&mut self, name: &'static str, file: &str) {
+        let mut keys = Keys::default();
+        let index = ["hda", "hdb", "hdc", "hdd"].iter().position(|known| *known == name).unwrap_or_default();
+        keys.set("index", index.to_string());
+        keys.set("media", "disk");
+        keys.set("file", file);
+        self.drives.drive(&mut keys);
+        self.push("drive", keys.print(""));
+    }
+
     fn drive(&mut self, name: &'static str, value: &str) -> Result<(), CmdlineError> {
+        if name == "blockdev"
+            && let Some(rewritten) = self.drives.blockdev(value)
+        {
+            self.push(name, rewritten);
+            return Ok(());
+        }
         // The file may be nested in JSON; then it must be absolute already.
         let Some(mut keys) = Keys::parse(value, if name == "drive" { "file" } else { "driver" }) else {
             self.push(name, value);
             return Ok(());
         };
+        if name == "drive" && self.drives.drive(&mut keys) {
+            self.push(name, keys.print(""));
+            return Ok(());
+        }
         for key in ["file", "filename", "file.filename"] {
             let Some(file) = keys.get(key).map(str::to_owned) else { continue };
             let protocol = file.split_once(':').is_some_and(|(start, _)| !start.contains('/'));
@@ -431,6 +458,9 @@ impl Rewriter<'_> {
     }
 
     fn finish(mut self) -> Result<Rewritten, CmdlineError> {
+        if let Some(file) = self.drives.missing() {
+            return Err(CmdlineError::NoDrive { file: file.to_owned() });
+        }
         if self.nographic && self.serials == 0 && !self.nodefaults {
             let moved = self.serial("stdio");
             self.push("serial", moved);
@@ -477,6 +507,7 @@ fn unreadable(option: &str, value: &str) -> CmdlineError {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Image;
     use super::*;
     use proptest::prelude::*;
 
@@ -489,7 +520,8 @@ mod tests {
             std::iter::once("qemu").chain(arguments.split_whitespace()).map(str::to_owned).collect();
         let (cwd, run_dir) = (Path::new("/home/vm"), Path::new("/run/t"));
         let user = (0, 0);
-        let plan = Plan { argv: &argv, user, cwd, machine: "pc-q35-7.2", memory, share: true, network, run_dir };
+        let plan =
+            Plan { argv: &argv, user, cwd, machine: "pc-q35-7.2", memory, share: true, network, disks: &[], run_dir };
         rewrite(&plan).map(|done| done.arguments.join(" "))
     }
 
@@ -547,7 +579,8 @@ mod tests {
         let rewritten = |arguments: &[&str], user: (u32, u32)| {
             let argv: Vec<String> = ["qemu"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
             let (cwd, run_dir, network) = (Path::new("/"), Path::new("/run/t"), same());
-            let plan = Plan { argv: &argv, user, cwd, machine: "pc", memory: &[], share: true, network, run_dir };
+            let plan =
+                Plan { argv: &argv, user, cwd, machine: "pc", memory: &[], share: true, network, disks: &[], run_dir };
             let done = rewrite(&plan).expect("carried over");
             (done.arguments.join(" "), done.left_out)
         };
@@ -581,6 +614,39 @@ mod tests {
     }
 
     #[test]
+    fn replicated_drives_get_the_images_of_this_host_and_none_is_forgotten() {
+        let argv: Vec<String> =
+            ["qemu", "-hdb", "b.img", "-cdrom", "cd.iso", "-drive", "file=a.qcow2,if=virtio,cache=none"]
+                .map(str::to_owned)
+                .to_vec();
+        let disk = |name: &str| Disk {
+            source: Path::new("/home/vm").join(name),
+            image: Image::File(format!("/img/{name}").into()),
+        };
+        let rewritten = |disks: &[Disk]| {
+            let (cwd, run_dir, network) = (Path::new("/home/vm"), Path::new("/run/t"), same());
+            let plan = Plan {
+                argv: &argv,
+                user: (0, 0),
+                cwd,
+                machine: "pc",
+                memory: &[],
+                share: true,
+                network,
+                disks,
+                run_dir,
+            };
+            rewrite(&plan)
+        };
+        let done = rewritten(&[disk("a.qcow2"), disk("b.img")]).expect("both are there");
+        let line = done.arguments.join(" ");
+        assert!(line.starts_with("-drive index=1,media=disk,file=/img/b.img,format=raw -cdrom /home/vm/cd.iso -drive if=virtio,cache=none,file=/img/a.qcow2,format=raw "), "{line}");
+        assert_eq!(done.needs, [PathBuf::from("/home/vm/cd.iso")], "nothing of the primary's is opened");
+        let missing = rewritten(&[disk("a.qcow2"), disk("c.img")]);
+        assert_eq!(missing, Err(CmdlineError::NoDrive { file: "/home/vm/c.img".into() }));
+    }
+
+    #[test]
     fn what_cannot_be_carried_over_is_refused_by_name() {
         for arguments in [
             "-fsdev local,id=x,path=/",
@@ -608,7 +674,7 @@ mod tests {
         ], 0..12)) {
             for network in [same(), Network::Null] {
                 let plan = Plan { argv: &argv, user: (1, 1), cwd: Path::new("/c"), machine: "pc", memory: &[backend("pc.ram")], share: false,
-                    network, run_dir: Path::new("/r") };
+                    network, disks: &[], run_dir: Path::new("/r") };
                 if let Ok(done) = rewrite(&plan) {
                     prop_assert!(done.arguments.join(" ").ends_with("-S -incoming defer"));
                 }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -19,7 +19,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use self::machine::{Launch, Machine, TwinFence};
-use super::cmdline::{Backend, Network, Plan, qmp_path, rewrite};
+use super::cmdline::{Backend, Disk, Network, Plan, qmp_path, rewrite};
 use super::recipe::QemuRecipe;
 use super::state::is_loadable;
 use super::tap::{self, Tap};
@@ -73,7 +73,7 @@ impl TwinHost for QemuTwinHost {
         name: &str,
         recipe: &Recipe,
         layout: &Layout,
-        _images: &[PathBuf],
+        images: &[PathBuf],
     ) -> Result<Box<dyn Twin>, GuestError> {
         let recipe = QemuRecipe::unpack(recipe)?;
         for backend in &recipe.backends {
@@ -81,6 +81,14 @@ impl TwinHost for QemuTwinHost {
                 let message = format!("the memory block {} is not in the layout", backend.block);
                 return Err(GuestError::new(GuestErrorKind::Refused, message));
             }
+        }
+        if images.len() != recipe.disks.len() {
+            let message =
+                format!("the guest has {} replicated disks, and {} images were made", recipe.disks.len(), images.len());
+            return Err(GuestError::new(GuestErrorKind::Refused, message));
+        }
+        for image in images {
+            give_to(image, recipe.user)?;
         }
         let binary = find_binary(self.options.binary.as_deref().unwrap_or(&recipe.exe))?;
         room::check(layout)?;
@@ -105,6 +113,7 @@ impl TwinHost for QemuTwinHost {
             memory: Arc::new(memory),
             machine: None,
             taps,
+            images: images.to_vec(),
             fence: Arc::new(TwinFence::default()),
             stage: Stage::Waits,
             rehearsals: 0,
@@ -184,6 +193,8 @@ struct QemuTwin {
     /// `None` only while it is launched again.
     machine: Option<Machine>,
     taps: Vec<Tap>,
+    /// Its disks.
+    images: Vec<PathBuf>,
     fence: Arc<TwinFence>,
     stage: Stage,
     rehearsals: u32,
@@ -195,13 +206,15 @@ impl QemuTwin {
     fn launch(&self) -> Result<Machine, GuestError> {
         let taps = self.recipe.taps.iter().map(|tap| (tap.netdev.clone(), tap.ifname.clone())).collect();
         let network = Network::Same { taps, bridges: self.bridges.clone() };
-        self.launch_in(&self.run_dir.path, network, true, Some(&self.fence))
+        let disks = self.recipe.disks_in(&self.images);
+        self.launch_in(&self.run_dir.path, network, &disks, true, Some(&self.fence))
     }
 
     fn launch_in(
         &self,
         run_dir: &Path,
         network: Network,
+        disks: &[Disk],
         share: bool,
         fence: Option<&TwinFence>,
     ) -> Result<Machine, GuestError> {
@@ -216,6 +229,7 @@ impl QemuTwin {
             memory: &backends,
             share,
             network,
+            disks,
             run_dir,
         };
         let rewritten = rewrite(&plan)
@@ -308,7 +322,7 @@ impl Twin for QemuTwin {
         self.rehearsals += 1;
         let run_dir = RunDir::make(&self.run_dir.path, &format!("r{}", self.rehearsals))?;
         let started = Instant::now();
-        let mut scratch = self.launch_in(&run_dir.path, Network::Null, false, None)?;
+        let mut scratch = self.launch_in(&run_dir.path, Network::Null, &self.recipe.scratch_disks(), false, None)?;
         let launch = started.elapsed();
         let loading = Instant::now();
         scratch.load(device)?;
@@ -394,6 +408,16 @@ impl Drop for QemuTwin {
     }
 }
 
+/// Lets the user that the machine runs as use an image, and nobody else.
+fn give_to(image: &Path, (user, group): (u32, u32)) -> Result<(), GuestError> {
+    let given = fs::set_permissions(image, fs::Permissions::from_mode(0o600))
+        .and_then(|()| std::os::unix::fs::chown(image, Some(user), Some(group)));
+    given.map_err(|error| {
+        let message = format!("the image {} cannot be given to the user {user} of the VM", image.display());
+        GuestError::new(GuestErrorKind::Refused, message).because(error)
+    })
+}
+
 /// The program at this path, or of this name in the usual places.
 fn find_binary(wanted: &Path) -> Result<PathBuf, GuestError> {
     // A program that was replaced while it ran has this behind its path.
@@ -438,6 +462,7 @@ mod tests {
             machine: "pc".to_owned(),
             backends: Vec::new(),
             taps: Vec::new(),
+            disks: Vec::new(),
         };
         QemuTwin {
             name: "test".to_owned(),
@@ -447,6 +472,7 @@ mod tests {
             memory: Arc::new(BlockMemory::new("test", &layout).expect("room")),
             machine: Some(machine(&run_dir.path)),
             taps: Vec::new(),
+            images: Vec::new(),
             fence: Arc::new(TwinFence::default()),
             stage: Stage::Waits,
             rehearsals: 0,
