@@ -1,0 +1,4 @@
+mod crash;
+mod driver;
+mod host;
+mod model;
