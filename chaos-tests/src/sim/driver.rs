@@ -5,7 +5,7 @@ use std::time::Duration;
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
 use heartbeat_core::record::Owner;
 use heartbeat_core::time::Time;
-use replicator_core::message::{PeerMessage, RehearsalResult};
+use replicator_core::message::{Durability, PeerMessage, RehearsalResult};
 use replicator_core::pacing::{AutoPacing, Pacing};
 use replicator_core::primary::{self, CaptureReport, Primary, PrimaryConfig};
 use replicator_core::standby::{self, ActivationResult, Standby, StandbyConfig};
@@ -87,6 +87,7 @@ impl World {
                     generation,
                     recipe: Vec::new(),
                     layout: Vec::new(),
+                    durability: Durability::Disk,
                 };
                 self.tell(host, &message);
             }

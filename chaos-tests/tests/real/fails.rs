@@ -151,7 +151,14 @@ fn an_agent_killed_during_the_initial_sync_leaves_the_vm_running() {
 
 fn request(vm: &str) -> replicator::control::api::ProtectRequest {
     let (vm, to) = (vm.to_owned(), Host::B.name().to_owned());
-    replicator::control::api::ProtectRequest { vm, to, epoch: None, shadow: None, witness: None }
+    replicator::control::api::ProtectRequest {
+        vm,
+        to,
+        epoch: None,
+        shadow: None,
+        durability: replicator::control::api::DurabilityPolicy::Disk,
+        witness: None,
+    }
 }
 
 fn is_copying(status: &replicator::control::api::VmStatus) -> bool {

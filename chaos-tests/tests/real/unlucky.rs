@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
-use replicator::control::api::{PairOpenRequest, ProtectRequest, ProtectionState, VmStatus};
+use replicator::control::api::{DurabilityPolicy, PairOpenRequest, ProtectRequest, ProtectionState, VmStatus};
 use replicator::demo::lab::{COMMAND, Host, REDIS, VM};
 use replicator::demo::netns::ip;
 use replicator::demo::wait::until;
@@ -126,7 +126,8 @@ fn slow(stage: &Stage, on: bool) -> Result<()> {
 /// Begins to protect, and returns when pages are copied.
 async fn begin_sync(stage: &Stage) -> Result<()> {
     let (vm, to) = (stage.vm()?, Host::B.name().to_owned());
-    let request = ProtectRequest { vm, to, epoch: None, shadow: None, witness: None };
+    let request =
+        ProtectRequest { vm, to, epoch: None, shadow: None, durability: DurabilityPolicy::Disk, witness: None };
     stage.lab.client(Host::A).protect(&request).await?;
     let copies =
         |status: &VmStatus| matches!(status.state, ProtectionState::Syncing(progress) if progress.done_pages > 0);
@@ -207,7 +208,8 @@ fn an_agent_killed_at_any_moment_of_protecting_and_unprotecting() {
         for moment in MOMENTS_MS {
             let vm = stage.vm()?;
             let to = Host::B.name().to_owned();
-            let request = ProtectRequest { vm, to, epoch: None, shadow: None, witness: None };
+            let request =
+                ProtectRequest { vm, to, epoch: None, shadow: None, durability: DurabilityPolicy::Disk, witness: None };
             let client_of_a = stage.lab.client(Host::A);
             // The order itself may be what is cut off.
             let _ = tokio::time::timeout(Duration::from_millis(moment), async {

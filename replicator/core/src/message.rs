@@ -44,6 +44,16 @@ pub enum RehearsalResult {
     Busy,
 }
 
+/// When a standby may acknowledge an epoch's disk writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub enum Durability {
+    /// When they are on stable storage: they survive the loss of power on both hosts.
+    #[default]
+    Disk,
+    /// When they are in its memory, as the guest's own memory is.
+    Memory,
+}
+
 /// What the two sides of a replication connection tell each other.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
 pub enum PeerMessage {
@@ -68,10 +78,12 @@ pub enum PeerMessage {
         recipe: Vec<u8>,
         /// The memory layout, opaque here.
         layout: Vec<u8>,
+        /// What an acknowledgement promises of disk writes.
+        durability: Durability,
     },
     /// To the primary: the twin waits.
     Prepared,
-    /// To the primary: this host cannot.
+    /// To the primary: this host cannot, or can no longer: it acknowledges nothing more.
     Refused {
         /// Why, in words.
         reason: String,
@@ -250,13 +262,14 @@ mod tests {
         prop_oneof![
             (prop::collection::vec(any::<u16>(), 0..MAX_VERSIONS), party(), any::<[u8; 16]>())
                 .prop_map(|(versions, party, vm)| PeerMessage::Hello { versions, party, vm: VmId(vm) }),
-            (any::<[u8; 16]>(), ".{0,40}", any::<u64>(), opaque(), opaque()).prop_map(
-                |(vm, name, generation, recipe, layout)| PeerMessage::Prepare {
+            (any::<[u8; 16]>(), ".{0,40}", any::<u64>(), opaque(), opaque(), any::<bool>()).prop_map(
+                |(vm, name, generation, recipe, layout, disk)| PeerMessage::Prepare {
                     vm: VmId(vm),
                     name,
                     generation: Generation(generation),
                     recipe,
                     layout,
+                    durability: if disk { Durability::Disk } else { Durability::Memory },
                 }
             ),
             Just(PeerMessage::Prepared),
@@ -333,6 +346,7 @@ mod tests {
             generation: Generation(1),
             recipe: vec![1; opaque],
             layout: vec![2; opaque],
+            durability: Durability::Disk,
         };
         let bytes = prepare(MAX_OPAQUE).encode().expect("fits");
         assert_eq!(PeerMessage::decode(&bytes), Ok(prepare(MAX_OPAQUE)));

@@ -3,11 +3,13 @@
 //! Jobs come in order and leave in order, one QUIC stream each; older streams have priority. Two bounds keep memory small:
 //! [`JOBS`] waiting captures or chunks, and [`FRAMES`] encoded frames that the connection has not taken.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, sync_channel};
 
 use bytes::Bytes;
 use quinn::Connection;
 use tokio::sync::mpsc::{self, UnboundedSender};
+use vmm_hooks::disk::DiskWrite;
 use vmm_hooks::guest::Capture;
 use vmm_hooks::layout::PageSet;
 
@@ -31,6 +33,8 @@ pub(super) enum Job {
     },
     /// A part of the initial sync.
     Chunk(Chunk),
+    /// A part of the first copy of the disks.
+    Writes(Vec<DiskWrite>),
     /// Tell when everything before this was encoded.
     Flush(Sender<()>),
     /// A whole epoch.
@@ -78,7 +82,7 @@ enum Piece {
 }
 
 /// What every stream of this protection carries.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Session {
     /// The VM.
     pub(super) vm: [u8; 16],
@@ -88,6 +92,8 @@ pub(super) struct Session {
     pub(super) incarnation: u64,
     /// Pages of the layout.
     pub(super) layout_pages: u64,
+    /// Sizes of the replicated disks, in bytes.
+    pub(super) disks: Arc<[u64]>,
 }
 
 /// Starts the thread and the writer on the current runtime. Both end when the returned sender is dropped or the connection
@@ -161,13 +167,22 @@ fn encode(
                 let stats = encoder.encode_chunk(&id, &chunk.pages, &chunk.bytes, &mut sink);
                 Piece::End { epoch: None, stats }
             }
-            Job::Epoch { epoch, binding, capture } => {
+            Job::Writes(writes) => {
+                chunks += 1;
+                id.epoch = chunks;
+                if pieces.blocking_send(Piece::Begin).is_err() {
+                    return;
+                }
+                Piece::End { epoch: None, stats: encoder.encode_writes(&id, &writes, &mut sink) }
+            }
+            Job::Epoch { epoch, binding, mut capture } => {
                 id.epoch = epoch;
                 id.binding = binding;
                 if pieces.blocking_send(Piece::Begin).is_err() {
                     return;
                 }
                 let result = encoder.encode_epoch(&id, &capture, &mut sink);
+                capture.disk = Vec::new();
                 let _ = spare.send(capture);
                 match result {
                     Ok(stats) => Piece::End { epoch: Some(epoch), stats },

@@ -51,7 +51,7 @@ pub(super) async fn run(
     let mut previous: Option<DeviceState> = None;
     loop {
         let mut permit = Arc::clone(&room).acquire_many_owned(share).await.expect("the room is never closed");
-        match next(&connection, session, stream_limit, previous.clone()).await {
+        match next(&connection, &session, stream_limit, previous.clone()).await {
             Ok(epoch) => {
                 previous = epoch.device().or(previous);
                 // What it does not need is free at once: many small epochs may wait while a rehearsal runs.
@@ -68,14 +68,14 @@ pub(super) async fn run(
 
 async fn next(
     connection: &Connection,
-    session: Session,
+    session: &Session,
     limit: usize,
     previous: Option<DeviceState>,
 ) -> Result<StagedEpoch, IntakeEnd> {
     let broken = |reason: String| IntakeEnd { code: None, reason };
     let faulty = |code, reason: String| IntakeEnd { code: Some(code), reason };
     let mut stream = connection.accept_uni().await.map_err(|error| broken(error.to_string()))?;
-    let mut stager = Stager::new(session.layout_pages, previous, limit);
+    let mut stager = Stager::new(session.layout_pages, previous, limit).with_disks(Arc::clone(&session.disks));
     while let Some(chunk) = stream.read_chunk(usize::MAX, true).await.map_err(|error| broken(error.to_string()))? {
         stager.push(&chunk.bytes).map_err(|error| faulty(CloseCode::Corrupt, error.to_string()))?;
     }

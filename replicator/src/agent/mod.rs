@@ -6,6 +6,7 @@
 //! | `pause` | the one thread that touches a protected guest |
 //! | `encoder`, `intake` | epochs onto and off the connection, in order, in bounded memory |
 //! | `twin` | the one thread that touches a twin |
+//! | `disks` | holds a standby's disk writes before their epoch counts as staged |
 //! | `link`, `asker`, `beats` | peer messages, questions to the store, suspicion |
 //! | `durable` | what a host remembers of a VM |
 //! | `view` | what operators see |
@@ -16,6 +17,7 @@ mod api;
 mod asker;
 mod beats;
 mod clock;
+mod disks;
 mod durable;
 mod encoder;
 mod intake;

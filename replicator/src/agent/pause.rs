@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use heartbeat_core::time::Time;
 use replicator_core::pacing::OnOutput;
 use tokio::sync::mpsc::UnboundedSender;
+use vmm_hooks::disk::{DiskWrite, MirrorProgress};
 use vmm_hooks::guest::{Capture, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts};
-use vmm_hooks::layout::PageSet;
+use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 
 use super::lag::Stand;
 use super::{clock, encoder};
@@ -30,6 +31,8 @@ const LOOK: Duration = Duration::from_micros(150);
 const CHUNK_PAGES: usize = 256;
 /// Rounds of the initial sync before it goes on with what is left.
 const MAX_ROUNDS: u32 = 12;
+/// How often the first copy of the disks is asked how far it is.
+const MIRROR_LOOK: Duration = Duration::from_millis(100);
 /// A round this small is left to the first whole epoch.
 const SMALL_ROUND: u64 = 2048;
 
@@ -59,8 +62,8 @@ pub(super) enum Command {
     Capture(CaptureOrder),
     /// The capture that waits for its moment is not wanted: it is reported as failed.
     Cancel,
-    /// These pages were not committed.
-    PutBack(Vec<u64>),
+    /// These pages were not committed, nor these disk writes, which were not sent.
+    PutBack(Vec<u64>, Vec<DiskWrite>),
     /// Let output pass by itself.
     Open,
     /// Stop the guest and leave it stopped, gate as it is.
@@ -76,6 +79,8 @@ pub(super) enum Command {
 /// What the thread answers.
 #[derive(Debug)]
 pub(super) enum Report {
+    /// The first copy of the disks goes on.
+    Mirroring(MirrorProgress),
     /// Sync goes on.
     Syncing {
         /// Which round, from 1.
@@ -260,16 +265,19 @@ impl PauseThread {
             },
             Command::Capture(order) => self.order = Some(order),
             Command::Cancel => self.cancel(),
-            Command::PutBack(pages) => {
+            Command::PutBack(pages, writes) => {
                 let mut set = PageSet::empty(self.dirty.capacity());
                 for page in pages {
                     set.insert(page);
                 }
                 self.guest.put_back(&set);
+                self.guest.put_back_writes(writes);
             }
             Command::Open => {
                 self.cancel();
-                let answer = self.guest.open_output();
+                // Output that is not held needs no copy, and the guest's disk writes must not wait for one.
+                let unmirrored = self.guest.unmirror_disks();
+                let answer = self.guest.open_output().and(unmirrored);
                 self.report(Report::Opened(answer));
             }
             Command::Pause => {
@@ -370,6 +378,7 @@ impl PauseThread {
                 let mut set = PageSet::empty(self.dirty.capacity());
                 capture.pages.iter().for_each(|&page| set.insert(page));
                 self.guest.put_back(&set);
+                self.guest.put_back_writes(std::mem::take(&mut capture.disk));
                 // Of a guest that is gone its events tell, and nothing else: its end is no failed capture.
                 if error.kind != GuestErrorKind::Gone {
                     self.report(Report::CaptureFailed { epoch, error });
@@ -388,6 +397,7 @@ impl PauseThread {
         parts: &mut PauseParts,
     ) -> Result<u64, GuestError> {
         capture.pages.clear();
+        capture.disk.clear();
         let start = Instant::now();
         self.hold()?;
         parts.stop = start.elapsed();
@@ -411,6 +421,11 @@ impl PauseThread {
     /// Stop, arm, run, send everything; then rounds of what was written meanwhile. Tracking is armed again only while
     /// the guest stands.
     fn sync(&mut self) -> Result<Next, GuestError> {
+        if !self.guest.recipe().disks.is_empty()
+            && let Next::End = self.mirror()?
+        {
+            return Ok(Next::End);
+        }
         self.hold()?;
         let armed = self.guest.arm();
         let resumed = self.let_run();
@@ -438,6 +453,59 @@ impl PauseThread {
             }
         }
         unreachable!("the rounds are bounded")
+    }
+
+    /// Begins to mirror the disks and sends all that is written to them until their first copy is complete.
+    fn mirror(&mut self) -> Result<Next, GuestError> {
+        self.guest.mirror_disks()?;
+        loop {
+            let progress = self.guest.mirror_progress()?;
+            self.report(Report::Mirroring(progress));
+            let looked = Instant::now();
+            while looked.elapsed() < MIRROR_LOOK {
+                let sent = self.send_writes(SLICE)?;
+                if let Some(end) = self.interrupted(None)? {
+                    return Ok(end);
+                }
+                if progress.ready && !sent {
+                    return Ok(Next::Go);
+                }
+            }
+            if progress.ready {
+                // A guest that writes without end: what comes is sent with the rounds of the memory.
+                return Ok(Next::Go);
+            }
+            self.hear();
+        }
+    }
+
+    /// Sends what was written to the disks meanwhile. Whether there was anything.
+    fn send_writes(&mut self, wait: Duration) -> Result<bool, GuestError> {
+        let mut writes = Vec::new();
+        self.guest.take_writes(&mut writes, CHUNK_PAGES * PAGE_SIZE, wait);
+        if writes.is_empty() {
+            return Ok(false);
+        }
+        if self.chunks.send(encoder::Job::Writes(writes)).is_err() {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the standby takes no more of the initial sync"));
+        }
+        Ok(true)
+    }
+
+    /// Whether the sync is to end: a command that came, whatever it is, is more urgent than the sync, and is served next. `set` is
+    /// what was not sent of the memory.
+    fn interrupted(&mut self, set: Option<&PageSet>) -> Result<Option<Next>, GuestError> {
+        match self.commands.try_recv() {
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Ok(Some(Next::End)),
+            Ok(command) => {
+                self.interrupting = Some(command);
+                if let Some(set) = set {
+                    self.guest.put_back(set);
+                }
+                Err(GuestError::new(GuestErrorKind::Failed, "the initial sync was cancelled"))
+            }
+        }
     }
 
     /// Waits until the encoder has taken every chunk, so that its queue is free for epochs.
@@ -468,15 +536,9 @@ impl PauseThread {
             }
             done += u64::try_from(chunk.len()).expect("a chunk is small");
             self.report(Report::Syncing { round, done, total });
-            match self.commands.try_recv() {
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => return Ok(Next::End),
-                Ok(command) => {
-                    // Whatever it is, it is more urgent than the sync, and is served next.
-                    self.interrupting = Some(command);
-                    self.guest.put_back(set);
-                    return Err(GuestError::new(GuestErrorKind::Failed, "the initial sync was cancelled"));
-                }
+            self.send_writes(Duration::ZERO)?;
+            if let Some(end) = self.interrupted(Some(set))? {
+                return Ok(end);
             }
             self.hear();
         }

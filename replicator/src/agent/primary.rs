@@ -12,10 +12,12 @@ use heartbeat::beat::GuestStatus;
 use heartbeat_core::ids::{Epoch, Generation, Party};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
-use replicator_core::message::{PeerMessage, RehearsalResult, clip};
+use replicator_core::message::{Durability, PeerMessage, RehearsalResult, clip};
 use replicator_core::primary::{CaptureReport, GuestEvent, Operator, Output, Primary, PrimaryConfig};
 use tokio::sync::{mpsc, oneshot};
+use vmm_hooks::disk::{DiskChange, DiskWrite};
 use vmm_hooks::guest::{self, Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, PauseParts};
+use vmm_hooks::layout::PAGE_SIZE;
 
 use super::asker::Asker;
 use super::beats::Beat;
@@ -44,6 +46,8 @@ pub(super) struct Setup {
     pub(super) config: PrimaryConfig,
     /// Bound on the copy of sent pages.
     pub(super) shadow: ShadowMode,
+    /// What an acknowledgement promises of disk writes.
+    pub(super) durability: Durability,
     /// The replication connection.
     pub(super) link: Link,
     /// The same, for bulk streams.
@@ -87,6 +91,7 @@ struct Task {
     core: Primary,
     /// Recipe and layout, as the standby reads them.
     prepare: (Vec<u8>, Vec<u8>),
+    durability: Durability,
     commands: Sender<Command>,
     gate: Arc<dyn Gate>,
     fence: Arc<dyn Fence>,
@@ -111,8 +116,21 @@ struct Task {
 /// # Errors
 /// If a thread cannot be started; the guest is left as it was found then.
 pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
-    let Setup { name, guest, config, shadow, link, connection, asker, vitals, mut beats, mut requests, durable, view } =
-        setup;
+    let Setup {
+        name,
+        guest,
+        config,
+        shadow,
+        durability,
+        link,
+        connection,
+        asker,
+        vitals,
+        mut beats,
+        mut requests,
+        durable,
+        view,
+    } = setup;
     let (asker, mut answers) = asker;
     let (commands, inbox) = channel();
     let (reports, mut pause_reports) = mpsc::unbounded_channel();
@@ -130,6 +148,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         generation: 0,
         incarnation: config.ownership.me.incarnation.0,
         layout_pages,
+        disks: guest.recipe().disks.iter().map(|disk| disk.bytes).collect(),
     };
     let no_thread = |error: std::io::Error| {
         ErrorBody::new(ErrorKind::Failed, "a thread could not be started; the VM runs on unprotected").because(&error)
@@ -158,6 +177,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         name,
         core: Primary::new(config),
         prepare,
+        durability,
         commands,
         gate,
         fence,
@@ -288,6 +308,7 @@ impl Task {
             generation,
             recipe,
             layout,
+            durability: self.durability,
         });
     }
 
@@ -311,7 +332,9 @@ impl Task {
     fn put_back(&mut self, epoch: u64) {
         let Some(flight) = self.flights.remove(&epoch) else { return };
         self.job(Job::Forget(flight.pages.clone()));
-        self.command(Command::PutBack(flight.pages));
+        // Of an epoch that was sent the writes are gone. The session ends then, and with it the mirror.
+        let writes = flight.capture.map(|capture| capture.disk).unwrap_or_default();
+        self.command(Command::PutBack(flight.pages, writes));
     }
 
     fn release(&mut self, through: u64) {
@@ -412,6 +435,11 @@ impl Task {
     fn pause_report(&mut self, report: pause::Report) {
         let now = clock::now();
         match report {
+            pause::Report::Mirroring(progress) => {
+                let blocks = |bytes: u64| bytes / PAGE_SIZE as u64;
+                let (done_pages, total_pages) = (blocks(progress.done), blocks(progress.total));
+                self.view.set_progress(SyncProgress { done_pages, total_pages, round: 0 });
+            }
             pause::Report::Syncing { round, done, total } => {
                 self.view.set_progress(SyncProgress { done_pages: done, total_pages: total, round });
             }
@@ -451,7 +479,8 @@ impl Task {
     fn captured(&mut self, now: Time, captured: Captured) {
         let Captured { epoch, capture, parts, ran, began, held_frames, first_output } = captured;
         let pages = u64::try_from(capture.pages.len()).expect("a page count fits");
-        let bytes = u64::try_from(capture.bytes.len() + capture.device.len()).expect("a length fits");
+        let bytes = u64::try_from(capture.bytes.len() + capture.device.len() + disk_bytes(&capture.disk))
+            .expect("a length fits");
         let report = CaptureReport {
             epoch: Epoch(epoch),
             paused_at: began,
@@ -580,6 +609,12 @@ impl Task {
         let standby = self.core.config().standby.node;
         tracing::info!(vm = self.name, %standby, "protection ended");
     }
+}
+
+/// Bytes that disk writes take on the wire.
+fn disk_bytes(writes: &[DiskWrite]) -> usize {
+    let data = |write: &DiskWrite| if let DiskChange::Data(data) = &write.change { data.len() } else { 0 };
+    writes.iter().map(data).sum()
 }
 
 fn told(error: &GuestError) -> String {

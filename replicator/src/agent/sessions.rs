@@ -10,22 +10,26 @@ use heartbeat::trust::{Peer, Role};
 use heartbeat_core::ids::{Epoch, Generation, Party, VmId};
 use heartbeat_core::ownership::OwnershipConfig;
 use heartbeat_core::store::StoreAnswer;
-use replicator_core::message::{MAX_MESSAGE, PeerMessage};
+use replicator_core::message::{Durability, MAX_MESSAGE, PeerMessage};
 use replicator_core::pacing::{AutoPacing, Pacing};
 use replicator_core::primary::PrimaryConfig;
 use replicator_core::standby::StandbyConfig;
 use tokio::sync::mpsc;
-use vmm_hooks::guest::{Guest, Recipe};
+use vmm_hooks::disk::MAX_DISKS;
+use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions};
 
 use super::asker::Asker;
+use super::disks::StandbyDisks;
 use super::durable::Durable;
 use super::encoder::Session;
 use super::link::{self, Link};
 use super::view::View;
 use super::{Agent, REQUESTS, Request, Vm, primary, standby};
-use crate::control::api::{Accepted, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, Role as VmRole, ShadowPolicy};
+use crate::control::api::{
+    Accepted, DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, Role as VmRole, ShadowPolicy,
+};
 use crate::pages::shadow::ShadowMode;
 
 /// How long one question to the witness may take; the core asks again by itself.
@@ -158,6 +162,7 @@ impl Agent {
             guest,
             config,
             shadow: shadow(request.shadow.unwrap_or(self.config.epoch.shadow)),
+            durability: durability(request.durability),
             link: Link::start(quic.clone(), send, recv),
             connection: quic,
             asker: self.asker(witness),
@@ -225,7 +230,7 @@ impl Agent {
             return;
         }
         let message = read_message(&mut connection.recv, MAX_MESSAGE);
-        let Ok(Ok(PeerMessage::Prepare { vm, name, generation, recipe, layout })) =
+        let Ok(Ok(PeerMessage::Prepare { vm, name, generation, recipe, layout, durability })) =
             tokio::time::timeout(PREPARE_WITHIN, message).await
         else {
             tracing::warn!(from, "a replication connection did not say what it is for");
@@ -235,7 +240,7 @@ impl Agent {
         let primary = primary::standby_party(&connection);
         let Connection { send, recv, quic, .. } = connection;
         let link = Link::start(quic.clone(), send, recv);
-        let asked = Asked { vm, name, generation, recipe, layout, primary };
+        let asked = Asked { vm, name, generation, recipe, layout, durability, primary };
         match self.prepare(asked, &from, &link).await {
             Ok(prepared) => self.start_standby(prepared, link, quic, &from).await,
             Err(error) => {
@@ -252,7 +257,7 @@ impl Agent {
     }
 
     async fn prepare(&self, asked: Asked, from: &str, link: &Link) -> Result<Prepared, ErrorBody> {
-        let Asked { vm, name, generation, recipe, layout, primary } = asked;
+        let Asked { vm, name, generation, recipe, layout, durability, primary } = asked;
         let unreadable = |error: serde_json::Error| failed("the description of the VM cannot be read", &error);
         let recipe: Recipe = serde_json::from_slice(&recipe).map_err(unreadable)?;
         let layout: Layout = serde_json::from_slice(&layout).map_err(unreadable)?;
@@ -267,13 +272,35 @@ impl Agent {
         let (durable, ownership, _) = self.open_durable(&name, vm, true)?;
         let pages = layout.pages();
         let (twins, twin_name) = (Arc::clone(&self.twins), name.clone());
-        let twin = blocking(move || twins.prepare(&twin_name, &recipe, &layout, &[])).await??;
+        let images = self.config.standby.images.clone();
+        let sizes: Arc<[u64]> = recipe.disks.iter().map(|disk| disk.bytes).collect();
+        let (disks, twin) = blocking(move || {
+            let disks = match recipe.disks.as_slice() {
+                [] => None,
+                disks if disks.len() > MAX_DISKS => {
+                    let message = format!("the VM has {} disks, at most {MAX_DISKS} can be replicated", disks.len());
+                    return Err(GuestError::new(GuestErrorKind::Refused, message));
+                }
+                disks => Some(StandbyDisks::make(&images, &twin_name, disks, durability)?),
+            };
+            let paths = disks.as_ref().map(StandbyDisks::images).unwrap_or_default();
+            match twins.prepare(&twin_name, &recipe, &layout, &paths) {
+                Ok(twin) => Ok((disks, twin)),
+                Err(error) => {
+                    if let Some(disks) = disks {
+                        disks.remove();
+                    }
+                    Err(error)
+                }
+            }
+        })
+        .await??;
         let config = StandbyConfig { ownership, ..StandbyConfig::new(vm, self.me(), primary, generation) };
-        Ok(Prepared { name, config, pages, twin, witness, durable })
+        Ok(Prepared { name, config, pages, sizes, twin, disks, witness, durable })
     }
 
     async fn start_standby(&self, prepared: Prepared, link: Link, connection: quinn::Connection, from: &str) {
-        let Prepared { name, config, pages, twin, witness, durable } = prepared;
+        let Prepared { name, config, pages, sizes, twin, disks, witness, durable } = prepared;
         let view = Arc::new(View::new(&name, durable.vm(), VmRole::Standby, self.metrics.vm(&name)));
         view.set(|status| from.clone_into(&mut status.peer));
         view.set_generation(config.generation.0);
@@ -283,11 +310,13 @@ impl Agent {
             generation: config.generation.0,
             incarnation: config.primary.incarnation.0,
             layout_pages: pages,
+            disks: sizes,
         };
         let setup = standby::Setup {
             name: name.clone(),
             config,
             twin,
+            disks,
             link,
             connection,
             session,
@@ -307,9 +336,16 @@ impl Agent {
             }
         };
         // Two primaries asked for the same name at once: the first one has the place.
-        if let Some(standby::Setup { twin, link, .. }) = spare {
+        if let Some(standby::Setup { twin, disks, link, .. }) = spare {
             standby::refuse(&link, "a VM of that name was prepared at the same time");
-            if let Err(error) = blocking(move || twin.destroy()).await {
+            let destroy = move || {
+                let destroyed = twin.destroy();
+                if let Some(disks) = disks {
+                    disks.remove();
+                }
+                destroyed
+            };
+            if let Err(error) = blocking(destroy).await {
                 tracing::error!(%error, "a twin that is not needed could not be removed");
             }
         }
@@ -328,6 +364,7 @@ struct Asked {
     generation: Generation,
     recipe: Vec<u8>,
     layout: Vec<u8>,
+    durability: Durability,
     primary: Party,
 }
 
@@ -336,7 +373,10 @@ struct Prepared {
     name: String,
     config: StandbyConfig,
     pages: u64,
+    /// Of its disks, in bytes.
+    sizes: Arc<[u64]>,
     twin: Box<dyn vmm_hooks::guest::Twin>,
+    disks: Option<StandbyDisks>,
     witness: Peer,
     durable: Durable,
 }
@@ -352,6 +392,13 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| failed("the agent could not finish this; its log says why", &error))
+}
+
+fn durability(policy: DurabilityPolicy) -> Durability {
+    match policy {
+        DurabilityPolicy::Disk => Durability::Disk,
+        DurabilityPolicy::Memory => Durability::Memory,
+    }
 }
 
 fn shadow(policy: ShadowPolicy) -> ShadowMode {

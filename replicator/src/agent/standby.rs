@@ -13,11 +13,12 @@ use heartbeat_core::time::Time;
 use replicator_core::message::{CloseCode, PeerMessage, RehearsalResult, clip};
 use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use vmm_hooks::guest::{Fence, GuestError, Twin};
 
 use super::asker::Asker;
 use super::beats::Beat;
+use super::disks::{Committer, StandbyDisks};
 use super::durable::{Durable, Mark};
 use super::encoder::Session;
 use super::intake::{self, IntakeEnd, Staged};
@@ -27,6 +28,7 @@ use super::twin::{self, Command, TwinThread};
 use super::view::{View, api_state};
 use super::{Request, clock, wrong_side};
 use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt};
+use crate::disk::DiskError;
 
 /// How often the waiting twin is looked after.
 const LOOK: Duration = Duration::from_secs(1);
@@ -39,6 +41,8 @@ pub(super) struct Setup {
     pub(super) config: StandbyConfig,
     /// The waiting twin.
     pub(super) twin: Box<dyn Twin>,
+    /// Its disks, if it has any that are replicated.
+    pub(super) disks: Option<StandbyDisks>,
     /// The control stream.
     pub(super) link: Link,
     /// The connection, for bulk streams.
@@ -79,6 +83,11 @@ struct Task {
     staged: BTreeMap<u64, Staged>,
     rehearsing: Option<u64>,
     rehearsal_replies: Vec<RehearsalReply>,
+    /// Of replicated disks.
+    committer: Option<Committer>,
+    intake: AbortHandle,
+    /// By the mark.
+    granted: Generation,
     activating: bool,
     died: bool,
     gone: bool,
@@ -88,12 +97,37 @@ struct Task {
 
 /// Runs a standby to its end: its twin was released as the survivor, or destroyed.
 pub(super) async fn run(setup: Setup) {
-    let Setup { name, config, twin, link, connection, session, staging, asker, mut beats, mut requests, durable, view } =
-        setup;
+    let Setup {
+        name,
+        config,
+        twin,
+        disks,
+        link,
+        connection,
+        session,
+        staging,
+        asker,
+        mut beats,
+        mut requests,
+        durable,
+        view,
+    } = setup;
     let (asker, mut answers) = asker;
     let fence = twin.fence();
     let (reports, mut twin_reports) = mpsc::unbounded_channel();
-    let (staged_in, mut staged) = mpsc::unbounded_channel();
+    let (staged_in, staged_out) = mpsc::unbounded_channel();
+    // Without disks the intake's epochs come straight here; else when their disk writes are held.
+    let (mut direct, mut held, mut threads, mut committer) = (None, None, None, None);
+    let mut started = Ok(());
+    match disks {
+        None => direct = Some(staged_out),
+        Some(disks) => match disks.start(staged_out) {
+            Ok((running, commits, passed_on)) => {
+                (threads, committer, held) = (Some(running), Some(commits), Some(passed_on));
+            }
+            Err(error) => started = Err(error),
+        },
+    }
     let mut intake: JoinHandle<IntakeEnd> = tokio::spawn(intake::run(connection, session, staging, staged_in));
     let mut intake_runs = true;
     let mut task = Task {
@@ -108,13 +142,16 @@ pub(super) async fn run(setup: Setup) {
         staged: BTreeMap::new(),
         rehearsing: None,
         rehearsal_replies: Vec::new(),
+        committer,
+        intake: intake.abort_handle(),
+        granted: Generation::default(),
         activating: false,
         died: false,
         gone: false,
         leaving: false,
         finished: false,
     };
-    match TwinThread::start(twin, reports) {
+    match started.and_then(|()| TwinThread::start(twin, threads, reports)) {
         Ok(thread) => {
             task.twin = Some(thread);
             task.core.handle_prepared(clock::now());
@@ -136,11 +173,15 @@ pub(super) async fn run(setup: Setup) {
             received = task.link.next() => task.received(received),
             Some(report) = twin_reports.recv() => task.twin_report(report),
             Some(answer) = answers.recv() => task.answer(&answer),
-            Some(epoch) = staged.recv() => task.stage(epoch),
+            epoch = next_of(&mut direct) => task.stage(epoch),
+            epoch = next_of(&mut held) => task.held(epoch),
             Some(beat) = beats.recv() => task.beat(beat),
             Some(request) = requests.recv() => task.request(request),
             ended = &mut intake, if intake_runs => {
                 intake_runs = false;
+                if task.leaving || task.activating {
+                    continue;
+                }
                 task.intake_ended(ended.unwrap_or(IntakeEnd { code: None, reason: "the intake failed".into() }));
             }
             () = wait_until(deadline) => task.core.handle_timeout(clock::now()),
@@ -168,6 +209,9 @@ impl Task {
             match output {
                 Output::Commit { epoch } => {
                     self.view.set_committed(epoch.0);
+                    if let Some(committer) = &self.committer {
+                        committer.commit(epoch.0);
+                    }
                     if let Some(staged) = self.staged.remove(&epoch.0) {
                         self.command(Command::Apply(Box::new(staged)));
                     }
@@ -189,7 +233,8 @@ impl Task {
                     tracing::warn!(vm = self.name, epoch = epoch.0, "activating");
                     self.staged.clear();
                     self.activating = true;
-                    self.command(Command::Activate);
+                    self.end_intake();
+                    self.command(Command::Activate { epoch: epoch.0, generation: self.granted.0 });
                 }
                 Output::Release => {
                     self.leaving = true;
@@ -198,6 +243,7 @@ impl Task {
                 Output::Destroy => {
                     self.staged.clear();
                     self.leaving = true;
+                    self.end_intake();
                     self.command(Command::Destroy);
                 }
                 Output::Close(code) => self.link.close(code, ""),
@@ -205,6 +251,12 @@ impl Task {
                 Output::Finished => self.finished = true,
             }
         }
+    }
+
+    /// Nothing more comes in; what waits for the disks is dropped with it.
+    fn end_intake(&mut self) {
+        self.intake.abort();
+        self.committer = None;
     }
 
     fn acknowledge(&mut self, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
@@ -224,6 +276,7 @@ impl Task {
 
     fn mark(&mut self, generation: Generation, epoch: Epoch) {
         self.view.granted(generation.0, epoch.0);
+        self.granted = generation;
         match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }) {
             Ok(()) => self.core.handle_marked(clock::now(), generation),
             Err(error) => self.disk_failed(&error),
@@ -281,6 +334,17 @@ impl Task {
         self.staged.insert(id.epoch, staged);
         let (generation, incarnation) = (Generation(id.generation), Incarnation(id.incarnation));
         self.core.handle_staged(clock::now(), generation, incarnation, Epoch(id.epoch));
+    }
+
+    /// An epoch whose disk writes are held, or the error after which none is.
+    fn held(&mut self, epoch: Result<Staged, DiskError>) {
+        match epoch {
+            Ok(staged) => self.stage(staged),
+            Err(error) => {
+                tracing::error!(vm = self.name, %error, "the disks of this copy take nothing more");
+                self.core.handle_failed(clock::now(), &clip(&error.to_string()));
+            }
+        }
     }
 
     fn intake_ended(&mut self, end: IntakeEnd) {
@@ -412,6 +476,16 @@ impl Task {
             tracing::error!(vm = self.name, "the waiting twin has ended; it will be launched again when it is needed");
         }
     }
+}
+
+/// What comes next in a queue that may not be there, or have ended.
+async fn next_of<T>(queue: &mut Option<mpsc::UnboundedReceiver<T>>) -> T {
+    if let Some(queue) = queue
+        && let Some(next) = queue.recv().await
+    {
+        return next;
+    }
+    std::future::pending().await
 }
 
 /// Tells a primary that its VM cannot stand by here, and closes.

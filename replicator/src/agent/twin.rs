@@ -1,4 +1,4 @@
-//! The thread that owns a twin on the standby: applies committed epochs in order, rehearses, activates.
+//! The thread that owns a twin on the standby, and its disks' end: applies committed epochs in order, rehearses, activates.
 //!
 //! Promise: commands are done in the order in which they came, so an activation finds exactly the last epoch that was
 //! given before it. How many epochs may wait is bounded by the intake's room ([`super::intake`]).
@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use vmm_hooks::guest::{Activation, GuestError, Rehearsal, Survivor, Twin};
 
+use super::disks::DiskThreads;
 use super::intake::Staged;
 use crate::pages::staged::DeviceState;
 
@@ -18,8 +19,13 @@ pub(super) enum Command {
     Apply(Box<Staged>),
     /// Prove that the state applied last loads.
     Rehearse,
-    /// Go on from the state applied last.
-    Activate,
+    /// Go on from the state applied last, which is that of `epoch`, by the grant of `generation`.
+    Activate {
+        /// The epoch.
+        epoch: u64,
+        /// The grant's generation.
+        generation: u64,
+    },
     /// Let the activated twin go on by itself, and end the thread.
     Release,
     /// End the twin, and the thread.
@@ -52,9 +58,14 @@ impl TwinThread {
     ///
     /// # Errors
     /// If the system has no thread; the twin is gone then.
-    pub(super) fn start(twin: Box<dyn Twin>, reports: UnboundedSender<Report>) -> std::io::Result<Self> {
+    pub(super) fn start(
+        twin: Box<dyn Twin>,
+        disks: Option<DiskThreads>,
+        reports: UnboundedSender<Report>,
+    ) -> std::io::Result<Self> {
         let (commands, inbox) = unbounded_channel();
-        let thread = std::thread::Builder::new().name("us-twin".into()).spawn(move || run(twin, inbox, &reports))?;
+        let thread =
+            std::thread::Builder::new().name("us-twin".into()).spawn(move || run(twin, disks, inbox, &reports))?;
         Ok(Self { commands: Some(commands), thread: Some(thread) })
     }
 
@@ -82,7 +93,12 @@ impl Drop for TwinThread {
 }
 
 /// Runs until released or destroyed, or until nobody asks any more.
-fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, reports: &UnboundedSender<Report>) {
+fn run(
+    mut twin: Box<dyn Twin>,
+    mut disks: Option<DiskThreads>,
+    mut commands: UnboundedReceiver<Command>,
+    reports: &UnboundedSender<Report>,
+) {
     let memory = twin.memory();
     let mut device = DeviceState::default();
     let mut activated = false;
@@ -95,8 +111,9 @@ fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, report
                 continue;
             }
             Command::Rehearse => Report::Rehearsed(twin.rehearse(&device)),
-            Command::Activate => {
-                let answer = twin.activate(&device);
+            Command::Activate { epoch, generation } => {
+                let finished = disks.as_mut().map_or(Ok(()), |disks| disks.finish(epoch, generation));
+                let answer = finished.and_then(|()| twin.activate(&device));
                 activated = answer.is_ok();
                 Report::Activated(answer)
             }
@@ -105,7 +122,11 @@ fn run(mut twin: Box<dyn Twin>, mut commands: UnboundedReceiver<Command>, report
                 return;
             }
             Command::Destroy => {
-                let _ = reports.send(Report::Destroyed(twin.destroy()));
+                let destroyed = twin.destroy();
+                if let Some(disks) = disks.take() {
+                    disks.remove();
+                }
+                let _ = reports.send(Report::Destroyed(destroyed));
                 return;
             }
         };

@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::exit::EXIT_CODES;
 use super::units::{HostPort, Listen};
-use crate::control::policy::{EpochPolicy, ShadowPolicy};
+use crate::control::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy};
 use crate::demo::DemoArgs;
 
 /// The longest time that a pairing window may stay open.
@@ -157,6 +157,9 @@ pub struct ProtectArgs {
     /// Memory for a copy of the sent pages, which makes epochs small: `full`, a size, or `off` [default: the agent's]
     #[arg(long, value_name = "full|SIZE|off")]
     pub shadow: Option<ShadowPolicy>,
+    /// When the standby acknowledges disk writes: on its stable storage (`disk`), or in its memory (`memory`)
+    #[arg(long, value_name = "disk|memory", default_value = "disk")]
+    pub durability: DurabilityPolicy,
     /// The witness, by the name it was paired as [default: the agent's]
     #[arg(long, value_name = "NAME")]
     pub witness: Option<String>,
@@ -255,6 +258,7 @@ mod tests {
             ("protect web-1 --to b --epoch often", "write `auto` or a duration"),
             ("protect web-1 --to b --epoch 1us", "1ms to 10s"),
             ("protect web-1 --to b --shadow some", "write `full`, `off` or a size"),
+            ("protect web-1 --to b --durability some", "write `disk` or `memory`"),
             ("agent --metrics yes", "write IP:PORT, or `off`"),
             ("agent --listen host-a", "invalid socket address"),
             ("failover web-1 --force", "unexpected argument '--force'"),

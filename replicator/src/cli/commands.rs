@@ -109,8 +109,14 @@ async fn doctor_command(args: DoctorArgs, client: &Client) -> Result<Exit, CliEr
 }
 
 async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
-    let request =
-        ProtectRequest { vm: args.vm, to: args.to, epoch: args.epoch, shadow: args.shadow, witness: args.witness };
+    let request = ProtectRequest {
+        vm: args.vm,
+        to: args.to,
+        epoch: args.epoch,
+        shadow: args.shadow,
+        durability: args.durability,
+        witness: args.witness,
+    };
     let accepted = client.protect(&request).await?;
     let status = follow(client, &accepted.vm, Goal::Protected).await?;
     for warning in &status.warnings {

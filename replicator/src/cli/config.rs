@@ -171,6 +171,8 @@ pub struct StandbyConfig {
     pub bridges: BTreeMap<String, String>,
     /// The QEMU program to use instead of the one that the primary runs.
     pub qemu: Option<PathBuf>,
+    /// Where copies of their disks are kept, a directory for each VM.
+    pub images: PathBuf,
 }
 
 /// Values of flags of `understudy agent`; each beats the file's.
@@ -271,11 +273,12 @@ struct StandbyFile {
     staging: ByteSize,
     bridges: BTreeMap<String, String>,
     qemu: Option<PathBuf>,
+    images: Option<PathBuf>,
 }
 
 impl Default for StandbyFile {
     fn default() -> Self {
-        Self { staging: ByteSize::gib(1), bridges: BTreeMap::new(), qemu: None }
+        Self { staging: ByteSize::gib(1), bridges: BTreeMap::new(), qemu: None, images: None }
     }
 }
 
@@ -334,6 +337,7 @@ struct WitnessFile {
 pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, ConfigError> {
     let file: AgentFile = read(file, DEFAULT_AGENT_FILE)?;
     let listen = flags.listen.or(file.listen).unwrap_or_else(|| any(DEFAULT_PORT));
+    let state_dir = flags.state_dir.or(file.state_dir).unwrap_or_else(|| PathBuf::from("/var/lib/understudy/agent"));
     let config = AgentConfig {
         name: flags.name.or(file.name),
         listen,
@@ -342,7 +346,6 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
             .or(file.heartbeat_listen)
             .unwrap_or_else(|| SocketAddr::new(listen.ip(), DEFAULT_HEARTBEAT_PORT)),
         pair_listen: pairing(flags.pair_listen.or(file.pair_listen), listen),
-        state_dir: flags.state_dir.or(file.state_dir).unwrap_or_else(|| "/var/lib/understudy/agent".into()),
         run_dir: flags.run_dir.or(file.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
         metrics: match flags.metrics.or(file.metrics) {
             Some(listen) => listen.address(),
@@ -369,7 +372,9 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
             staging: file.standby.staging.as_u64(),
             bridges: file.standby.bridges,
             qemu: file.standby.qemu,
+            images: file.standby.images.unwrap_or_else(|| state_dir.join("images")),
         },
+        state_dir,
         tracker: file.tracker,
     };
     check_agent(&config)?;

@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use super::policy::{EpochPolicy, ShadowPolicy};
+pub use super::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy};
 
 /// The highest phi that is reported: more means nothing more, and JSON has no infinity.
 pub const MAX_PHI: f64 = 1_000.0;
@@ -63,11 +63,12 @@ pub enum ProtectionState {
 /// How far the initial synchronisation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SyncProgress {
-    /// Pages sent in this round.
+    /// Pages sent in this round; while the disks are copied, blocks of 4 KiB.
     pub done_pages: u64,
     /// Pages that this round will send.
     pub total_pages: u64,
-    /// The round, from 1: all pages in the first, in later ones what was written meanwhile.
+    /// The round, from 1: all pages in the first, in later ones what was written meanwhile. 0 while the disks are copied, which
+    /// comes first.
     pub round: u32,
 }
 
@@ -489,6 +490,9 @@ pub struct ProtectRequest {
     /// How much memory the copy of sent pages may take.
     #[serde(default)]
     pub shadow: Option<ShadowPolicy>,
+    /// What an acknowledgement promises of disk writes.
+    #[serde(default)]
+    pub durability: DurabilityPolicy,
     /// The witness's name; the agent's default if absent.
     #[serde(default)]
     pub witness: Option<String>,

@@ -35,6 +35,17 @@ pub enum ShadowPolicy {
     Off,
 }
 
+/// When the standby acknowledges an epoch's disk writes. Written `disk` or `memory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DurabilityPolicy {
+    /// When they are on its stable storage: nothing acknowledged is lost if both hosts lose power.
+    #[default]
+    Disk,
+    /// When they are in its memory: faster, and only one of the hosts may be lost.
+    Memory,
+}
+
 /// A policy that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {
@@ -47,6 +58,12 @@ pub enum PolicyError {
     /// An epoch length out of bounds.
     #[error("an epoch of {given} is out of bounds: write 1ms to 10s, or `auto`")]
     EpochBounds {
+        /// What was written.
+        given: String,
+    },
+    /// Not a durability.
+    #[error("`{given}` is no durability: write `disk` or `memory`")]
+    Durability {
         /// What was written.
         given: String,
     },
@@ -79,6 +96,18 @@ impl fmt::Display for EpochPolicy {
             Self::Auto => f.write_str("auto"),
             // Without spaces, so that it is one word on a command line.
             Self::Fixed(length) => f.write_str(&humantime::format_duration(*length).to_string().replace(' ', "")),
+        }
+    }
+}
+
+impl FromStr for DurabilityPolicy {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Self, PolicyError> {
+        match text {
+            "disk" => Ok(Self::Disk),
+            "memory" => Ok(Self::Memory),
+            _ => Err(PolicyError::Durability { given: text.into() }),
         }
     }
 }

@@ -159,12 +159,13 @@ async fn every_request_arrives_and_is_answered() {
         to: "host-b".into(),
         epoch: Some("25ms".parse().unwrap()),
         shadow: Some(ShadowPolicy::Off),
+        durability: crate::control::policy::DurabilityPolicy::Memory,
         witness: None,
     };
     assert_eq!(client.protect(&request).await.unwrap().vm, "/run/web.qmp");
     assert_eq!(
         fixture.agent.asked.lock().unwrap()[0],
-        r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","witness":null}"#
+        r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","durability":"memory","witness":null}"#
     );
     assert_eq!(client.pair_open(&PairOpenRequest { ttl_s: 60 }).await.unwrap().expires_unix_ms, 60_000);
     let join = PairJoinRequest { host: "host-b".into(), port: 1, code: "7".into() };

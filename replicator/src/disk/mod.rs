@@ -36,6 +36,6 @@ mod tests;
 
 pub use error::DiskError;
 pub use mark::State;
-pub use open::{Recovered, Setup, StandbyDisk, create, recover, reset};
+pub use open::{Recovered, Setup, StandbyDisk, create, recover, reset, state_in};
 pub use record::EpochId;
 pub use store::{DiskStore, Policy, Progress};

@@ -83,6 +83,18 @@ pub enum Recovered {
     Finished(EpochId),
 }
 
+/// What state the copy in a directory is in, without opening it; `None` if there is none, or its marks say nothing.
+///
+/// # Errors
+/// If the journal cannot be read.
+pub fn state_in(files: &dyn Files, dir: &Path) -> Result<Option<State>, DiskError> {
+    let path = dir.join(JOURNAL);
+    let file = files.open(&path).map_err(|error| DiskError::io("open", &path, UNTOUCHED, error))?;
+    let Some(file) = file else { return Ok(None) };
+    let mark = journal::read_mark(file.as_ref()).map_err(|error| DiskError::io("read", &path, UNTOUCHED, error))?;
+    Ok(mark.map(|mark| mark.state))
+}
+
 const UNTOUCHED: &str = "the copy is as it was";
 
 /// Makes a store whose first copy is to come. Images that are there are left as they are, to be compared.

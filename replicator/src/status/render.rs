@@ -203,6 +203,9 @@ fn plural(count: usize, what: &str) -> String {
 #[must_use]
 pub fn state(state: &ProtectionState) -> String {
     match state {
+        ProtectionState::Syncing(progress) if progress.round == 0 && progress.total_pages > 0 => {
+            format!("syncing {}% (disks)", percent(progress))
+        }
         ProtectionState::Syncing(progress) => {
             format!("syncing {}% (round {})", percent(progress), progress.round)
         }

@@ -161,8 +161,10 @@ impl Primary {
     }
 
     /// The standby cannot.
+    ///
+    /// A standby that was paired may still hold a whole copy, and its connection stays: this node asks first.
     pub fn handle_refused(&mut self, now: Time, reason: &str) {
-        self.give_up(now, ProtectionState::Unprotected, reason);
+        self.disconnected(now, reason);
         self.advance(now);
     }
 

@@ -385,6 +385,22 @@ fn a_changed_guest_stands_until_the_record_is_read() {
     assert!(outputs.contains(&Output::Resume) && outputs.contains(&Output::OpenOutput), "{outputs:?}");
 }
 
+/// P28.
+#[test]
+fn a_standby_that_can_hold_no_more_is_left_behind() {
+    let mut bench = Bench::protected();
+    let reason = "its disk is full".to_string();
+    bench.primary.handle_peer(bench.now, PeerMessage::Refused { reason });
+    bench.collect();
+    assert_eq!(bench.primary.state().0, ProtectionState::FailingOver);
+    assert!(!bench.opened(), "nothing is opened before the record was read");
+    bench.answer();
+    bench.cancel_capture();
+    assert!(bench.opened());
+    let (state, why) = bench.primary.state();
+    assert!(state == ProtectionState::Degraded && why.contains("its disk is full"), "{why}");
+}
+
 #[test]
 fn failed_captures_are_tried_again_and_then_degrade() {
     let mut bench = Bench::protected();

@@ -68,6 +68,8 @@ pub struct Standby {
     silent: bool,
     /// The primary said that its protection ends.
     told_unprotect: bool,
+    /// This host can hold no further epoch.
+    failed: bool,
     /// An ask for the grant was sent and may still be applied.
     asked: bool,
     /// [`Output::Finished`] was output.
@@ -106,6 +108,7 @@ impl Standby {
             lost_at: None,
             silent: false,
             told_unprotect: false,
+            failed: false,
             asked: false,
             finished: false,
             rehearsing: None,
@@ -178,10 +181,10 @@ impl Standby {
     pub fn handle_staged(&mut self, now: Time, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
         let of_this_session = generation == self.config.generation && incarnation == self.config.primary.incarnation;
         let in_order = epoch < Epoch::BOUND && self.acknowledged.is_none_or(|last| epoch == last.next());
-        if !of_this_session || !self.may_acknowledge() || !in_order {
+        if !of_this_session || self.failed || !self.may_acknowledge() || !in_order {
             self.stats.discarded += 1;
             self.outputs.push_back(Output::Discard { epoch });
-            if of_this_session && !in_order {
+            if of_this_session && !self.failed && !in_order {
                 self.peer_fault(now, "the primary sent an epoch out of order");
             }
         } else {
@@ -195,6 +198,16 @@ impl Standby {
                 // Knowing the record beforehand saves a round trip at the failover.
                 self.ownership.want(now, Want::Follow);
             }
+        }
+        self.advance(now);
+    }
+
+    /// This host can hold no further epoch, such as when a disk is full: nothing more is acknowledged and the primary is told, so
+    /// that it goes on alone. What was acknowledged is still held; if the primary is lost all the same, it is activated.
+    pub fn handle_failed(&mut self, now: Time, reason: &str) {
+        if !core::mem::replace(&mut self.failed, true) {
+            self.tell(PeerMessage::Refused { reason: clip(reason) });
+            self.show(ProtectionState::Error, reason);
         }
         self.advance(now);
     }

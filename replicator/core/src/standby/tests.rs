@@ -414,3 +414,20 @@ proptest! {
         }
     }
 }
+
+/// P28.
+#[test]
+fn a_standby_that_can_hold_no_more_says_so_and_keeps_what_it_acknowledged() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_failed(bench.now, "the disk is full");
+    let refused = PeerMessage::Refused { reason: "the disk is full".into() };
+    assert_eq!(bench.take(), [Output::Peer(refused)]);
+    bench.stage(4);
+    assert_eq!(bench.take(), [Output::Discard { epoch: Epoch(4) }]);
+    assert!(bench.asks.is_empty(), "its own trouble is no suspicion");
+    // The primary is lost before it went alone: what was acknowledged lives on.
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.answer();
+    let outputs = bench.take();
+    assert!(outputs.iter().any(|output| matches!(output, Output::Mark { epoch: Epoch(3), .. })), "{outputs:?}");
+}

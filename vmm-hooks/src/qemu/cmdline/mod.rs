@@ -4,7 +4,7 @@
 //! maps; what the primary listens on or writes to (monitors, serial lines, VNC, logs) moves into the twin's run directory, because
 //! both may share a file system or a host. What cannot be carried over is refused by name.
 
-mod drives;
+mod disks;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(super) mod fuzzing;
 mod options;
@@ -12,7 +12,7 @@ mod rewrite;
 
 use std::path::PathBuf;
 
-pub(super) use drives::{Disk, Image};
+pub(super) use disks::{Disk, Image};
 use options::Keys;
 pub(super) use rewrite::{Backend, Network, Plan, qmp_path, rewrite};
 

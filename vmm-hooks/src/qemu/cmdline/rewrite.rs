@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::CmdlineError;
-use super::drives::{Disk, Drives};
+use super::disks::{Disk, Drives};
 use super::options::{Keys, Opt, parse};
 
 /// One memory backend of the machine, to be put in a file.

@@ -1,0 +1,303 @@
+//! The disks of a standby: between the intake and the VM task, so that an epoch counts as staged only when its disk writes
+//! are held as the policy says.
+//!
+//! Two threads serve one [`DiskStore`]: the keeper takes the streams in order and journals each epoch's writes before it passes
+//! the epoch on; the applier brings committed epochs into the images, and waits for the disk meanwhile, which the keeper
+//! does not. Promise: after an error nothing more is passed on, and what was passed on before stays held (`docs/protocol.md` P28, P29).
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Weak};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use replicator_core::message::Durability;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use vmm_hooks::disk::DiskSpec;
+use vmm_hooks::guest::{GuestError, GuestErrorKind};
+
+use super::intake::Staged;
+use crate::disk::files::HostFiles;
+use crate::disk::open::DEFAULT_JOURNAL_BYTES;
+use crate::disk::{DiskError, DiskStore, EpochId, Policy, Setup, StandbyDisk, create, recover};
+
+/// When nothing is to be applied for so long, the images are brought onto the disk.
+const IDLE: Duration = Duration::from_millis(500);
+/// How long a full journal waits for a commit that makes room.
+const ROOM_WITHIN: Duration = Duration::from_secs(5);
+/// Bound on directories of one VM.
+const DIRS_MAX: u32 = 1000;
+
+/// A VM's disks on this host, before and after their threads ran.
+#[derive(Debug)]
+pub(super) struct StandbyDisks {
+    setup: Setup,
+    store: DiskStore,
+}
+
+impl StandbyDisks {
+    /// Makes a place for the disks of the VM `name` under `parent`. Copies of earlier sessions stay until this one is whole.
+    ///
+    /// # Errors
+    /// If this host has no room; nothing is left behind.
+    pub(super) fn make(
+        parent: &Path,
+        name: &str,
+        specs: &[DiskSpec],
+        durability: Durability,
+    ) -> Result<Self, GuestError> {
+        let dir = make_dir(&parent.join(plain(name)))?;
+        let setup = Setup {
+            disks: specs.iter().map(|spec| StandbyDisk { spec: spec.clone(), image: None }).collect(),
+            journal_bytes: DEFAULT_JOURNAL_BYTES,
+            policy: match durability {
+                Durability::Disk => Policy::Disk,
+                Durability::Memory => Policy::Memory,
+            },
+            dir,
+        };
+        match create(&HostFiles, &setup) {
+            Ok(store) => Ok(Self { setup, store }),
+            Err(error) => {
+                remove(&setup.dir);
+                Err(refused(error))
+            }
+        }
+    }
+
+    /// The images, one for each disk.
+    pub(super) fn images(&self) -> Vec<PathBuf> {
+        self.setup.images().into_iter().map(|(_, path)| path).collect()
+    }
+
+    /// Removes them.
+    pub(super) fn remove(self) {
+        drop(self.store);
+        remove(&self.setup.dir);
+    }
+
+    /// Starts the threads. What comes in by `staged` goes out by the returned queue once it is held; an error is told by the
+    /// same queue, once, and nothing comes after it.
+    ///
+    /// # Errors
+    /// If the system has no thread.
+    pub(super) fn start(
+        self,
+        staged: UnboundedReceiver<Staged>,
+    ) -> std::io::Result<(DiskThreads, Committer, UnboundedReceiver<Result<Staged, DiskError>>)> {
+        let store = Arc::new(self.store);
+        let (held, passed_on) = unbounded_channel();
+        let (to_applier, for_applier) = channel();
+        let (to_keeper, for_keeper) = channel();
+        let keeper =
+            Keeper { store: Arc::clone(&store), committed: for_keeper, dir: self.setup.dir.clone(), begun: false };
+        let (applying, errors) = (Arc::clone(&store), held.clone());
+        let committer = Committer { store: Arc::downgrade(&store), wake: [to_applier, to_keeper] };
+        let keeper = Builder::new().name("us-disks".into()).spawn(move || keeper.run(staged, &held))?;
+        let applier =
+            Builder::new().name("us-disk-apply".into()).spawn(move || apply(&applying, &for_applier, &errors))?;
+        Ok((
+            DiskThreads { setup: self.setup, store: Some(store), threads: vec![keeper, applier] },
+            committer,
+            passed_on,
+        ))
+    }
+}
+
+/// Says what may be applied. Dropping it lets the threads end, once the intake has ended too.
+#[derive(Debug)]
+pub(super) struct Committer {
+    store: Weak<DiskStore>,
+    wake: [Sender<()>; 2],
+}
+
+impl Committer {
+    /// The epoch is acknowledged: it may be applied.
+    pub(super) fn commit(&self, epoch: u64) {
+        let Some(store) = self.store.upgrade() else { return };
+        if let Err(error) = store.commit(epoch) {
+            // The threads tell of a store that failed; this one alone keeps the journal from being trimmed.
+            tracing::error!(%error, "an epoch cannot be applied to the disks");
+        }
+        drop(store);
+        for wake in &self.wake {
+            let _ = wake.send(());
+        }
+    }
+}
+
+/// The running threads. Dropping it ends them and leaves the images and the journal where they are.
+#[derive(Debug)]
+pub(super) struct DiskThreads {
+    setup: Setup,
+    store: Option<Arc<DiskStore>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl DiskThreads {
+    /// Brings the images to exactly `epoch`, which was acknowledged, and marks them as the survivor's. Blocks until the threads
+    /// have ended: the intake is aborted and the committer dropped by then.
+    ///
+    /// # Errors
+    /// If they cannot be brought there; they are kept.
+    pub(super) fn finish(&mut self, epoch: u64, generation: u64) -> Result<(), GuestError> {
+        self.end();
+        let Some(store) = self.store.take().and_then(Arc::into_inner) else {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the disks' threads have not ended"));
+        };
+        let done = store.finish(epoch).and_then(|()| store.activated(generation));
+        let Err(error) = done else { return Ok(()) };
+        tracing::error!(%error, "the disks could not be finished at once; they are recovered from their journal");
+        drop(store);
+        let recovered = recover(&HostFiles, &self.setup, Some(epoch)).and_then(|(store, _)| {
+            store.finish(epoch)?;
+            store.activated(generation)
+        });
+        recovered.map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..refused(error) })
+    }
+
+    /// Ends the threads and removes the images.
+    pub(super) fn remove(mut self) {
+        self.end();
+        drop(self.store.take());
+        remove(&self.setup.dir);
+    }
+
+    fn end(&mut self) {
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the disks panicked");
+            }
+        }
+    }
+}
+
+/// The thread that holds what comes in.
+struct Keeper {
+    store: Arc<DiskStore>,
+    /// Something was committed.
+    committed: Receiver<()>,
+    dir: PathBuf,
+    /// The first epoch was held: the images are whole.
+    begun: bool,
+}
+
+impl Keeper {
+    /// Ends when the intake has ended, or nobody takes what it passes on.
+    fn run(mut self, mut staged: UnboundedReceiver<Staged>, held: &UnboundedSender<Result<Staged, DiskError>>) {
+        let mut failed = false;
+        while let Some(next) = staged.blocking_recv() {
+            if failed {
+                // Taken and dropped, so that the connection goes on until the primary has gone alone.
+                continue;
+            }
+            let done = self.hold(&next);
+            failed = done.is_err();
+            if held.send(done.map(|()| next)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn hold(&mut self, staged: &Staged) -> Result<(), DiskError> {
+        let stream = &staged.epoch;
+        let id = stream.id();
+        let epoch = EpochId { generation: id.generation, incarnation: id.incarnation, epoch: id.epoch };
+        if !self.begun || id.sync {
+            self.store.write(stream.disk())?;
+            if !id.sync {
+                self.store.begin(epoch)?;
+                self.begun = true;
+                forget_older(&self.dir);
+            }
+            return Ok(());
+        }
+        self.committed.try_iter().for_each(drop);
+        loop {
+            match self.store.append(epoch, stream.disk()) {
+                // What was passed on is about to be committed, which makes room.
+                Err(full @ DiskError::Full { .. }) => {
+                    if self.committed.recv_timeout(ROOM_WITHIN).is_err() {
+                        return Err(full);
+                    }
+                }
+                done => return done,
+            }
+        }
+    }
+}
+
+/// The applier. Ends when nothing is committed any more; an error it tells, and the store takes nothing after it.
+fn apply(store: &DiskStore, committed: &Receiver<()>, errors: &UnboundedSender<Result<Staged, DiskError>>) {
+    let mut flushed = true;
+    loop {
+        let done = match committed.recv_timeout(IDLE) {
+            Ok(()) => {
+                committed.try_iter().for_each(drop);
+                flushed = false;
+                store.apply().map(drop)
+            }
+            Err(RecvTimeoutError::Timeout) if flushed => Ok(()),
+            Err(RecvTimeoutError::Timeout) => {
+                flushed = true;
+                store.flush()
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
+        if let Err(error) = done {
+            // A task that has ended does not mind.
+            let _ = errors.send(Err(error));
+            return;
+        }
+    }
+}
+
+/// Copies of earlier sessions of the same VM, which the one that is whole now replaces. Those that belong to a survivor stay.
+fn forget_older(dir: &Path) {
+    let Some(parent) = dir.parent() else { return };
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for old in entries.flatten().map(|entry| entry.path()).filter(|path| path != dir) {
+        match crate::disk::state_in(&HostFiles, &old) {
+            Ok(Some(crate::disk::State::Activated(_)) | None) => {}
+            Ok(Some(_)) => remove(&old),
+            Err(error) => tracing::warn!(path = %old.display(), %error, "an older copy of the disks is left alone"),
+        }
+    }
+}
+
+fn make_dir(parent: &Path) -> Result<PathBuf, GuestError> {
+    let cannot = |path: &Path, error: std::io::Error| {
+        GuestError::new(GuestErrorKind::Refused, format!("cannot make the directory {}: {error}", path.display()))
+            .advise("see to the standby's image directory, or choose another one (`standby.images`)")
+    };
+    heartbeat::files::make_dir(parent).map_err(|error| cannot(parent, error))?;
+    for number in 0..DIRS_MAX {
+        let dir = parent.join(number.to_string());
+        match fs::create_dir(&dir) {
+            Ok(()) => return Ok(dir),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(cannot(&dir, error)),
+        }
+    }
+    Err(cannot(parent, ErrorKind::AlreadyExists.into()))
+}
+
+fn remove(dir: &Path) {
+    if let Err(error) = fs::remove_dir_all(dir) {
+        tracing::warn!(path = %dir.display(), %error, "a copy of a VM's disks was left behind");
+    }
+    // The VM's own directory goes with the last copy in it.
+    if let Some(parent) = dir.parent() {
+        let _ = fs::remove_dir(parent);
+    }
+}
+
+fn plain(name: &str) -> String {
+    name.chars().map(|char| if char.is_ascii_alphanumeric() || "-_.".contains(char) { char } else { '_' }).collect()
+}
+
+fn refused(error: DiskError) -> GuestError {
+    GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error)
+}
