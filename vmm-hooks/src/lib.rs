@@ -8,6 +8,7 @@
 //! | [`layout`] | names every byte of guest memory by one dense page number |
 //! | [`disk`] | what a guest's disks are, and what was written to them |
 //! | [`guest`] | the traits a back end offers: [`guest::Guest`], [`guest::Gate`], [`guest::Twin`] |
+//! | [`nbd`] | takes a guest's disk writes over a socket |
 //! | [`track`] | finds dirty pages from outside and never loses one |
 //! | [`qemu`] | back end: a running, unmodified QEMU |
 //! | [`sim`] | back end: a deterministic guest for tests |
@@ -16,6 +17,7 @@
 pub mod disk;
 pub mod guest;
 pub mod layout;
+pub mod nbd;
 pub mod qemu;
 pub mod sim;
 pub mod sys;

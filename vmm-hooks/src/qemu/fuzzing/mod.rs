@@ -11,8 +11,13 @@ mod ram;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target of this crate.
-pub const TARGETS: [Target; 4] =
-    [("cmdline", super::cmdline::fuzzing::run), ("network", network::run), ("qmp", qmp::run), ("ram", ram::run)];
+pub const TARGETS: [Target; 5] = [
+    ("cmdline", super::cmdline::fuzzing::run),
+    ("nbd", crate::nbd::fuzzing::run),
+    ("network", network::run),
+    ("qmp", qmp::run),
+    ("ram", ram::run),
+];
 
 /// The bytes as text; what is no UTF-8 is replaced, as the callers of the parsers do.
 fn text(bytes: &[u8]) -> String {
