@@ -8,6 +8,7 @@ use super::discover::{Channel, Discovered};
 use super::network::Netdev;
 use super::qmp::Qmp;
 use super::{Check, CheckLevel, OUR_PREFIX, TrackerChoice, recipe};
+use crate::disk::MAX_DISKS;
 use crate::sys::pagemap;
 
 /// QMP commands that protection cannot do without.
@@ -229,6 +230,7 @@ fn run_state(status: &str) -> Check {
 
 fn attached(found: &Discovered) -> Option<Check> {
     let ours = found.objects.iter().map(|(name, _)| name).chain(found.channels.iter().map(|channel| &channel.name));
+    let ours = ours.chain(&found.storage.leftovers);
     if let Some(name) = ours.into_iter().find(|name| name.starts_with(OUR_PREFIX)) {
         return Some(check(
             "attachment",
@@ -342,19 +344,43 @@ fn refuse_netdev(netdev: &Netdev) -> Option<(String, &'static str)> {
 }
 
 fn drives(found: &Discovered) -> Vec<Check> {
-    let writable = found.drives.iter().filter(|drive| drive.writable).map(|drive| {
-        check(
-            format!("drive {}", drive.name),
-            CheckLevel::Refusal,
-            format!("the guest can write to {}, and disks are not replicated yet", drive.file),
-            "use a read-only drive, or run the guest from its initramfs",
-        )
-    });
-    let read_only = found.drives.iter().filter(|drive| !drive.writable).map(|drive| {
-        let message = format!("read-only; the standby needs {} with the same content", drive.file);
-        check(format!("drive {}", drive.name), CheckLevel::Warning, message, "copy it there")
-    });
-    writable.chain(read_only).collect()
+    let storage = &found.storage;
+    let mut checks = Vec::new();
+    for drive in &storage.drives {
+        let name = format!("drive {}", drive.name);
+        checks.push(if !drive.writable {
+            let message = format!("read-only; the standby needs {} with the same content", drive.file);
+            check(name, CheckLevel::Warning, message, "copy it there")
+        } else if !storage.mirrors {
+            let message = format!("the guest can write to {}, and this QEMU cannot mirror it", drive.file);
+            check(
+                name,
+                CheckLevel::Refusal,
+                message,
+                "use a QEMU whose blockdev-mirror has copy-mode, which is 3.0 or newer",
+            )
+        } else if let Some((message, advice)) = storage.refuse(drive) {
+            check(name, CheckLevel::Refusal, message, advice)
+        } else {
+            let message = format!("{} will be mirrored: {} ({})", drive.file, size(drive.bytes), drive.format);
+            check(name, CheckLevel::Ok, message, "")
+        });
+    }
+    if storage.disks().count() > MAX_DISKS {
+        let message = format!("the guest has more than {MAX_DISKS} disks that it can write to");
+        checks.push(check("drives", CheckLevel::Refusal, message, "start the guest with fewer"));
+    }
+    checks
+}
+
+/// In the largest unit that it is at least ten of.
+fn size(bytes: u64) -> String {
+    match bytes {
+        bytes if bytes >= 10 << 30 => format!("{} GiB", bytes >> 30),
+        bytes if bytes >= 10 << 20 => format!("{} MiB", bytes >> 20),
+        bytes if bytes >= 10 << 10 => format!("{} KiB", bytes >> 10),
+        bytes => format!("{bytes} bytes"),
+    }
 }
 
 fn devices(found: &Discovered) -> Vec<Check> {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::net::sockopt::socket_peercred;
 use serde_json::{Value, json};
 
+use super::disks::{self, Storage};
 use super::network::{self, Network};
 use super::qmp::{Qmp, QmpError};
 use super::ram::{self, RamBlock, RamError};
@@ -16,17 +17,6 @@ use crate::sys::process::PidFd;
 
 /// Where QEMU keeps the objects that a user made.
 pub(super) const OBJECTS: &str = "/objects";
-
-/// A drive of the guest with a medium in it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Drive {
-    /// Its name in QEMU.
-    pub(super) name: String,
-    /// Its image.
-    pub(super) file: String,
-    /// Whether the guest may write to it.
-    pub(super) writable: bool,
-}
 
 /// A way out of QEMU that is no network card.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,7 +43,7 @@ pub(super) struct Discovered {
     pub(super) status: String,
     pub(super) blocks: Result<Vec<RamBlock>, RamError>,
     pub(super) network: Network,
-    pub(super) drives: Vec<Drive>,
+    pub(super) storage: Storage,
     pub(super) channels: Vec<Channel>,
     /// Name and type of what the user made with `-object`.
     pub(super) objects: Vec<(String, String)>,
@@ -141,7 +131,8 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         return Err(QmpError::Closed.into());
     }
     let network = network::parse(&qmp.hmp("info network")?);
-    let drives = drives(&qmp.execute("query-block", json!({}))?);
+    let argv = process.command_line()?;
+    let storage = disks::find(qmp, pid, &argv)?;
     let channels = array(&qmp.execute("query-chardev", json!({}))?)
         .map(|channel| Channel { name: text(channel, "/label"), filename: text(channel, "/filename") })
         .collect();
@@ -175,13 +166,13 @@ pub(super) fn discover(qmp: &mut Qmp, process: &PidFd) -> Result<Discovered, Gue
         exe: process.executable()?,
         cwd: fs::read_link(format!("/proc/{pid}/cwd")).map_err(|error| proc_error("cwd", error))?,
         user: (process.uid()?, process.gid()?),
-        argv: process.command_line()?,
+        argv,
         version: qmp.version.clone(),
         machine,
         status,
         blocks,
         network,
-        drives,
+        storage,
         channels,
         objects,
         devices,
@@ -213,22 +204,6 @@ pub(super) fn children(qmp: &mut Qmp, path: &str) -> Result<Vec<(String, String)
         .collect())
 }
 
-/// The drives that have a medium.
-fn drives(listed: &Value) -> Vec<Drive> {
-    array(listed)
-        .filter_map(|drive| {
-            let inserted = drive.get("inserted")?;
-            let named = |key: &str| drive.get(key).and_then(Value::as_str).filter(|name| !name.is_empty());
-            Some(Drive {
-                name: named("device").or_else(|| named("qdev")).unwrap_or("a drive").to_owned(),
-                file: inserted.get("file").and_then(Value::as_str).unwrap_or_default().to_owned(),
-                // What does not say that it is read-only is not.
-                writable: inserted.get("ro") != Some(&Value::Bool(true)),
-            })
-        })
-        .collect()
-}
-
 /// The taps of a QEMU with their netdevs, in the order of its cards.
 pub(super) fn taps(pid: u32, network: &Network) -> Vec<RecipeTap> {
     let mut found: Vec<RecipeTap> = Vec::new();
@@ -256,22 +231,4 @@ pub(super) fn display_name(argv: &[String], pid: u32) -> String {
 pub(super) fn same_network(pid: u32) -> bool {
     let namespace = |path: &str| fs::read_link(Path::new(path)).ok();
     namespace("/proc/thread-self/ns/net").is_some_and(|ours| namespace(&format!("/proc/{pid}/ns/net")) == Some(ours))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn empty_drives_do_not_count_and_what_is_not_read_only_is_writable() {
-        let listed = json!([
-            { "device": "ide1-cd0", "removable": true },
-            { "device": "virtio0", "inserted": { "ro": true, "file": "/a" } },
-            { "device": "", "qdev": "/machine/x", "inserted": { "ro": false, "file": "/b" } },
-            { "device": "odd", "inserted": { "file": "/c" } },
-        ]);
-        let found: Vec<_> = drives(&listed).into_iter().map(|drive| (drive.name, drive.writable)).collect();
-        let expected = [("virtio0", false), ("/machine/x", true), ("odd", true)];
-        assert_eq!(found, expected.map(|(name, writable)| (name.to_owned(), writable)));
-    }
 }

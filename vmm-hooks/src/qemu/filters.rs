@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::discover::{OBJECTS, children, connect};
 use super::gate::Port;
 use super::qmp::{Qmp, QmpError};
-use super::{OUR_PREFIX, Target, cmdline};
+use super::{OUR_PREFIX, Target, cmdline, disks};
 use crate::guest::GuestError;
 use crate::sys::inject::{self, Injected};
 use crate::sys::process::PidFd;
@@ -108,7 +108,7 @@ fn chardevs(qmp: &mut Qmp) -> Result<Vec<(String, String)>, QmpError> {
         .collect())
 }
 
-/// Removes what an agent that died left in a QEMU: filters, sockets, tracking. Says what it was. The guest's output passes
+/// Removes what an agent that died left in a QEMU: filters, sockets, mirrors, tracking. Says what it was. The guest's output passes
 /// by itself afterwards, so the caller must know that no twin of it runs. A guest that the agent left paused runs again.
 ///
 /// # Errors
@@ -116,6 +116,8 @@ fn chardevs(qmp: &mut Qmp) -> Result<Vec<(String, String)>, QmpError> {
 pub fn remove_leftovers(target: &Target) -> Result<Vec<String>, GuestError> {
     let (mut qmp, process) = connect(target)?;
     let mut removed = remove(&mut qmp)?;
+    // Whoever answered them is gone, so nothing in QEMU waits for an answer.
+    removed.extend(disks::remove(&mut qmp, || ())?);
     for fd in userfaultfds(&process) {
         inject::detach(&process, &Injected { fd, reused: false })
             .map_err(|error| GuestError::from(crate::track::TrackError::from(error)))?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::discover::{Discovered, connect, discover};
+use super::disks::Mirrors;
 use super::gate::{GateBounds, QemuGate};
 use super::idle::Vcpus;
 use super::network::{self, Network};
@@ -19,6 +20,7 @@ use super::ram::parse_ramblock;
 use super::recipe::{QemuRecipe, layout};
 use super::state::{StateError, StateFile};
 use super::{AttachOptions, CheckLevel, Target, TrackerChoice, checks, cmdline, filters};
+use crate::disk::{DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
 use crate::sys::process::{PidFd, ProcessMemory};
@@ -53,6 +55,7 @@ pub struct QemuGuest {
     recipe: Recipe,
     state: StateFile,
     gate: Arc<QemuGate>,
+    mirrors: Mirrors,
     vcpus: Vcpus,
     netdevs: Vec<String>,
     shape: Shape,
@@ -134,6 +137,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
     let gate = QemuGate::new(bounds)
         .map_err(|error| GuestError::new(GuestErrorKind::Failed, "cannot start the gate's thread").because(error))?;
     let vcpus = Vcpus::find(&mut qmp, process.pid())?;
+    let mirrors = Mirrors::new(&found.storage, process.clone());
     let shutdown_pauses = qmp.has("set-action") && !cmdline::shutdown_pauses(argv);
     // Last, because it is the first change in QEMU.
     let state = StateFile::open(&mut qmp, machine)?;
@@ -148,6 +152,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
         recipe,
         state,
         gate: Arc::new(gate),
+        mirrors,
         vcpus,
         netdevs,
         shape,
@@ -178,6 +183,19 @@ impl QemuGuest {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// Other bounds of the log of disk writes than the usual, for tests: bytes over which writes wait, bytes over which the
+    /// mirror breaks, and how long a write waits.
+    #[doc(hidden)]
+    pub fn bound_disk_log(&self, soft: usize, hard: usize, stall: Duration) {
+        self.mirrors.bound(soft, hard, stall);
+    }
+
+    /// Cuts QEMU's connections for mirroring disks, for tests.
+    #[doc(hidden)]
+    pub fn cut_disk_mirrors(&self) {
+        self.mirrors.cut();
     }
 
     fn run(&mut self, command: &str, arguments: Value) -> Result<Value, GuestError> {
@@ -254,7 +272,7 @@ impl QemuGuest {
                 let what = format!("QEMU reports {} {}", event.name, text("path"));
                 self.events.push(GuestEvent::Changed { what: what.trim_end().to_owned() });
             }
-            _ => {}
+            _ => self.mirrors.take_event(event),
         }
     }
 
@@ -323,6 +341,7 @@ impl QemuGuest {
         let started = Instant::now();
         let saving = self.state.start(&mut self.qmp);
         let saving = self.judge(saving)?;
+        let asked = self.mirrors.ask(&mut self.qmp);
         let first = self.ledger.harvest(taken);
         parts.harvest = started.elapsed();
         let copied = first.map_err(GuestError::from).and_then(|()| {
@@ -336,7 +355,9 @@ impl QemuGuest {
         // Whatever became of the harvest: a save that goes on must not meet a running guest.
         let saved = self.qmp.collect(saving);
         parts.device = started.elapsed();
+        let mirrored = asked.and_then(|asked| asked.map(|asked| self.qmp.collect(asked)).transpose());
         self.judge(saved)?;
+        let mirrored = self.judge(mirrored)?;
         copied?;
         // What saving wrote to guest memory belongs to this epoch.
         let again = Instant::now();
@@ -359,6 +380,10 @@ impl QemuGuest {
                 "nothing is lost, the epoch is captured again; keep other programs from pausing and resuming it",
             ));
         }
+        self.mirrors.prove(mirrored)?;
+        // Last of all: what is taken cannot come again.
+        into.disk.clear();
+        self.mirrors.take_all(&mut into.disk);
         Ok(())
     }
 
@@ -387,6 +412,7 @@ impl QemuGuest {
         }
         let mut result = opened;
         result = result.and(self.ledger.disarm().map_err(GuestError::from));
+        result = result.and(self.unmirror_disks());
         result = result.and(self.set_shutdown("poweroff"));
         let closed = self.state.close(&mut self.qmp);
         result = result.and(self.judge(closed));
@@ -463,7 +489,12 @@ impl Guest for QemuGuest {
         if self.paused && self.stands {
             return Ok(());
         }
+        // QEMU answers once every write to a disk is done, so none may wait for us.
+        self.mirrors.lift();
         let asked = self.qmp.send("stop", json!({}));
+        if asked.is_err() {
+            self.mirrors.lower();
+        }
         let asked = self.judge(asked)?;
         // From here on it will stand, however late the answer comes.
         self.own_stops += 1;
@@ -478,6 +509,10 @@ impl Guest for QemuGuest {
                 self.qmp.forget(&late);
                 self.own_resumes += 1;
                 self.paused = false;
+            }
+            // If its `stop` is late the log stays lifted until the guest is resumed.
+            if matches!(error, QmpError::Refused { .. }) {
+                self.mirrors.lower();
             }
         }
         self.judge(stopped)?;
@@ -497,6 +532,7 @@ impl Guest for QemuGuest {
             self.judge(resumed)?;
         }
         (self.paused, self.stands) = (false, false);
+        self.mirrors.lower();
         self.resumes += 1;
         // QEMU answers in order: what the resume before asked is answered.
         self.look_at_comparison();
@@ -523,6 +559,35 @@ impl Guest for QemuGuest {
 
     fn put_back(&mut self, dirty: &PageSet) {
         self.ledger.put_back(dirty);
+    }
+
+    fn put_back_writes(&mut self, writes: Vec<DiskWrite>) {
+        self.mirrors.put_back(writes);
+    }
+
+    fn mirror_disks(&mut self) -> Result<(), GuestError> {
+        let started = self.mirrors.start(&mut self.qmp);
+        if self.paused {
+            self.mirrors.lift();
+        }
+        self.judge(started)
+    }
+
+    fn mirror_progress(&mut self) -> Result<MirrorProgress, GuestError> {
+        self.take_events();
+        let progress = self.mirrors.progress(&mut self.qmp);
+        self.judge(progress)
+    }
+
+    fn take_writes(&mut self, into: &mut Vec<DiskWrite>, bytes: usize, wait: Duration) {
+        self.mirrors.take(into, bytes, wait);
+    }
+
+    fn unmirror_disks(&mut self) -> Result<(), GuestError> {
+        let stopped = self.mirrors.stop(&mut self.qmp);
+        // Nothing that its jobs said in the end is news.
+        self.take_events();
+        self.judge(stopped)
     }
 
     fn read_pages(&mut self, pages: &[u64], bytes: &mut Vec<u8>) -> Result<(), GuestError> {

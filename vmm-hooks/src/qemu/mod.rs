@@ -11,6 +11,7 @@
 //! | `discover`, `network`, `ram` | find out what it is made of, or say that it is not clear |
 //! | `checks`, `clock` | say what stops protection and what it costs, in words for operators |
 //! | `gate`, `filters` | hold and release its frames by epochs |
+//! | `disks` | mirror what the guest writes to its disks, and prove that none is missing |
 //! | `state` | takes its device state in a form that loads |
 //! | `guest` | pauses, captures, and loses no dirty page |
 //! | `idle` | says whether the guest has nothing to do |
@@ -21,6 +22,7 @@ mod checks;
 mod clock;
 mod cmdline;
 mod discover;
+mod disks;
 mod fault;
 mod filters;
 #[doc(hidden)]

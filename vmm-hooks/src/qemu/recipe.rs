@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::cmdline::{Backend, Disk, Image, Network, Plan, rewrite};
 use super::discover::{Discovered, display_name, taps};
+use super::disks::Drive;
 use super::ram::RamBlock;
+use crate::disk::DiskSpec;
 use crate::guest::{GuestError, GuestErrorKind, Recipe};
 use crate::layout::{Block, Layout, PAGE_SIZE};
 
@@ -36,18 +38,20 @@ pub(super) struct QemuRecipe {
     pub(super) backends: Vec<RecipeBackend>,
     /// Its tap interfaces.
     pub(super) taps: Vec<RecipeTap>,
-    /// Its replicated disks, as in [`Recipe::disks`].
+    /// The disks that are mirrored, in the order of [`Recipe::disks`].
     pub(super) disks: Vec<RecipeDisk>,
 }
 
-/// A disk of the primary that is replicated.
+/// A disk of the primary, and how to find it on the command line.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RecipeDisk {
-    /// Its file there, an absolute path as the command line has it.
-    pub(super) source: PathBuf,
-    /// Its size in bytes.
+    /// Its name, as in [`Recipe::disks`].
+    pub(super) name: String,
+    /// Its size in bytes, as the guest sees it.
     pub(super) bytes: u64,
+    /// The primary's image, an absolute path as the command line has it.
+    pub(super) source: PathBuf,
 }
 
 /// A memory backend and its block.
@@ -87,7 +91,7 @@ impl QemuRecipe {
             machine: found.machine.clone(),
             backends: backends(&found.objects, blocks),
             taps: taps(found.pid, &found.network),
-            disks: Vec::new(),
+            disks: found.storage.disks().map(|drive| disk(drive, &found.cwd)).collect(),
         }
     }
 
@@ -109,7 +113,8 @@ impl QemuRecipe {
     /// In the form that travels.
     pub(super) fn pack(&self) -> Recipe {
         let body = serde_json::to_string(self).expect("strings and paths that came from UTF-8");
-        Recipe { backend: BACKEND.to_owned(), body, disks: Vec::new() }
+        let disks = self.disks.iter().map(|disk| DiskSpec { name: disk.name.clone(), bytes: disk.bytes }).collect();
+        Recipe { backend: BACKEND.to_owned(), body, disks }
     }
 
     /// Out of the form that travels.
@@ -124,6 +129,12 @@ impl QemuRecipe {
                 .because(error)
         })
     }
+}
+
+/// What a twin must know of a disk.
+fn disk(drive: &Drive, cwd: &Path) -> RecipeDisk {
+    let source = cwd.join(drive.file.strip_prefix("file:").unwrap_or(&drive.file));
+    RecipeDisk { name: drive.name.clone(), bytes: drive.bytes, source }
 }
 
 /// Which blocks are in memory backends.

@@ -1,10 +1,11 @@
 //! The primary's side: a machine that somebody is attached to.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::gate::SimGate;
 use super::machine::{Fault, SimMachine};
+use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Layout, PageSet};
 use crate::track::{DirtyLedger, TrackError, Tracker};
@@ -25,8 +26,11 @@ pub fn attach(machine: &SimMachine) -> Result<SimGuest, GuestError> {
     let gate = Arc::new(SimGate::new(machine.clone()));
     inner.gate = Some(Arc::downgrade(&gate));
     let layout = inner.layout.clone();
+    let disks = inner.disks.images.iter().enumerate();
+    let disks =
+        disks.map(|(index, image)| DiskSpec { name: format!("disk{index}"), bytes: image.len() as u64 }).collect();
     drop(inner);
-    let recipe = Recipe { backend: "sim".to_owned(), body: machine.seed().to_string(), disks: Vec::new() };
+    let recipe = Recipe { backend: "sim".to_owned(), body: machine.seed().to_string(), disks };
     let ledger = DirtyLedger::new(SimTracker { machine: machine.clone() }, layout.pages());
     Ok(SimGuest { machine: machine.clone(), layout, recipe, gate, ledger, paused: false })
 }
@@ -45,6 +49,11 @@ pub struct SimGuest {
 
 fn gone() -> GuestError {
     GuestError::new(GuestErrorKind::Gone, "the guest has ended")
+}
+
+fn broken() -> GuestError {
+    GuestError::new(GuestErrorKind::Failed, "the mirror of the guest's disks is not whole")
+        .advise("nothing of this epoch is committed; wait for the first copy, or begin to mirror anew")
 }
 
 impl SimGuest {
@@ -86,7 +95,12 @@ impl SimGuest {
         let start = Instant::now();
         let result = self.copy(&into.pages, &mut into.bytes);
         parts.copy = start.elapsed();
-        result
+        result?;
+        let mut inner = self.machine.lock();
+        if inner.fails(Fault::DiskWrite) {
+            inner.disks.break_mirror();
+        }
+        if inner.disks.capture(&mut into.disk) { Ok(()) } else { Err(broken()) }
     }
 }
 
@@ -169,6 +183,30 @@ impl Guest for SimGuest {
         Ok(())
     }
 
+    fn put_back_writes(&mut self, writes: Vec<DiskWrite>) {
+        self.machine.lock().disks.put_back(writes);
+    }
+
+    fn mirror_disks(&mut self) -> Result<(), GuestError> {
+        self.step(Fault::Mirror)?;
+        self.machine.lock().disks.start();
+        Ok(())
+    }
+
+    fn mirror_progress(&mut self) -> Result<MirrorProgress, GuestError> {
+        self.machine.lock().disks.progress().ok_or_else(broken)
+    }
+
+    /// Nothing comes while this waits: whoever drives the machine is the caller.
+    fn take_writes(&mut self, into: &mut Vec<DiskWrite>, bytes: usize, _wait: Duration) {
+        self.machine.lock().disks.take(into, bytes);
+    }
+
+    fn unmirror_disks(&mut self) -> Result<(), GuestError> {
+        self.machine.lock().disks.stop();
+        Ok(())
+    }
+
     fn events(&mut self) -> Vec<GuestEvent> {
         std::mem::take(&mut self.machine.lock().events)
     }
@@ -182,6 +220,7 @@ impl Guest for SimGuest {
         self.ledger.disarm().map_err(failed)?;
         let mut inner = self.machine.lock();
         inner.gate = None;
+        inner.disks.stop();
         if self.paused {
             inner.running = true;
         }

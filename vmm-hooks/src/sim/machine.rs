@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
+use super::disks::Disks;
 use super::gate::SimGate;
+use crate::disk::DiskChange;
 use crate::guest::{Fence, GuestError, GuestErrorKind, GuestEvent};
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
 
@@ -35,6 +37,10 @@ pub enum Fault {
     Hold,
     /// Taking the gate away.
     Open,
+    /// Beginning to mirror its disks.
+    Mirror,
+    /// A write to a mirrored disk gets lost: the next capture fails, and so do all until mirroring is begun anew.
+    DiskWrite,
 }
 
 /// The registers: all of the machine's state that is not memory.
@@ -93,6 +99,7 @@ pub(super) struct Inner {
     pub(super) marks: Option<PageSet>,
     pub(super) faults: BTreeSet<Fault>,
     pub(super) events: Vec<GuestEvent>,
+    pub(super) disks: Disks,
     wire: Vec<Vec<u8>>,
 }
 
@@ -177,6 +184,34 @@ impl SimMachine {
         Self::assemble(seed, layout, Arc::new(Mutex::new(vec![0; length])), registers)
     }
 
+    /// The same machine with empty disks of these sizes in bytes. Nobody may be attached.
+    ///
+    /// # Panics
+    /// If somebody is.
+    #[must_use]
+    pub fn with_disks(self, bytes: &[usize]) -> Self {
+        assert!(!self.is_touched(), "disks come with the machine");
+        self.lock().disks = Disks::new(bytes);
+        self
+    }
+
+    /// Writes to a disk as the guest would.
+    ///
+    /// # Panics
+    /// If there is no such disk or it ends before.
+    pub fn write_disk(&self, disk: usize, offset: usize, change: DiskChange) {
+        self.lock().disks.write(disk, offset, change);
+    }
+
+    /// What is on a disk.
+    ///
+    /// # Panics
+    /// If there is no such disk.
+    #[must_use]
+    pub fn disk(&self, disk: usize) -> Vec<u8> {
+        self.lock().disks.images[disk].clone()
+    }
+
     /// A running machine that goes on from `device` and `memory`.
     pub(super) fn resume(
         seed: u64,
@@ -203,6 +238,7 @@ impl SimMachine {
             marks: None,
             faults: BTreeSet::new(),
             events: Vec::new(),
+            disks: Disks::default(),
             wire: Vec::new(),
         };
         Self { inner: Arc::new(Mutex::new(inner)), seed }
@@ -291,7 +327,8 @@ impl SimMachine {
     #[must_use]
     pub fn is_touched(&self) -> bool {
         let inner = self.lock();
-        inner.gate.as_ref().is_some_and(|gate| gate.strong_count() > 0) || inner.marks.is_some()
+        let gated = inner.gate.as_ref().is_some_and(|gate| gate.strong_count() > 0);
+        gated || inner.marks.is_some() || inner.disks.mirrored()
     }
 
     /// The next call that comes to `fault` fails there, once.

@@ -9,6 +9,7 @@
 //! any step can be made to fail once ([`SimMachine::fail_once`], [`SimHost::fail`]); and it panics on calls that a driver
 //! must not make, such as harvesting a running guest.
 
+mod disks;
 mod gate;
 mod guest;
 mod machine;

@@ -11,15 +11,29 @@ pub(crate) enum Step {
     Harvest,
     Device,
     Copy,
+    /// A write to a mirrored disk is lost.
+    DiskWrite,
 }
+
+/// What a clause needs beside a processor and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Needs {
+    Nothing,
+    Network,
+    /// Two disks of [`DISK_BYTES`], empty, to which the guest writes nothing of its own accord.
+    Disks,
+}
+
+/// The size of each disk.
+pub(crate) const DISK_BYTES: usize = 1 << 20;
 
 /// Boots guests of one back end.
 pub(crate) trait Fixture {
     /// How the back end is called.
     fn name(&self) -> &'static str;
 
-    /// A running guest, with a network card if asked for. The error says what is missing here.
-    fn boot(&self, network: bool) -> Result<Box<dyn World>, String>;
+    /// A running guest with what is needed. The error says what is missing here.
+    fn boot(&self, needs: Needs) -> Result<Box<dyn World>, String>;
 }
 
 /// One guest, from outside of the traits. Dropping it ends the guest.
@@ -32,6 +46,12 @@ pub(crate) trait World {
 
     /// Fills a spare page as the guest would.
     fn fill(&self, page: u64, byte: u8);
+
+    /// Writes this byte so often to a disk as the guest would, and returns when it is told that it is done.
+    fn write_disk(&self, disk: usize, offset: usize, byte: u8, bytes: usize);
+
+    /// What is on a disk.
+    fn disk(&self, disk: usize) -> Vec<u8>;
 
     /// Whether the vCPUs run.
     fn is_running(&self) -> bool;
@@ -65,8 +85,8 @@ pub(crate) trait World {
 pub(crate) const SPARES: u64 = 64;
 
 /// Holds one back end to one clause.
-pub(crate) fn hold(fixture: &dyn Fixture, network: bool, clause: fn(&dyn World)) {
-    match fixture.boot(network) {
+pub(crate) fn hold(fixture: &dyn Fixture, needs: Needs, clause: fn(&dyn World)) {
+    match fixture.boot(needs) {
         Ok(world) => clause(world.as_ref()),
         Err(missing) => println!("skipped: {}: {missing}", fixture.name()),
     }

@@ -18,7 +18,7 @@ use vmm_hooks::guest::{Guest, GuestError, TwinHost};
 use vmm_hooks::layout::PAGE_SIZE;
 use vmm_hooks::qemu::{AttachOptions, QemuTwinHost, Target, TwinHostOptions, attach};
 
-use crate::fixture::{Fixture, SPARES, Step, World};
+use crate::fixture::{DISK_BYTES, Fixture, Needs, SPARES, Step, World};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
@@ -28,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(90);
 /// Guest memory from here on is used neither by SeaBIOS nor by iPXE.
 const SPARE_ADDRESS: u64 = 24 << 20;
 
+/// Its disks, and how they are joined to it.
+const DISKS: [(&str, &str); 2] = [("one", "if=virtio"), ("two", "if=ide,discard=unmap")];
+
 pub(crate) struct Qemu;
 
 impl Fixture for Qemu {
@@ -35,7 +38,8 @@ impl Fixture for Qemu {
         "qemu"
     }
 
-    fn boot(&self, network: bool) -> Result<Box<dyn World>, String> {
+    fn boot(&self, needs: Needs) -> Result<Box<dyn World>, String> {
+        let network = needs == Needs::Network;
         if !rustix::process::geteuid().is_root() {
             return Err("not root".to_owned());
         }
@@ -45,7 +49,7 @@ impl Fixture for Qemu {
         if network && !Path::new("/dev/net/tun").exists() {
             return Err("/dev/net/tun is not there".to_owned());
         }
-        Ok(Box::new(QemuWorld::boot(network)))
+        Ok(Box::new(QemuWorld::boot(needs)))
     }
 }
 
@@ -59,7 +63,8 @@ struct QemuWorld {
 }
 
 impl QemuWorld {
-    fn boot(network: bool) -> Self {
+    fn boot(needs: Needs) -> Self {
+        let network = needs == Needs::Network;
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let directory = tempfile::Builder::new().prefix("pages-contract-").tempdir().expect("a directory");
         let socket = |name: &str| format!("unix:{},server=on,wait=off", directory.path().join(name).display());
@@ -74,6 +79,12 @@ impl QemuWorld {
                 command.args(["-netdev", &netdev, "-device", "e1000,netdev=n0", "-boot", "order=n,reboot-timeout=100"]);
             }
             None => drop(command.args(["-nic", "none"])),
+        }
+        let disks = if needs == Needs::Disks { &DISKS[..] } else { &[] };
+        for (id, form) in disks {
+            let path = directory.path().join(id);
+            fs::write(&path, vec![0; DISK_BYTES]).expect("room");
+            command.args(["-drive", &format!("id={id},file={},format=raw,{form}", path.display())]);
         }
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("QEMU starts");
         let stream = connect(&directory.path().join("other"));
@@ -147,6 +158,17 @@ impl World for QemuWorld {
         memory.write_all_at(&[byte; PAGE_SIZE], address).expect("guest memory can be written");
     }
 
+    fn write_disk(&self, disk: usize, offset: usize, byte: u8, bytes: usize) {
+        let pattern = if byte == 0 { "-z".to_owned() } else { format!("-P {byte}") };
+        let line = format!("qemu-io {} \"write {pattern} {offset} {bytes}\"", DISKS[disk].0);
+        let answer = self.ask("human-monitor-command", json!({ "command-line": line })).to_string();
+        assert!(!answer.contains("rror") && !answer.contains("ailed"), "{line}: {answer}");
+    }
+
+    fn disk(&self, disk: usize) -> Vec<u8> {
+        fs::read(self.directory.path().join(DISKS[disk].0)).expect("its image")
+    }
+
     fn is_running(&self) -> bool {
         self.ask("query-status", json!({}))["running"] == true
     }
@@ -160,6 +182,11 @@ impl World for QemuWorld {
         for list in ["/objects", "/chardevs"] {
             let entries = self.ask("qom-list", json!({ "path": list }));
             let names = entries.as_array().into_iter().flatten().filter_map(|entry| entry["name"].as_str());
+            found.extend(names.filter(|name| name.starts_with("understudy")).map(str::to_owned));
+        }
+        for (command, key) in [("query-block-jobs", "device"), ("query-named-block-nodes", "node-name")] {
+            let entries = self.ask(command, json!({}));
+            let names = entries.as_array().into_iter().flatten().filter_map(|entry| entry[key].as_str());
             found.extend(names.filter(|name| name.starts_with("understudy")).map(str::to_owned));
         }
         let files = fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("it is there");

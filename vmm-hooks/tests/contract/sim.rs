@@ -2,11 +2,12 @@
 
 use std::cell::RefCell;
 
+use vmm_hooks::disk::DiskChange;
 use vmm_hooks::guest::{Capture, Fence, Guest, GuestError, GuestEvent, PauseParts, Twin, TwinHost};
 use vmm_hooks::layout::{Block, Layout, PAGE_SIZE};
 use vmm_hooks::sim::{ANNOUNCEMENT, Fault, MAX_RELAUNCHES, SimHost, SimMachine, TwinFault, attach};
 
-use crate::fixture::{Fixture, SPARES, Step, World};
+use crate::fixture::{DISK_BYTES, Fixture, Needs, SPARES, Step, World};
 
 pub(crate) struct Sim;
 
@@ -15,9 +16,9 @@ impl Fixture for Sim {
         "sim"
     }
 
-    fn boot(&self, _network: bool) -> Result<Box<dyn World>, String> {
+    fn boot(&self, needs: Needs) -> Result<Box<dyn World>, String> {
         Ok(Box::new(SimWorld {
-            machine: machine(1),
+            machine: if needs == Needs::Disks { machine(1).with_disks(&[DISK_BYTES; 2]) } else { machine(1) },
             host: SimHost::new(),
             wire: RefCell::default(),
             frames: RefCell::default(),
@@ -49,6 +50,15 @@ impl World for SimWorld {
 
     fn fill(&self, page: u64, byte: u8) {
         self.machine.write(page, 0, &[byte; PAGE_SIZE]);
+    }
+
+    fn write_disk(&self, disk: usize, offset: usize, byte: u8, bytes: usize) {
+        let change = if byte == 0 { DiskChange::Zero(bytes as u64) } else { DiskChange::Data(vec![byte; bytes]) };
+        self.machine.write_disk(disk, offset, change);
+    }
+
+    fn disk(&self, disk: usize) -> Vec<u8> {
+        self.machine.disk(disk)
     }
 
     fn is_running(&self) -> bool {
@@ -86,6 +96,7 @@ impl World for SimWorld {
             Step::Harvest => Fault::Harvest,
             Step::Device => Fault::Device,
             Step::Copy => Fault::Copy,
+            Step::DiskWrite => Fault::DiskWrite,
         });
         true
     }

@@ -5,6 +5,7 @@
 //! both may share a file system or a host. What cannot be carried over is refused by name.
 
 mod disks;
+mod drives;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(super) mod fuzzing;
 mod options;
@@ -13,6 +14,7 @@ mod rewrite;
 use std::path::PathBuf;
 
 pub(super) use disks::{Disk, Image};
+pub(super) use drives::{DriveArgument, drive_arguments};
 use options::Keys;
 pub(super) use rewrite::{Backend, Network, Plan, qmp_path, rewrite};
 
