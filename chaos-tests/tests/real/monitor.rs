@@ -66,6 +66,8 @@ pub(crate) struct Appearance {
     status: String,
     objects: Vec<String>,
     chardevs: Vec<String>,
+    nodes: Vec<String>,
+    jobs: Vec<String>,
     capabilities: Value,
     parameters: Value,
     userfaultfds: usize,
@@ -76,10 +78,14 @@ impl Appearance {
         let mut monitor = Monitor::connect(socket)?;
         let objects = monitor.ask("qom-list", &json!({ "path": "/objects" }))?;
         let chardevs = monitor.ask("query-chardev", &json!({}))?;
+        let nodes = monitor.ask("query-named-block-nodes", &json!({ "flat": true }))?;
+        let jobs = monitor.ask("query-block-jobs", &json!({}))?;
         Ok(Self {
             status: monitor.status()?,
             objects: names(&objects, "name"),
             chardevs: names(&chardevs, "label"),
+            nodes: names(&nodes, "node-name"),
+            jobs: names(&jobs, "device"),
             capabilities: monitor.ask("query-migrate-capabilities", &json!({}))?,
             parameters: monitor.ask("query-migrate-parameters", &json!({}))?,
             userfaultfds: userfaultfds(pid)?,
@@ -88,7 +94,8 @@ impl Appearance {
 
     /// An error if something of ours is in it.
     pub(crate) fn has_nothing_of_ours(&self) -> Result<()> {
-        let ours: Vec<_> = self.objects.iter().chain(&self.chardevs).filter(|name| name.starts_with(OURS)).collect();
+        let all = [&self.objects, &self.chardevs, &self.nodes, &self.jobs].into_iter().flatten();
+        let ours: Vec<_> = all.filter(|name| name.starts_with(OURS)).collect();
         if !ours.is_empty() || self.userfaultfds > 0 {
             bail!("left in QEMU: {ours:?}, {} userfaultfds", self.userfaultfds);
         }

@@ -15,9 +15,10 @@
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::netns::{full_name, ip, kill_all, sweep};
@@ -91,13 +92,15 @@ pub struct Machine {
     pub memory_mib: u32,
     /// More words for its kernel: `mem=256M` leaves it no more than that of the memory.
     pub kernel: String,
+    /// Size of a virtio disk with an ext4 file system, in which Redis keeps every write before it says that it is done.
+    pub disk_mib: Option<u64>,
     /// More arguments for QEMU.
     pub more: Vec<String>,
 }
 
 impl Default for Machine {
     fn default() -> Self {
-        Self { memory_mib: 256, kernel: String::new(), more: Vec::new() }
+        Self { memory_mib: 256, kernel: String::new(), disk_mib: None, more: Vec::new() }
     }
 }
 
@@ -197,6 +200,7 @@ impl Lab {
         let dir = self.part("vm")?;
         let cmdline = self.guest.join("cmdline");
         let cmdline = fs::read_to_string(&cmdline).with_context(|| format!("cannot read {}", cmdline.display()))?;
+        let disk = if machine.disk_mib.is_some() { "us.disk=/dev/vda" } else { "" };
         let shown = |name: &str| self.guest.join(name).display().to_string();
         let mut args: Vec<String> = [
             "-name",
@@ -208,7 +212,7 @@ impl Lab {
             "-initrd",
             &shown("initrd.img"),
             "-append",
-            &format!("{} us.ip={GUEST}/24 {}", cmdline.trim(), machine.kernel),
+            &format!("{} us.ip={GUEST}/24 {disk} {}", cmdline.trim(), machine.kernel),
             "-netdev",
             "tap,id=net0,ifname=tap0,script=no,downscript=no",
             "-device",
@@ -222,6 +226,10 @@ impl Lab {
         ]
         .map(str::to_owned)
         .into();
+        if let Some(mib) = machine.disk_mib {
+            let image = make_disk(&dir, mib)?;
+            args.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw,cache=none", image.display())]);
+        }
         args.extend_from_slice(&machine.more);
         let begun = now_ns();
         let qemu = Path::new("qemu-system-x86_64");
@@ -381,6 +389,12 @@ impl Lab {
         agent.with_context(|| format!("{} runs no agent", host.name()))
     }
 
+    /// What a host's agent keeps over restarts.
+    #[must_use]
+    pub fn state_dir(&self, host: Host) -> PathBuf {
+        self.dir.join(host.name()).join("state")
+    }
+
     /// Where a host's agent keeps its sockets and twins.
     #[must_use]
     pub fn run_dir(&self, host: Host) -> PathBuf {
@@ -523,6 +537,22 @@ impl Lab {
             None => bail!("the VM does not run on host A"),
         }
     }
+}
+
+/// A sparse raw image with an empty file system.
+fn make_disk(dir: &Path, mib: u64) -> Result<PathBuf> {
+    let image = dir.join("disk.raw");
+    let file = fs::File::create(&image).with_context(|| format!("cannot create {}", image.display()))?;
+    file.set_len(mib << 20).with_context(|| format!("cannot size {}", image.display()))?;
+    let search = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let made = Command::new("mkfs.ext4")
+        .env("PATH", search)
+        .args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
+        .arg(&image)
+        .output()
+        .context("cannot run mkfs.ext4")?;
+    ensure!(made.status.success(), "mkfs.ext4 failed: {}", String::from_utf8_lossy(&made.stderr).trim());
+    Ok(image)
 }
 
 /// Where a daemon's log level comes from, unless ours says otherwise.

@@ -101,7 +101,7 @@ pub(crate) async fn with_pages(means: &Means, report: &mut Report) -> Result<()>
 }
 
 fn machine(mib: u64) -> Result<Machine> {
-    Ok(Machine { memory_mib: u32::try_from(mib)?, kernel: format!("mem={GUEST_MIB}M"), more: Vec::new() })
+    Ok(Machine { memory_mib: u32::try_from(mib)?, kernel: format!("mem={GUEST_MIB}M"), ..Machine::default() })
 }
 
 /// The part of a guest's memory that its kernel does not use.

@@ -34,8 +34,8 @@ const MODULES: [&str; 10] = [
     "virtio_net",
     "virtio_blk",
 ];
-const APPLETS: [&str; 11] =
-    ["sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff"];
+const APPLETS: [&str; 13] =
+    ["sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff", "mkdir", "umount"];
 const INIT: &str = include_str!("init.sh");
 /// Boots in two to three seconds under emulation.
 const CMDLINE: &str = "console=ttyS0 quiet mitigations=off nokaslr ipv6.disable=1 nowatchdog panic=-1";

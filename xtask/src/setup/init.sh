@@ -1,5 +1,6 @@
 #!/bin/sh
 # The first process of the demo's guest: network from the kernel command line, then Redis.
+# us.disk=DEVICE holds an ext4 file system, in which Redis then keeps every write before it says that it is done.
 # us.ip=ADDRESS/LENGTH is the first card's, us.ip1= the second's; with IPv6 enabled each also has its link-local address.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -11,6 +12,7 @@ for word in $(cat /proc/cmdline); do
     case $word in
     us.ip=*) address=${word#us.ip=} ;;
     us.ip1=*) second=${word#us.ip1=} ;;
+    us.disk=*) disk=${word#us.disk=} ;;
     esac
 done
 # Each card answers for its own address alone.
@@ -23,11 +25,18 @@ if [ -n "$second" ]; then
     ip addr add "$second" dev eth1
 fi
 echo 1 >/proc/sys/vm/overcommit_memory
-redis-server --save "" --appendonly no --bind '* -::*' --protected-mode no --loglevel warning --tcp-keepalive 0 &
+keep="--appendonly no"
+if [ -n "$disk" ]; then
+    mkdir /data
+    mount -t ext4 "$disk" /data || echo "FAILED to mount $disk"
+    keep="--appendonly yes --appendfsync always --dir /data"
+fi
+redis-server --save "" $keep --bind '* -::*' --protected-mode no --loglevel warning --tcp-keepalive 0 &
 until printf 'PING\r\nQUIT\r\n' | nc 127.0.0.1 6379 2>/dev/null | grep -q PONG; do
     usleep 20000
 done
 echo READY
 wait
+[ -z "$disk" ] || umount /data
 echo "FAILED: redis-server has ended"
 poweroff -f

@@ -14,7 +14,12 @@ use anyhow::Result;
 use crate::shell;
 
 /// Programs the real lanes call, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 2] = [("qemu-system-x86_64", "qemu-system-x86"), ("ip", "iproute2")];
+const PROGRAMS: [(&str, &str); 4] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    ("qemu-img", "qemu-utils"),
+    ("ip", "iproute2"),
+    ("mkfs.ext4", "e2fsprogs"),
+];
 
 /// What this machine can do, after the set-up.
 #[derive(Debug)]

@@ -1,0 +1,186 @@
+//! A VM with a disk: Redis keeps every write on it before it says that it is done, and the disk follows the memory.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+use replicator::demo::lab::Host;
+
+use crate::stage::{SOON, Stage, play};
+
+/// Size of the disk.
+const DISK_MIB: u64 = 256;
+
+#[test]
+fn a_vm_with_a_disk_survives_the_death_of_its_host() {
+    play("host A killed, with a disk", async |stage| {
+        stage.set_with_disk(DISK_MIB).await?;
+        stage.protect().await?;
+        let mut client = stage.writer("k").await?;
+        client.goes_on().await?;
+        stage.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        let survivor = stage.until_survivor().await?;
+        let written = stage.nothing_lost(client).await?;
+        // What it said is on its disk, too: a file system without a flaw that holds every acknowledged write.
+        let pid = survivor.survivor.context("a survivor")?.pid;
+        stage.shut_the_guest_down()?;
+        stage.until_ended(pid).await?;
+        let image = images(&stage.lab.state_dir(Host::B))?;
+        let [image] = image.as_slice() else { anyhow::bail!("one image on host-b, not {image:?}") };
+        is_clean(image)?;
+        holds(image, "k", written.acked)
+    });
+}
+
+#[test]
+fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
+    play("planned failover with a disk", async |stage| {
+        stage.set_with_disk(DISK_MIB).await?;
+        stage.protect().await?;
+        let mut client = stage.writer("p").await?;
+        stage.lab.understudy(Host::A, &["failover", "web-1", "--planned"], SOON).await?;
+        let survivor = stage.until_survivor().await?;
+        client.goes_on().await?;
+        stage.lab.vm_ended(SOON).await?;
+        let written = stage.nothing_lost(client).await?;
+        let pid = survivor.survivor.context("a survivor")?.pid;
+        stage.shut_the_guest_down()?;
+        stage.until_ended(pid).await?;
+        for image in images(&stage.lab.state_dir(Host::B))? {
+            is_clean(&image)?;
+            holds(&image, "p", written.acked)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn an_ended_protection_leaves_the_disk_to_its_guest() {
+    play("unprotect with a disk", async |stage| {
+        stage.set_with_disk(DISK_MIB).await?;
+        let before = stage.appearance().await?;
+        stage.protect().await?;
+        let mut client = stage.writer("u").await?;
+        stage.lab.understudy(Host::A, &["unprotect", "web-1"], SOON).await?;
+        client.goes_on().await?;
+        stage.until_b_is_clean().await?;
+        ensure!(images(&stage.lab.state_dir(Host::B))?.is_empty(), "the standby's copy is still there");
+        let after = stage.appearance().await?;
+        ensure!(after == before, "{before:?} became {after:?}");
+        let written = stage.nothing_lost(client).await?;
+        stage.shut_the_guest_down()?;
+        stage.lab.vm_ended(SOON).await?;
+        let image = stage.lab.vm_dir().join("disk.raw");
+        is_clean(&image)?;
+        holds(&image, "u", written.acked)
+    });
+}
+
+#[test]
+fn a_standby_whose_disk_is_full_is_left_behind() {
+    play("the standby's disk is full", async |stage| {
+        let _small = stage.small_disk_on_b(64)?;
+        stage.set_with_disk(DISK_MIB).await?;
+        let refused = stage.protect().await;
+        // The journal alone does not fit: told before anything was copied.
+        let error = refused.expect_err("there is no room").to_string();
+        ensure!(error.contains("no space left"), "{error}");
+        stage.until_b_is_clean().await?;
+        let mut client = stage.writer("f").await?;
+        client.goes_on().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+/// A file system in memory, until it is dropped.
+struct SmallDisk(PathBuf);
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: an agent may have files open in it.
+        let _ = tool("umount", &["-l", &self.0.display().to_string()]);
+    }
+}
+
+/// The images of a host that stands by, or stood by.
+fn images(state: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut rest = vec![state.join("images")];
+    while let Some(dir) = rest.pop() {
+        let Ok(entries) = fs::read_dir(&dir) else { continue };
+        for entry in entries {
+            let path = entry?.path();
+            if path.is_dir() {
+                rest.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "raw") {
+                found.push(path);
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn tool(program: &str, args: &[&str]) -> Result<std::process::Output> {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    Command::new(program).env("PATH", path).args(args).output().with_context(|| format!("cannot run {program}"))
+}
+
+/// The file system has no flaw.
+fn is_clean(image: &Path) -> Result<()> {
+    let shown = image.display().to_string();
+    let checked = tool("e2fsck", &["-f", "-n", &shown])?;
+    let said = String::from_utf8_lossy(&checked.stdout);
+    ensure!(checked.status.success(), "the file system in {shown} is not clean: {said}");
+    Ok(())
+}
+
+/// Redis' append-only files hold the keys 1 to `acked` of a writer.
+fn holds(image: &Path, tag: &str, acked: u64) -> Result<()> {
+    let shown = image.display().to_string();
+    let listed = tool("debugfs", &["-R", "ls -p /appendonlydir", &shown])?;
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    let mut log = Vec::new();
+    for name in listed.lines().filter_map(|line| line.split('/').nth(5)).filter(|name| name.ends_with(".aof")) {
+        log.extend(tool("debugfs", &["-R", &format!("cat /appendonlydir/{name}"), &shown])?.stdout);
+    }
+    let log = String::from_utf8_lossy(&log);
+    let keys: std::collections::HashSet<&str> = log.lines().map(str::trim_end).collect();
+    let missing: Vec<u64> =
+        (1..=acked).filter(|number| !keys.contains(format!("write:{tag}:{number:010}").as_str())).collect();
+    ensure!(
+        missing.is_empty(),
+        "{} of {acked} acknowledged writes are not on the disk {shown}: {missing:?}",
+        missing.len()
+    );
+    Ok(())
+}
+
+impl Stage {
+    /// A VM with a disk that runs on host A, two agents and a witness, all paired.
+    async fn set_with_disk(&mut self, mib: u64) -> Result<()> {
+        let machine = replicator::demo::lab::Machine { disk_mib: Some(mib), ..Default::default() };
+        self.lab.boot_as(&machine).await?;
+        self.lab.start_daemons().await?;
+        self.lab.pair().await
+    }
+
+    /// Waits until a process has ended.
+    async fn until_ended(&self, pid: u32) -> Result<()> {
+        replicator::demo::wait::until("the survivor to power off", SOON, async || {
+            Ok(if Path::new(&format!("/proc/{pid}")).exists() { Err("it runs".to_owned()) } else { Ok(()) })
+        })
+        .await
+    }
+
+    /// What host B keeps is on a file system of this size.
+    fn small_disk_on_b(&self, mib: u64) -> Result<SmallDisk> {
+        let dir = self.lab.state_dir(Host::B);
+        fs::create_dir_all(&dir)?;
+        let options = format!("size={mib}M");
+        let mounted = tool("mount", &["-t", "tmpfs", "-o", &options, "us-real", &dir.display().to_string()])?;
+        ensure!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
+        Ok(SmallDisk(dir))
+    }
+}
