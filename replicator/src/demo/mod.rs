@@ -47,6 +47,12 @@ pub struct DemoArgs {
     /// Length of each throughput measurement, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub load_seconds: u64,
+    /// Give the VM a disk of so many MiB, on which Redis keeps every write before it says that it is done
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
+    pub disk: Option<u64>,
+    /// When the standby acknowledges disk writes: `disk` or `memory`
+    #[arg(long, value_name = "disk|memory", default_value = "disk")]
+    pub durability: String,
     /// Leave the logs where they are
     #[arg(long)]
     pub keep: bool,
@@ -137,7 +143,13 @@ async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         let own = std::env::current_exe().context("cannot find this program's own file")?;
         let mut lab = lab::Lab::build(&dir, &args.guest, &own)?;
-        let plan = round::Plan { number, load_seconds: args.load_seconds, epoch: args.epoch.clone() };
+        let plan = round::Plan {
+            number,
+            load_seconds: args.load_seconds,
+            epoch: args.epoch.clone(),
+            disk_mib: args.disk,
+            durability: args.durability.clone(),
+        };
         let figures = match round::run(&mut lab, &plan).await {
             Ok(figures) => figures,
             Err(error) => {

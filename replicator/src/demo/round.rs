@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use super::figures::Figures;
-use super::lab::{COMMAND, Death, Host, Lab, REDIS, VM};
+use super::lab::{COMMAND, Death, Host, Lab, Machine, REDIS, VM};
 use super::process::Helper;
 use super::wait::{ms_between, now_ns, until};
 use super::worker::{Checked, FIRST_REPLY, FirstReply, Loaded, Started, Ticked, WRITE_ANSWER, Written};
@@ -36,6 +36,10 @@ pub(super) struct Plan {
     pub(super) load_seconds: u64,
     /// Policy given to `protect`.
     pub(super) epoch: String,
+    /// Size of the VM's disk, if it has one.
+    pub(super) disk_mib: Option<u64>,
+    /// Policy given to `protect`.
+    pub(super) durability: String,
 }
 
 /// Runs a round in a laboratory that was just built.
@@ -43,7 +47,7 @@ pub(super) struct Plan {
 /// # Errors
 /// If something does not work at all. A lost write and a broken connection are figures, not errors.
 pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
-    let boot = lab.boot().await?;
+    let boot = lab.boot_as(&Machine { disk_mib: plan.disk_mib, ..Machine::default() }).await?;
     println!("  VM {VM} runs on {}, Redis answers after {:.1} s", Host::A.name(), boot.as_secs_f64());
     let unprotected = load(lab, plan).await.context("unprotected")?;
     println!("  unprotected: {:.0} SET/s over {CONNECTIONS} connections", unprotected.ops_per_s);
@@ -120,8 +124,12 @@ async fn protect(lab: &Lab, plan: &Plan) -> Result<()> {
     // Other laboratories on this machine may run a VM of this name; its own operator would write the name.
     let is_only_one = vmm_hooks::qemu::resolve(VM).is_ok();
     let vm = if is_only_one { VM } else { pid.as_str() };
-    println!("  understudy protect {vm} --to {} --epoch {}", Host::B.name(), plan.epoch);
-    lab.understudy(Host::A, &["protect", vm, "--to", Host::B.name(), "--epoch", &plan.epoch], PROTECT).await?;
+    let mut words = vec!["protect", vm, "--to", Host::B.name(), "--epoch", &plan.epoch];
+    if plan.disk_mib.is_some() {
+        words.extend(["--durability", &plan.durability]);
+    }
+    println!("  understudy {}", words.join(" "));
+    lab.understudy(Host::A, &words, PROTECT).await?;
     let status = lab.client(Host::A).vm_status(VM).await.context("asking host-a about the VM")?;
     if status.state.word() != "protected" {
         bail!("`understudy protect` returned while the VM is {}: {}", status.state, status.reason);
