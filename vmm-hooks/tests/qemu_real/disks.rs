@@ -58,6 +58,9 @@ fn content(path: &Path, format: &str) -> Vec<u8> {
     fs::read(raw).expect("just made")
 }
 
+/// Images and their formats.
+type Disks = Vec<(PathBuf, &'static str)>;
+
 /// What a standby holds.
 struct Images(Vec<Vec<u8>>);
 
@@ -305,17 +308,17 @@ fn disks_made_with_blockdev_are_their_copies_at_every_stop() {
 }
 
 /// A machine with one raw virtio disk and a second monitor, attached, and its image.
-fn one_disk() -> Option<(tempfile::TempDir, Qemu, Vec<(PathBuf, &'static str)>)> {
+fn one_disk(more: &[&str]) -> Option<(tempfile::TempDir, Qemu, Disks)> {
     let dir = tempfile::Builder::new().prefix("qemu-disks").tempdir().expect("a directory");
     let path = image(dir.path(), "d0", "raw")?;
     let drive = format!("file={},format=raw,if=virtio,id=a", path.display());
-    let qemu = Qemu::start(&["-M", "pc", "-nic", "none", "-qmp", SECOND, "-drive", &drive])?;
+    let qemu = Qemu::start(&[&["-M", "pc", "-nic", "none", "-qmp", SECOND, "-drive", &drive], more].concat())?;
     Some((dir, qemu, vec![(path, "raw")]))
 }
 
 #[test]
 fn a_connection_that_is_cut_fails_every_capture_until_the_mirror_is_begun_anew() {
-    let Some((_dir, qemu, disks)) = one_disk() else { return };
+    let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
     let load = Load::start(&qemu, &["a"]);
     guest.mirror_disks().expect("mirrors");
@@ -345,7 +348,7 @@ fn a_connection_that_is_cut_fails_every_capture_until_the_mirror_is_begun_anew()
 
 #[test]
 fn writes_that_nobody_takes_wait_and_never_freeze_a_stop() {
-    let Some((_dir, qemu, disks)) = one_disk() else { return };
+    let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
     guest.mirror_disks().expect("mirrors");
     let mut images = Images::unknown(1);
@@ -383,7 +386,7 @@ fn writes_that_nobody_takes_wait_and_never_freeze_a_stop() {
 
 #[test]
 fn a_log_that_runs_over_breaks_the_mirror_and_lets_the_guest_go_on() {
-    let Some((_dir, qemu, disks)) = one_disk() else { return };
+    let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
     guest.mirror_disks().expect("mirrors");
     first_copy(&mut guest, &mut Images::unknown(1));
@@ -402,8 +405,20 @@ fn a_log_that_runs_over_breaks_the_mirror_and_lets_the_guest_go_on() {
 }
 
 #[test]
+fn a_qemu_that_runs_as_another_user_reaches_us() {
+    let Some((_dir, qemu, disks)) = one_disk(&["-runas", "nobody"]) else { return };
+    let mut guest = qemu.attach();
+    guest.mirror_disks().expect("mirrors");
+    let mut images = Images::unknown(1);
+    first_copy(&mut guest, &mut images);
+    arm(&mut guest);
+    stop_and_compare(&mut guest, &mut images, &disks, None);
+    Box::new(guest).detach().expect("leaves it");
+}
+
+#[test]
 fn what_a_dead_agents_mirror_left_is_removed() {
-    let Some((_dir, qemu, disks)) = one_disk() else { return };
+    let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
     let load = Load::start(&qemu, &["a"]);
     guest.mirror_disks().expect("mirrors");
@@ -461,7 +476,8 @@ echo READY
 n=1
 while true; do
   n=$(( (n * 7919 + 13) % 4000 ))
-  case $(( n % 4 )) in
+  case $(( n % 5 )) in
+    4) $b dd if=/dev/zero of=/dev/vda bs=1M count=8 seek=$(( n % 9 )) conv=notrunc 2>/dev/null; $b sync ;;
     0) $b dd if=/dev/zero of=/dev/vda bs=4k count=16 seek=$n conv=notrunc,fsync 2>/dev/null ;;
     1) $b dd if=/dev/vda of=/dev/null bs=64k count=64 skip=$(( n / 32 )) 2>/dev/null; echo 3 >/proc/sys/vm/drop_caches ;;
     *) $b dd if=/dev/urandom of=/dev/vda bs=512 count=$(( n % 97 + 1 )) seek=$(( n * 8 )) conv=notrunc,fsync 2>/dev/null ;;
@@ -520,7 +536,7 @@ fn a_linux_guest(format: &'static str, options: &str) {
     guest.arm().expect("arms");
     let mut memory = read_all(&mut guest);
     guest.resume().expect("resumes");
-    let (mut capture, mut writes) = (Capture::default(), 0);
+    let (mut capture, mut writes, mut longest) = (Capture::default(), 0, Duration::ZERO);
     let started = Instant::now();
     // So long that it has written for sure; each fourth stop is compared.
     while writes < 40 {
@@ -528,7 +544,9 @@ fn a_linux_guest(format: &'static str, options: &str) {
         for compare in [false, false, false, true] {
             let running = Instant::now();
             wait_for("a bit of running", || running.elapsed() > Duration::from_millis(100));
+            let stopping = Instant::now();
             guest.pause().expect("pauses");
+            longest = longest.max(stopping.elapsed());
             guest.capture(&mut capture, &mut PauseParts::default()).expect("captures");
             images.apply(&capture.disk);
             writes += capture.disk.len();
@@ -543,7 +561,7 @@ fn a_linux_guest(format: &'static str, options: &str) {
             guest.resume().expect("resumes");
         }
     }
-    println!("{format} {options}: {writes} writes in {:?}", started.elapsed());
+    println!("{format} {options}: {writes} writes in {:?}, longest stop {longest:?}", started.elapsed());
     Box::new(guest).detach().expect("leaves it");
 }
 

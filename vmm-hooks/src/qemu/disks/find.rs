@@ -13,7 +13,7 @@ use super::super::cmdline::{DriveArgument, drive_arguments};
 use super::super::qmp::{Qmp, QmpError};
 
 /// Devices (by how their type begins) whose drives are mirrored.
-const DEVICES: [&str; 5] = ["virtio-blk", "scsi-hd", "ide-hd", "scsi-disk", "nvme"];
+const DEVICES: [&str; 4] = ["virtio-blk", "scsi-hd", "ide-hd", "scsi-disk"];
 
 /// Image formats that are mirrored.
 const FORMATS: [&str; 2] = ["raw", "qcow2"];
@@ -145,7 +145,7 @@ impl Storage {
             let kind = if drive.kind.is_empty() { "no device" } else { &drive.kind };
             return Some((
                 format!("the guest can write to {file} through {kind}, which is not mirrored"),
-                "make it read-only, or attach it as virtio-blk, virtio-scsi, IDE or NVMe disk",
+                "make it read-only, or attach it as virtio-blk, virtio-scsi or IDE disk",
             ));
         }
         if drive.node.is_empty() || !FORMATS.contains(&drive.format.as_str()) {
