@@ -339,6 +339,8 @@ impl QemuGuest {
         taken: &mut PageSet,
     ) -> Result<(), GuestError> {
         let started = Instant::now();
+        let whole = self.mirrors.before_capture(&mut self.qmp);
+        self.judge(whole)?;
         let saving = self.state.start(&mut self.qmp);
         let saving = self.judge(saving)?;
         let asked = self.mirrors.ask(&mut self.qmp);
@@ -517,6 +519,7 @@ impl Guest for QemuGuest {
         }
         self.judge(stopped)?;
         self.stands = true;
+        self.mirrors.stopped();
         Ok(())
     }
 
@@ -567,9 +570,6 @@ impl Guest for QemuGuest {
 
     fn mirror_disks(&mut self) -> Result<(), GuestError> {
         let started = self.mirrors.start(&mut self.qmp);
-        if self.paused {
-            self.mirrors.lift();
-        }
         self.judge(started)
     }
 

@@ -385,6 +385,42 @@ fn writes_that_nobody_takes_wait_and_never_freeze_a_stop() {
 }
 
 #[test]
+fn a_pause_in_the_middle_of_the_first_copy_neither_hangs_nor_runs_over() {
+    let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
+    fs::write(&disks[0].0, vec![5; BYTES]).expect("room");
+    let mut guest = qemu.attach();
+    guest.pause().expect("pauses");
+    guest.arm().expect("arms");
+    guest.resume().expect("resumes");
+    // A log that holds a part of the disk alone, and answers that wait longer than this test.
+    guest.bound_disk_log(1 << 20, 64 << 20, SOON * 2);
+    guest.mirror_disks().expect("mirrors");
+    for _ in 0..3 {
+        guest.pause().expect("pauses");
+        if guest.mirror_progress().expect("a healthy mirror").ready {
+            break;
+        }
+        // It may be complete by now, but what comes of it is not lost then.
+        if let Err(failed) = guest.capture(&mut Capture::default(), &mut PauseParts::default()) {
+            assert!(failed.message.contains("not complete"), "{failed}");
+        } else {
+            println!("skipped: the first copy was faster than the test");
+            return;
+        }
+        guest.resume().expect("resumes");
+    }
+    guest.pause().expect("pauses");
+    let mut images = Images::unknown(1);
+    first_copy(&mut guest, &mut images);
+    let mut capture = Capture::default();
+    guest.capture(&mut capture, &mut PauseParts::default()).expect("captures");
+    images.apply(&capture.disk);
+    images.are(&disks);
+    Box::new(guest).detach().expect("leaves it");
+    assert_eq!(status(&qemu.second()), "running");
+}
+
+#[test]
 fn a_log_that_runs_over_breaks_the_mirror_and_lets_the_guest_go_on() {
     let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
@@ -406,14 +442,22 @@ fn a_log_that_runs_over_breaks_the_mirror_and_lets_the_guest_go_on() {
 
 #[test]
 fn a_qemu_that_runs_as_another_user_reaches_us() {
-    let Some((_dir, qemu, disks)) = one_disk(&["-runas", "nobody"]) else { return };
+    use std::os::unix::fs::PermissionsExt;
+    let Some((dir, qemu, disks)) = one_disk(&["-runas", "nobody"]) else { return };
+    // QEMU opens the image anew when a mirror goes, and would end if it could not.
+    let refused = attach(&qemu.target(), &AttachOptions::default()).expect_err("it cannot open its image");
+    assert!(refused.message.contains("may not open"), "{refused}");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("ours");
+    fs::set_permissions(&disks[0].0, fs::Permissions::from_mode(0o666)).expect("ours");
     let mut guest = qemu.attach();
     guest.mirror_disks().expect("mirrors");
     let mut images = Images::unknown(1);
     first_copy(&mut guest, &mut images);
     arm(&mut guest);
     stop_and_compare(&mut guest, &mut images, &disks, None);
-    Box::new(guest).detach().expect("leaves it");
+    let left = Box::new(guest).detach();
+    assert!(left.is_ok(), "{left:?}: {}", fs::read_to_string(qemu.log()).unwrap_or_default());
+    assert_eq!(status(&qemu.second()), "running");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -50,6 +51,8 @@ pub(in crate::qemu) struct Drive {
     pub(in crate::qemu) flushed: bool,
     /// Where it is on the command line.
     pub(in crate::qemu) argument: Option<DriveArgument>,
+    /// Its image's path, as far as it is seen from here, is closed to the user that QEMU runs as.
+    pub(in crate::qemu) closed: bool,
     /// Another process has its image open for writing.
     pub(in crate::qemu) opened_by: Option<u32>,
 }
@@ -81,6 +84,10 @@ pub(in crate::qemu) fn find(qmp: &mut Qmp, pid: u32, argv: &[String]) -> Result<
         drive.argument = argument_of(drive, &arguments);
     }
     other_writers(pid, &mut drives);
+    let user = User::of(pid);
+    for drive in drives.iter_mut().filter(|drive| drive.writable) {
+        drive.closed = user.as_ref().is_some_and(|user| user.is_shut_out(pid, &drive.file));
+    }
     let mut storage = Storage { leftovers: super::jobs::leftovers(qmp)?, drives, ..Storage::default() };
     if storage.disks().next().is_none() {
         return Ok(storage);
@@ -128,6 +135,12 @@ impl Storage {
         }
         if let Some(pid) = drive.opened_by {
             return Some((format!("process {pid} has {file} open for writing, too"), "a disk has one writer: end it"));
+        }
+        if drive.closed {
+            return Some((
+                format!("QEMU's user may not open {file}, and QEMU would end when a mirror of it is removed"),
+                "let its user and group read and write the image and enter its directory",
+            ));
         }
         if drive.shared {
             return Some((
@@ -229,6 +242,47 @@ fn identity(path: &str) -> Option<(u64, u64)> {
     kind.is_file().then(|| (metadata.dev(), metadata.ino()))
 }
 
+/// Whom a process is to the file system.
+struct User {
+    user: u32,
+    groups: Vec<u32>,
+}
+
+impl User {
+    /// `None` if it cannot be told.
+    fn of(pid: u32) -> Option<Self> {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let numbers = |key: &str| -> Vec<u32> {
+            let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default();
+            line.split_whitespace().filter_map(|number| number.parse().ok()).collect()
+        };
+        // The last one of four is the file system's.
+        let user = *numbers("Uid:").get(3)?;
+        let groups = [numbers("Gid:").get(3).copied().into_iter().collect(), numbers("Groups:")].concat();
+        Some(Self { user, groups })
+    }
+
+    /// Whether it could not open the image again by its path. Only what the modes say; a path that is not seen passes.
+    fn is_shut_out(&self, pid: u32, file: &str) -> bool {
+        if self.user == 0 {
+            return false;
+        }
+        let start = if file.starts_with('/') { "root" } else { "cwd" };
+        let Ok(path) = fs::canonicalize(format!("/proc/{pid}/{start}/{file}")) else { return false };
+        let lacks = |path: &Path, wanted: u32| {
+            fs::metadata(path).is_ok_and(|metadata| {
+                let shift = match () {
+                    () if metadata.uid() == self.user => 6,
+                    () if self.groups.contains(&metadata.gid()) => 3,
+                    () => 0,
+                };
+                metadata.mode() >> shift & wanted != wanted
+            })
+        };
+        lacks(&path, 0o6) || path.ancestors().skip(1).any(|dir| lacks(dir, 0o1))
+    }
+}
+
 /// Notes which images other processes have open for writing.
 fn other_writers(pid: u32, drives: &mut [Drive]) {
     let root = format!("/proc/{pid}/root");
@@ -307,7 +361,8 @@ mod tests {
     fn what_cannot_be_mirrored_is_refused_in_words() {
         let storage = Storage::default();
         assert_eq!(storage.refuse(&good()), None);
-        let refusals: [(&str, Drive); 9] = [
+        let refusals: [(&str, Drive); 10] = [
+            ("may not open", Drive { closed: true, ..good() }),
             ("share-rw", Drive { shared: true, ..good() }),
             ("encrypted", Drive { encrypted: true, ..good() }),
             ("process 7", Drive { opened_by: Some(7), ..good() }),

@@ -251,6 +251,27 @@ impl Mirrors {
         self.log.lift();
     }
 
+    /// QEMU has stopped. What still comes is the first copy, which would run over without a bound.
+    pub(super) fn stopped(&self) {
+        if self.copying() {
+            self.log.lower();
+        }
+    }
+
+    fn copying(&self) -> bool {
+        self.running.as_ref().is_some_and(|running| !running.ready)
+    }
+
+    /// Before QEMU is asked to save its state, for which it waits for every answer again: an error if the first copy goes on.
+    pub(super) fn before_capture(&mut self, qmp: &mut Qmp) -> Result<(), GuestError> {
+        if self.copying() {
+            let jobs = qmp.execute("query-block-jobs", json!({}))?;
+            self.prove(Some(jobs))?;
+            self.log.lift();
+        }
+        Ok(())
+    }
+
     /// The guest runs.
     pub(super) fn lower(&self) {
         self.log.lower();
