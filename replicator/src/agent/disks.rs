@@ -23,6 +23,9 @@ use crate::disk::files::HostFiles;
 use crate::disk::open::DEFAULT_JOURNAL_BYTES;
 use crate::disk::{DiskError, DiskStore, EpochId, Policy, Setup, StandbyDisk, create, recover};
 
+/// An epoch whose disk writes are held, or the error after which none is.
+pub(super) type Held = Result<Staged, DiskError>;
+
 /// When nothing is to be applied for so long, the images are brought onto the disk.
 const IDLE: Duration = Duration::from_millis(500);
 /// How long a full journal waits for a commit that makes room.
@@ -86,7 +89,7 @@ impl StandbyDisks {
     pub(super) fn start(
         self,
         staged: UnboundedReceiver<Staged>,
-    ) -> std::io::Result<(DiskThreads, Committer, UnboundedReceiver<Result<Staged, DiskError>>)> {
+    ) -> std::io::Result<(DiskThreads, Committer, UnboundedReceiver<Held>)> {
         let store = Arc::new(self.store);
         let (held, passed_on) = unbounded_channel();
         let (to_applier, for_applier) = channel();
@@ -186,7 +189,7 @@ struct Keeper {
 
 impl Keeper {
     /// Ends when the intake has ended, or nobody takes what it passes on.
-    fn run(mut self, mut staged: UnboundedReceiver<Staged>, held: &UnboundedSender<Result<Staged, DiskError>>) {
+    fn run(mut self, mut staged: UnboundedReceiver<Staged>, held: &UnboundedSender<Held>) {
         let mut failed = false;
         while let Some(next) = staged.blocking_recv() {
             if failed {
@@ -230,7 +233,7 @@ impl Keeper {
 }
 
 /// The applier. Ends when nothing is committed any more; an error it tells, and the store takes nothing after it.
-fn apply(store: &DiskStore, committed: &Receiver<()>, errors: &UnboundedSender<Result<Staged, DiskError>>) {
+fn apply(store: &DiskStore, committed: &Receiver<()>, errors: &UnboundedSender<Held>) {
     let mut flushed = true;
     loop {
         let done = match committed.recv_timeout(IDLE) {

@@ -18,7 +18,7 @@ use vmm_hooks::guest::{Fence, GuestError, Twin};
 
 use super::asker::Asker;
 use super::beats::Beat;
-use super::disks::{Committer, StandbyDisks};
+use super::disks::{Committer, Held, StandbyDisks};
 use super::durable::{Durable, Mark};
 use super::encoder::Session;
 use super::intake::{self, IntakeEnd, Staged};
@@ -28,7 +28,6 @@ use super::twin::{self, Command, TwinThread};
 use super::view::{View, api_state};
 use super::{Request, clock, wrong_side};
 use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt};
-use crate::disk::DiskError;
 
 /// How often the waiting twin is looked after.
 const LOOK: Duration = Duration::from_secs(1);
@@ -337,7 +336,7 @@ impl Task {
     }
 
     /// An epoch whose disk writes are held, or the error after which none is.
-    fn held(&mut self, epoch: Result<Staged, DiskError>) {
+    fn held(&mut self, epoch: Held) {
         match epoch {
             Ok(staged) => self.stage(staged),
             Err(error) => {
