@@ -249,7 +249,8 @@ impl DiskStore {
             (EpochId { epoch, ..ledger.last }, ledger.journaled.back().is_some_and(|last| last.epoch > epoch))
         };
         if later {
-            // A recovery would take what is journaled later for committed.
+            // A recovery would take what is journaled later for committed; and it will rely on what is journaled up to here.
+            self.settle(&mut side, tail.position)?;
             let (mark, life) = (side.mark, tail.life);
             self.mark(&mut side, State::Finishing(epoch), mark.id, mark.head, life)?;
         }
@@ -301,25 +302,31 @@ impl DiskStore {
     }
 
     fn apply_committed(&self, side: &mut Side) -> Result<u64, DiskError> {
-        let (entries, committed, flushed) = {
+        let (entries, committed) = {
             let ledger = self.unlatched()?;
             let entries = ledger.journaled.iter().take_while(|entry| entry.epoch <= ledger.committed);
             let entries: Vec<Entry> = entries.skip_while(|entry| entry.end() <= side.position).copied().collect();
-            (entries, ledger.committed, ledger.flushed)
+            (entries, ledger.committed)
         };
         let end = entries.last().map_or(side.position, Entry::end);
-        if end > flushed {
-            // A record must outlive whatever happens to the images while it is applied to them.
-            let synced = side.file.sync().map_err(|error| DiskError::io("sync", &self.path, HELD, error));
-            synced.map_err(|error| self.latch(error))?;
-            let mut ledger = locked(&self.ledger);
-            ledger.flushed = ledger.flushed.max(end);
-        }
+        // A record must outlive whatever happens to the images while it is applied to them.
+        self.settle(side, end)?;
         for entry in entries {
             apply(side, &self.path, entry).map_err(|error| self.latch(error))?;
         }
         locked(&self.ledger).applied = committed;
         Ok(committed)
+    }
+
+    /// Brings the records up to `end` onto the disk, if they are not there for sure.
+    fn settle(&self, side: &mut Side, end: u64) -> Result<(), DiskError> {
+        if end > locked(&self.ledger).flushed {
+            let synced = side.file.sync().map_err(|error| DiskError::io("sync", &self.path, HELD, error));
+            synced.map_err(|error| self.latch(error))?;
+            let mut ledger = locked(&self.ledger);
+            ledger.flushed = ledger.flushed.max(end);
+        }
+        Ok(())
     }
 
     /// Frees what was applied, once the images are on the disk.

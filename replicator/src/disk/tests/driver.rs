@@ -1,6 +1,7 @@
 //! A standby agent as the disks see it, and what is true of the copy at each moment.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use proptest::prelude::*;
 use vmm_hooks::disk::{DiskChange, DiskSpec, DiskWrite};
@@ -15,11 +16,11 @@ pub(super) const SIZES: [usize; 2] = [8192, 4608];
 /// A write, short enough to be read in a report.
 #[derive(Debug, Clone)]
 pub(super) struct W {
-    disk: usize,
-    at: usize,
-    bytes: usize,
+    pub(super) disk: usize,
+    pub(super) at: usize,
+    pub(super) bytes: usize,
     /// 0: zeroes.
-    fill: u8,
+    pub(super) fill: u8,
 }
 
 #[derive(Debug, Clone)]
@@ -76,11 +77,15 @@ pub(super) struct Truth {
     may: May,
     /// Of the session: each epoch that was taken or may have been, its content, and whether it wrote anything.
     history: Vec<(EpochId, Content, bool)>,
-    acked: u64,
+    pub(super) acked: u64,
     committed: u64,
     /// Not older than this after a power loss, whatever the policy.
     durable: u64,
     finishing: Option<u64>,
+    /// Nothing later may be found: it was marked, surely, that the images are brought to this epoch.
+    bound: Option<u64>,
+    /// A recovery without a limit had begun.
+    unlimited: bool,
 }
 
 impl Truth {
@@ -97,7 +102,7 @@ impl Truth {
 pub(super) struct Driver {
     pub(super) model: Model,
     setup: Setup,
-    pub(super) store: Option<DiskStore>,
+    pub(super) store: Option<Arc<DiskStore>>,
     pub(super) truth: Truth,
 }
 
@@ -132,7 +137,16 @@ impl Driver {
         });
         let setup = Setup { dir: PathBuf::from("/vm"), disks: disks.collect(), journal_bytes: 16 << 10, policy };
         let may = May { missing: true, syncing: true, ..May::default() };
-        let truth = Truth { may, history: Vec::new(), acked: 0, committed: 0, durable: 0, finishing: None };
+        let truth = Truth {
+            may,
+            history: Vec::new(),
+            acked: 0,
+            committed: 0,
+            durable: 0,
+            finishing: None,
+            bound: None,
+            unlimited: false,
+        };
         Self { model, setup, store: None, truth }
     }
 
@@ -141,13 +155,18 @@ impl Driver {
         Self { model, setup: self.setup.clone(), store: None, truth: self.truth.clone() }
     }
 
-    fn store(&self) -> &DiskStore {
+    /// For another thread of the agent.
+    pub(super) fn shared(&self) -> Arc<DiskStore> {
+        Arc::clone(self.store.as_ref().expect("there is one"))
+    }
+
+    pub(super) fn store(&self) -> &DiskStore {
         self.store.as_ref().expect("there is one")
     }
 
     /// The first protection.
     pub(super) fn start(&mut self) -> Result<(), DiskError> {
-        self.store = Some(create(&self.model, &self.setup)?);
+        self.store = Some(create(&self.model, &self.setup)?.into());
         self.truth.may = May { syncing: true, ..May::default() };
         self.sync(&[])
     }
@@ -167,7 +186,7 @@ impl Driver {
         store.write(&more)?;
         self.truth.may = May { syncing: true, whole: true, ..May::default() };
         (self.truth.acked, self.truth.committed, self.truth.durable) = (id.epoch, id.epoch, id.epoch);
-        self.truth.finishing = None;
+        (self.truth.finishing, self.truth.bound, self.truth.unlimited) = (None, None, false);
         self.store().begin(id)?;
         self.truth.may = May { whole: true, ..May::default() };
         Ok(())
@@ -209,7 +228,8 @@ impl Driver {
             }
             Op::Restart => {
                 drop(self.store.take());
-                // A recovery without a limit takes all that is whole for acknowledged, from its beginning on.
+                self.truth.unlimited = true;
+                // Such a recovery takes all that is whole for acknowledged, from its beginning on.
                 self.truth.acked = self.truth.id().epoch;
                 self.check_restart(None, false)?;
             }
@@ -217,7 +237,12 @@ impl Driver {
                 let epoch = self.truth.acked;
                 self.truth.finishing = Some(epoch);
                 self.truth.may.finished = true;
-                self.store().finish(epoch)?;
+                let before = self.model.calls();
+                let finished = self.store().finish(epoch);
+                if self.setup.images().iter().any(|(_, path)| self.model.touched(path, before)) {
+                    self.truth.bound = Some(epoch);
+                }
+                finished?;
                 assert!(self.images() == self.at(epoch).1, "exactly the acknowledged epoch {epoch}");
                 self.store().finish(epoch)?;
                 self.truth.may = May { finished: true, activated: true, ..May::default() };
@@ -234,7 +259,7 @@ impl Driver {
     fn renew(&mut self, ws: &[W]) -> Result<(), DiskError> {
         drop(self.store.take());
         self.truth.may.syncing = true;
-        self.store = Some(reset(&self.model, &self.setup)?);
+        self.store = Some(reset(&self.model, &self.setup)?.into());
         self.truth.may = May { syncing: true, ..May::default() };
         self.sync(ws)
     }
@@ -254,10 +279,11 @@ impl Driver {
             Err(DiskError::Missing { .. }) if may.missing => {}
             Err(DiskError::Activated { .. }) if may.activated => {}
             Err(error @ (DiskError::Io { .. } | DiskError::NoSpace { .. })) => return Err(error),
+            Err(error @ DiskError::OutOfTurn { .. }) if limit.is_some() => return Err(error),
             Err(error) => panic!("{error}: {may:?}"),
             Ok((store, Recovered::Syncing)) => {
                 assert!(may.syncing, "a whole copy is lost: {may:?}");
-                self.store = Some(store);
+                self.store = Some(store.into());
                 self.truth.may = May { syncing: true, ..May::default() };
             }
             Ok((store, found @ (Recovered::Whole(id) | Recovered::Finished(id)))) => {
@@ -272,6 +298,11 @@ impl Driver {
                     *wrote && known.epoch > id.epoch && known.epoch <= floor
                 };
                 assert!(!self.truth.history.iter().any(wrote), "{found:?} is older than {floor}");
+                assert!(
+                    self.truth.bound.is_none_or(|bound| id.epoch <= bound),
+                    "{found:?} is beyond {:?}",
+                    self.truth.bound
+                );
                 if finished {
                     assert_eq!(Some(id.epoch), self.truth.finishing);
                 }
@@ -281,7 +312,8 @@ impl Driver {
                 truth.history.retain(|(known, ..)| known.epoch <= id.epoch);
                 (truth.acked, truth.committed, truth.durable) = (id.epoch, id.epoch, id.epoch);
                 truth.may = May { whole: !finished, finished, ..May::default() };
-                self.store = Some(store);
+                (truth.bound, truth.unlimited) = (None, false);
+                self.store = Some(store.into());
             }
         }
         Ok(())
@@ -311,12 +343,17 @@ impl Driver {
     /// An activation after an error: a new process recovers up to the last acknowledged epoch, and finishes there.
     pub(super) fn finishes_at_acknowledged(&mut self, dice: &mut Dice) {
         let may = self.truth.may;
-        if !may.whole || may.syncing || may.finished {
+        if !may.whole || may.syncing {
             return;
         }
         let acked = self.truth.acked;
         let content = self.at(acked).1.clone();
-        self.check_restart(Some(acked), false).expect("recovers");
+        match self.check_restart(Some(acked), false) {
+            Err(DiskError::OutOfTurn { .. }) if self.truth.unlimited => {
+                return self.check_restart(None, false).expect("recovers without a limit, as was begun");
+            }
+            done => done.expect("recovers"),
+        }
         let found = self.truth.id().epoch;
         let store = self.store();
         store.finish(found).expect("finishes");

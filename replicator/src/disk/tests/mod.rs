@@ -2,3 +2,4 @@ mod crash;
 mod driver;
 mod host;
 mod model;
+mod order;

@@ -7,6 +7,7 @@
 //! syncs that succeed.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -40,6 +41,8 @@ pub(super) enum Fault {
     Crash,
     Io,
     NoSpace,
+    /// Something cannot be read; counted by reads.
+    Read,
 }
 
 #[derive(Debug, Clone)]
@@ -60,6 +63,25 @@ struct Node {
 
 type Names = BTreeMap<PathBuf, usize>;
 
+/// Something that was not synced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Unsynced {
+    /// Which of all.
+    nth: usize,
+    /// Of this file; `None`: a name.
+    node: Option<usize>,
+}
+
+/// What is told of each write and sync before it is done, and not of those that it does itself.
+#[derive(Clone)]
+struct Watch(Arc<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Watch")
+    }
+}
+
 #[derive(Debug, Clone, Default)]
 struct World {
     nodes: Vec<Node>,
@@ -67,8 +89,11 @@ struct World {
     durable_names: Names,
     /// What each name meant since its directory was last synced.
     pending_names: Vec<(PathBuf, Option<usize>)>,
-    calls: u64,
-    fault: Option<(u64, Fault)>,
+    /// The file of each call that changes something, if it was about one.
+    calls: Vec<Option<usize>>,
+    watch: Option<Watch>,
+    reads: usize,
+    fault: Option<(usize, Fault)>,
     /// The model has stopped.
     dead: bool,
     hit: bool,
@@ -98,18 +123,18 @@ fn dead() -> io::Error {
 
 impl World {
     /// Counts a call that changes something.
-    fn call(&mut self) -> io::Result<Go> {
+    fn call(&mut self, node: Option<usize>) -> io::Result<Go> {
         if self.dead {
             return Err(dead());
         }
-        self.calls += 1;
+        self.calls.push(node);
         match self.fault {
-            Some((at, fault)) if at == self.calls => {
+            Some((at, fault)) if at == self.calls.len() && fault != Fault::Read => {
                 self.hit = true;
                 self.dead = fault == Fault::Crash;
                 Ok(Go::Part(match fault {
                     Fault::Crash => dead(),
-                    Fault::Io => io::Error::from_raw_os_error(5),
+                    Fault::Io | Fault::Read => io::Error::from_raw_os_error(5),
                     Fault::NoSpace => io::Error::from_raw_os_error(28),
                 }))
             }
@@ -118,7 +143,7 @@ impl World {
     }
 
     fn write(&mut self, node: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let go = self.call()?;
+        let go = self.call(Some(node))?;
         // A write that crashes may have reached the disk in any part; one that fails is done by half.
         let length = if self.dead || matches!(go, Go::Whole) { bytes.len() } else { bytes.len() / 2 };
         let node = &mut self.nodes[node];
@@ -139,7 +164,7 @@ impl World {
     }
 
     fn set_len(&mut self, node: usize, bytes: u64) -> io::Result<()> {
-        let go = self.call()?;
+        let go = self.call(Some(node))?;
         if self.dead || matches!(go, Go::Whole) {
             let node = &mut self.nodes[node];
             node.live.resize(usize::try_from(bytes).expect("small"), 0);
@@ -149,7 +174,7 @@ impl World {
     }
 
     fn sync(&mut self, node: usize) -> io::Result<()> {
-        let go = self.call()?;
+        let go = self.call(Some(node))?;
         let dead = self.dead;
         let node = &mut self.nodes[node];
         if matches!(go, Go::Whole) {
@@ -198,9 +223,10 @@ impl Model {
     }
 
     /// Makes the `n`-th call from now on fail.
-    pub(super) fn fail_at(&self, n: u64, fault: Fault) {
+    pub(super) fn fail_at(&self, n: usize, fault: Fault) {
         self.world(|world| {
-            world.fault = Some((world.calls + n, fault));
+            let so_far = if fault == Fault::Read { world.reads } else { world.calls.len() };
+            world.fault = Some((so_far + n, fault));
             world.hit = false;
         });
     }
@@ -210,31 +236,82 @@ impl Model {
         self.world(|world| world.hit)
     }
 
+    /// How many calls there were that change something.
+    pub(super) fn calls(&self) -> usize {
+        self.world(|world| world.calls.len())
+    }
+
+    /// Whether there was such a call for the file after the first `since` ones of all.
+    pub(super) fn touched(&self, path: &Path, since: usize) -> bool {
+        self.world(|world| world.names.get(path).is_some_and(|&node| world.calls[since..].contains(&Some(node))))
+    }
+
+    /// Has `f` called before each write and sync from now on, but for those that it causes itself.
+    pub(super) fn watch(&self, f: impl Fn() + Send + Sync + 'static) {
+        self.world(|world| world.watch = Some(Watch(Arc::new(f))));
+    }
+
+    fn told(&self) {
+        if let Some(watch) = self.world(|world| world.watch.take()) {
+            (watch.0)();
+            self.world(|world| world.watch = Some(watch));
+        }
+    }
+
     /// The same file system seen by a process that was started after the old one was killed.
     pub(super) fn after_kill(&self) -> Self {
         let mut world = self.world(|world| world.clone());
-        (world.dead, world.fault) = (false, None);
+        (world.dead, world.fault, world.watch) = (false, None, None);
         Self(Arc::new(Mutex::new(world)))
     }
 
     /// What a power loss leaves: one of the many possible disks.
     pub(super) fn after_power_loss(&self, dice: &mut Dice) -> Self {
-        let mut world = self.after_kill().world(|world| world.clone());
         let most = dice.below(5);
-        for node in &mut world.nodes {
-            let kept = |dice: &mut Dice| dice.below(4) < most;
+        self.keeping(|_| dice.below(4) < most)
+    }
+
+    /// What power losses leave that keep nothing, all, all of one file or of all others, one sector or all others.
+    pub(super) fn after_plain_power_losses(&self) -> Vec<Self> {
+        let mut unsynced = Vec::new();
+        self.keeping(|one| {
+            unsynced.push(one);
+            true
+        });
+        let mut left = vec![self.keeping(|_| false), self.keeping(|_| true)];
+        let mut nodes: Vec<_> = unsynced.iter().map(|one| one.node).collect();
+        nodes.dedup();
+        if nodes.len() > 1 {
+            for node in nodes {
+                left.push(self.keeping(|one| one.node == node));
+                left.push(self.keeping(|one| one.node != node));
+            }
+        }
+        for this in unsynced {
+            left.push(self.keeping(|one| one == this));
+            left.push(self.keeping(|one| one != this));
+        }
+        left
+    }
+
+    /// What a power loss leaves that keeps some of what was not synced.
+    fn keeping(&self, mut kept: impl FnMut(Unsynced) -> bool) -> Self {
+        let mut world = self.after_kill().world(|world| world.clone());
+        let mut nth = 0..;
+        let mut kept = |node| kept(Unsynced { nth: nth.next().expect("endless"), node });
+        for (place, node) in world.nodes.iter_mut().enumerate() {
             let mut length = node.durable.len();
             for &pending in &node.lengths {
-                if kept(dice) {
+                if kept(Some(place)) {
                     length = usize::try_from(pending).expect("small");
                 }
             }
-            let pieces: Vec<Piece> = node.pending.iter().filter(|_| kept(dice)).cloned().collect();
+            let pieces: Vec<Piece> = node.pending.iter().filter(|_| kept(Some(place))).cloned().collect();
             put(&mut node.durable, length, &pieces);
             (node.live, node.pending, node.lengths) = (node.durable.clone(), Vec::new(), Vec::new());
         }
         for (path, node) in std::mem::take(&mut world.pending_names) {
-            if dice.below(4) < most {
+            if kept(None) {
                 match node {
                     Some(node) => world.durable_names.insert(path, node),
                     None => world.durable_names.remove(&path),
@@ -264,7 +341,7 @@ impl Files for Model {
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn File>> {
         self.world(|world| {
-            let go = world.call()?;
+            let go = world.call(None)?;
             let node = world.nodes.len();
             world.nodes.push(Node::default());
             if world.dead || matches!(go, Go::Whole) {
@@ -277,7 +354,7 @@ impl Files for Model {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.world(|world| {
-            let go = world.call()?;
+            let go = world.call(None)?;
             if world.dead || matches!(go, Go::Whole) {
                 let node = world.names.get(from).copied();
                 world.name(from, None);
@@ -289,7 +366,7 @@ impl Files for Model {
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         self.world(|world| {
-            let go = world.call()?;
+            let go = world.call(None)?;
             if !matches!(go, Go::Whole) {
                 return done(go);
             }
@@ -314,11 +391,17 @@ impl File for Open {
             let at = usize::try_from(offset).expect("small");
             let bytes = world.nodes[self.node].live.get(at..at + buffer.len());
             buffer.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
+            world.reads += 1;
+            if world.fault == Some((world.reads, Fault::Read)) {
+                world.hit = true;
+                return Err(io::Error::from_raw_os_error(5));
+            }
             if world.dead { Err(dead()) } else { Ok(()) }
         })
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.model.told();
         self.model.world(|world| world.write(self.node, offset, bytes))
     }
 
@@ -339,6 +422,7 @@ impl File for Open {
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.model.told();
         self.model.world(|world| world.sync(self.node))
     }
 
