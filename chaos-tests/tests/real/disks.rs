@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use replicator::demo::lab::Host;
 
-use crate::stage::{SOON, Stage, play};
+use crate::stage::{SOON, Stage, play, play_long};
 
 /// Size of the disk.
 const DISK_MIB: u64 = 256;
@@ -36,7 +36,7 @@ fn a_vm_with_a_disk_survives_the_death_of_its_host() {
 
 #[test]
 fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
-    play("planned failover with a disk", async |stage| {
+    play_long("planned failover with a disk", async |stage| {
         stage.set_with_disk(DISK_MIB).await?;
         stage.protect().await?;
         let mut client = stage.writer("p").await?;
@@ -58,7 +58,7 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
 
 #[test]
 fn an_ended_protection_leaves_the_disk_to_its_guest() {
-    play("unprotect with a disk", async |stage| {
+    play_long("unprotect with a disk", async |stage| {
         stage.set_with_disk(DISK_MIB).await?;
         let before = stage.appearance().await?;
         stage.protect().await?;

@@ -15,7 +15,7 @@ use replicator_core::pacing::{AutoPacing, Pacing};
 use replicator_core::primary::PrimaryConfig;
 use replicator_core::standby::StandbyConfig;
 use tokio::sync::mpsc;
-use vmm_hooks::disk::MAX_DISKS;
+use vmm_hooks::disk::{DiskSpec, MAX_DISKS};
 use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions};
@@ -145,7 +145,7 @@ impl Agent {
             first_epoch,
             pacing: self.pacing(request.epoch.unwrap_or(self.config.epoch.policy)),
             pipeline: usize::try_from(self.config.epoch.pipeline).expect("bounded by the configuration"),
-            acknowledge_within: self.config.heartbeat.unacknowledged,
+            acknowledge_within: self.config.heartbeat.unacknowledged + syncing(&guest.recipe().disks, request.durability),
             ownership,
             frozen_after: defaults.frozen_after + copying(guest.layout().pages()),
             ..defaults
@@ -379,6 +379,12 @@ struct Prepared {
     disks: Option<StandbyDisks>,
     witness: Peer,
     durable: Durable,
+}
+
+/// How much later an acknowledgement may come that waits for a disk: a busy one may take so long for a sync, and its host
+/// is not lost by it.
+fn syncing(disks: &[DiskSpec], durability: DurabilityPolicy) -> Duration {
+    if disks.is_empty() || durability == DurabilityPolicy::Memory { Duration::ZERO } else { Duration::from_secs(1) }
 }
 
 /// How long a host that is not stuck may take to copy all of a guest's memory: one GiB each second.
