@@ -12,7 +12,7 @@
 //! | 48..56 | head | position of the first record that may be missing in an image |
 //! | 56..64 | state | u64, see [`State`] |
 //! | 64..88 | generation, incarnation, epoch | what the images hold up to `head` |
-//! | 88..96 | number | finishing: the last epoch that may be applied; activated: the generation of the grant |
+//! | 88..96 | number | finishing: the last epoch that may be applied; recovering: the last that is; activated: the generation of the grant |
 //! | 96..104 | disks | how many, u32, and the CRC-32 of their names and sizes |
 //! | 104..108 | CRC-32 | of bytes 0..104 |
 
@@ -35,6 +35,8 @@ pub enum State {
     Syncing,
     /// They are whole, together with the journal.
     Whole,
+    /// The same, and a recovery brings them to this epoch: they may hold some of it already.
+    Recovering(u64),
     /// They are being brought to exactly this epoch, which the twin goes on from.
     Finishing(u64),
     /// They are at exactly the epoch that the twin goes on from, nothing is journaled.
@@ -76,6 +78,7 @@ impl Mark {
             State::Finishing(epoch) => (3, epoch),
             State::Finished => (4, 0),
             State::Activated(generation) => (5, generation),
+            State::Recovering(epoch) => (6, epoch),
         };
         let mut bytes = [0; MARK];
         bytes[..8].copy_from_slice(MAGIC);
@@ -105,6 +108,7 @@ impl Mark {
             3 => State::Finishing(number),
             4 => State::Finished,
             5 => State::Activated(number),
+            6 => State::Recovering(number),
             _ => return None,
         };
         Some(Self {
@@ -133,7 +137,14 @@ mod tests {
 
     #[test]
     fn p41_a_mark_is_read_as_it_was_written_and_a_damaged_one_is_none() {
-        let states = [State::Syncing, State::Whole, State::Finishing(9), State::Finished, State::Activated(u64::MAX)];
+        let states = [
+            State::Syncing,
+            State::Whole,
+            State::Finishing(9),
+            State::Finished,
+            State::Activated(u64::MAX),
+            State::Recovering(8),
+        ];
         for (sequence, state) in (1_u64..).zip(states) {
             let mark = Mark {
                 sequence,

@@ -157,14 +157,14 @@ fn lock(file: &dyn File, path: &Path) -> Result<(), DiskError> {
 }
 
 /// Opens a store that is there and brings the images to the last epoch that is whole in the journal, or to the last that is
-/// not later than `limit`: the epoch of an activation that the caller had begun.
+/// not later than `limit`: the epoch of an activation that the caller had begun, which is never earlier than what was committed.
 ///
-/// Without a limit all that is whole counts as acknowledged from the beginning of the call on, also if it fails: a lower limit comes
-/// too late then.
+/// Once it has begun to apply epochs there is no way back behind the last of them, also if it fails: a lower limit is refused then.
+/// So is one lower than the epoch that a finish had begun with.
 ///
 /// # Errors
 /// [`DiskError::Missing`], [`DiskError::Activated`], [`DiskError::InUse`], [`DiskError::Strange`] if what is there cannot be
-/// trusted, [`DiskError::OutOfTurn`] if the images are later than `limit`; the system's, after which it can be tried again.
+/// trusted, [`DiskError::OutOfTurn`] if the images are later than `limit`, or may be; the system's, after which it can be tried again.
 pub fn recover(files: &dyn Files, setup: &Setup, limit: Option<u64>) -> Result<(DiskStore, Recovered), DiskError> {
     let path = setup.journal();
     let at = path.as_path();
@@ -191,14 +191,18 @@ pub fn recover(files: &dyn Files, setup: &Setup, limit: Option<u64>) -> Result<(
     // After a failed sync the cache may show what the disk does not hold: what is relied upon is written again.
     journal::write_mark(file.as_ref(), mark).map_err(failed("mark the state in"))?;
     files.sync_dir(&setup.dir).map_err(failed("sync the directory of"))?;
-    let limit = match mark.state {
+    let (floor, limit) = match mark.state {
         State::Activated(generation) => return Err(DiskError::Activated { path, generation }),
-        State::Finishing(epoch) => limit.unwrap_or(epoch).min(epoch),
-        State::Syncing | State::Whole | State::Finished => limit.unwrap_or(u64::MAX),
+        State::Finishing(epoch) => (epoch, limit.unwrap_or(epoch).min(epoch)),
+        State::Recovering(epoch) => (epoch, limit.unwrap_or(u64::MAX)),
+        State::Syncing | State::Whole | State::Finished => (mark.id.epoch, limit.unwrap_or(u64::MAX)),
     };
     let whole = mark.state != State::Syncing;
-    if whole && mark.id.epoch > limit {
-        return Err(DiskError::OutOfTurn { what: format!("the images are as of {:?}, later than {limit}", mark.id) });
+    if whole && floor > limit {
+        let id = EpochId { epoch: floor, ..mark.id };
+        return Err(DiskError::OutOfTurn {
+            what: format!("the images are as of {id:?}, or on the way to it, later than {limit}"),
+        });
     }
     let images = Images::open(files, &disks, false)?;
     let store = store(files, setup, disks, file, images, mark)?;
@@ -230,13 +234,19 @@ fn replay(store: &DiskStore, limit: u64) -> Result<Recovered, DiskError> {
         side.file.sync().map_err(failed("sync"))?;
     }
     let mut id = mark.id;
+    // From here on there is no way back.
+    if let Some(last) = entries.last().filter(|_| !matches!(mark.state, State::Finishing(_))) {
+        let begun = Mark { sequence: mark.sequence + 1, state: State::Recovering(last.epoch), ..mark };
+        journal::write_mark(side.file.as_ref(), begun).map_err(failed("mark the state in"))?;
+        side.mark = begun;
+    }
     for entry in entries {
         apply(side, &store.path, entry)?;
         id.epoch = entry.epoch;
     }
     side.images.sync()?;
     let (state, recovered) = match mark.state {
-        State::Finishing(epoch) if limit == epoch => {
+        State::Finishing(epoch) => {
             id.epoch = epoch;
             (State::Finished, Recovered::Finished(id))
         }
@@ -244,7 +254,7 @@ fn replay(store: &DiskStore, limit: u64) -> Result<Recovered, DiskError> {
         _ => (State::Whole, Recovered::Whole(id)),
     };
     let life = Life { term: mark.life.term + 1, ..mark.life };
-    let next = Mark { sequence: mark.sequence + 1, life, head: side.position, state, id, ..mark };
+    let next = Mark { sequence: side.mark.sequence + 1, life, head: side.position, state, id, ..mark };
     journal::write_mark(side.file.as_ref(), next).map_err(failed("mark the state in"))?;
     side.mark = next;
     (tail.life, tail.position) = (life, side.position);

@@ -229,8 +229,6 @@ impl Driver {
             Op::Restart => {
                 drop(self.store.take());
                 self.truth.unlimited = true;
-                // Such a recovery takes all that is whole for acknowledged, from its beginning on.
-                self.truth.acked = self.truth.id().epoch;
                 self.check_restart(None, false)?;
             }
             Op::Failover => {

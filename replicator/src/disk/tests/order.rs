@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use super::crash::run;
 use super::driver::{Driver, Op, W};
 use super::model::{Fault, Model};
-use crate::disk::Policy;
+use crate::disk::{DiskError, Policy};
 
 /// An epoch that takes one block of the journal, and is acknowledged or not.
 fn small(at: usize, acked: bool) -> Op {
@@ -112,5 +112,41 @@ fn p44_p47_finishing_is_marked_before_what_is_later_is_dropped() {
     ];
     for before in before {
         at_every_call(&[&before[..], &later, &[Op::Failover]].concat());
+    }
+}
+
+#[test]
+fn p47_a_recovery_that_had_begun_is_not_taken_back_by_a_lower_limit() {
+    for policy in [Policy::Disk, Policy::Memory] {
+        let mut driver = Driver::new(Model::default(), policy);
+        driver.start().expect("starts");
+        for op in [small(0, true), Op::Commit, Op::Apply, small(100, true), small(200, false), small(50, false)] {
+            driver.step(&op).expect("runs");
+        }
+        let (mut refused, mut done) = (0, 0);
+        for fault in [Fault::Crash, Fault::Io] {
+            let mut n = 1;
+            loop {
+                let model = driver.model.after_kill();
+                model.fail_at(n, fault);
+                if driver.on(model.clone()).check_restart(None, false).is_ok() {
+                    break;
+                }
+                let losses = if policy == Policy::Disk { model.after_plain_power_losses() } else { Vec::new() };
+                for left in losses.into_iter().chain([model.after_kill()]) {
+                    let mut low = driver.on(left.clone());
+                    match low.check_restart(Some(driver.truth.acked), false) {
+                        Ok(()) => done += 1,
+                        Err(DiskError::OutOfTurn { .. }) => {
+                            refused += 1;
+                            driver.on(left.after_kill()).check_restart(None, false).expect("goes on to what was begun");
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+                n += 1;
+            }
+        }
+        assert!(done > 0 && refused > 0, "{done} {refused}");
     }
 }
