@@ -1,5 +1,6 @@
 mod crash;
 mod driver;
 mod host;
+mod kill;
 mod model;
 mod order;
