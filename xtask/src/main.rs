@@ -55,6 +55,8 @@ enum Task {
     },
     /// Fuzz what reads the words of others, guided by coverage (`docs/testing.md`).
     Fuzz(fuzz::Args),
+    /// Generate dashboards, alert rules and docs/metrics.md anew; tests hold the committed files to it.
+    Dashboards,
     /// Check the house rules alone: who imports whom, pure cores, unsafe code, file lengths, cited clauses.
     Tidy,
 }
@@ -80,6 +82,10 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Sim { args } => lanes::sim(&args),
         Task::Bench { args } => lanes::bench(&args),
         Task::Fuzz(args) => fuzz::run(&args),
+        Task::Dashboards => {
+            shell::run(shell::cargo().args(["run", "--quiet", "--package", "dashboards"]))?;
+            Ok(ExitCode::SUCCESS)
+        }
         Task::Tidy => {
             tidy::run()?;
             Ok(ExitCode::SUCCESS)

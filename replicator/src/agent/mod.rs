@@ -30,6 +30,7 @@ mod sessions;
 mod standby;
 mod twin;
 mod view;
+mod witnesses;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -167,6 +168,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         }
     })?;
     let metrics = Metrics::new();
+    metrics.set_held_limits(config.gate.bytes, config.gate.age);
     if let Some(address) = config.metrics {
         let server = MetricsServer::bind(address, metrics.clone()).await?;
         tokio::spawn(server.serve());
@@ -202,6 +204,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     let told = Arc::clone(&agent);
     tokio::spawn(async move { told.beats.run(events).await });
     tokio::spawn(Arc::clone(&agent).look());
+    tokio::spawn(Arc::clone(&agent).look_for_witnesses());
     tokio::spawn(Arc::clone(&agent).accept());
     let stop = async move {
         tokio::select! {
@@ -252,6 +255,9 @@ impl Agent {
         let mut counted: BTreeMap<(String, usize), (u64, u64)> = BTreeMap::new();
         loop {
             tick.tick().await;
+            for vm in self.vms().values() {
+                vm.view.look();
+            }
             for path in self.beat.stats() {
                 let metrics = self.metrics.peer(&path.name);
                 let silence = path.silence.unwrap_or_default().as_secs_f64() * 1e3;

@@ -382,6 +382,7 @@ impl Task {
 
     fn rehearsed(&mut self, now: Time, result: Result<vmm_hooks::guest::Rehearsal, GuestError>) {
         let epoch = self.rehearsing.take().unwrap_or_default();
+        self.view.rehearsed(result.is_ok());
         let (report, result) = match result {
             Ok(rehearsal) => (
                 Ok(RehearsalReport {

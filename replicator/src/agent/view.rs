@@ -1,7 +1,7 @@
 //! What an operator sees of one VM: filled by its task, read by the control API and the metrics.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use heartbeat_core::ids::VmId;
 use heartbeat_core::time::Time;
@@ -28,6 +28,8 @@ pub(super) struct View {
 struct Inner {
     status: VmStatus,
     epochs: EpochStats,
+    /// When the pause of the last committed epoch ended (primary).
+    captured: Option<Instant>,
     gate: Option<Arc<dyn Gate>>,
     failing: Option<Failing>,
 }
@@ -50,7 +52,7 @@ impl View {
         let mut status = VmStatus::new(name, vm.to_string(), role);
         status.state = ProtectionState::Pairing;
         metrics.set_state(&status.state);
-        let inner = Inner { status, epochs: EpochStats::new(), gate: None, failing: None };
+        let inner = Inner { status, epochs: EpochStats::new(), captured: None, gate: None, failing: None };
         Self { inner: Mutex::new(inner), metrics, lag: Arc::default() }
     }
 
@@ -115,7 +117,28 @@ impl View {
 
     /// The gate whose held output is shown, from now on or no more.
     pub(super) fn set_gate(&self, gate: Option<Arc<dyn Gate>>) {
+        if gate.is_none() {
+            self.metrics.set_held(&HeldOutput::default());
+        }
         self.lock().gate = gate;
+    }
+
+    /// Brings to the metrics what changes also while no epoch is committed: that is when it matters.
+    pub(super) fn look(&self) {
+        let inner = self.lock();
+        let held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
+        let covered = matches!(inner.status.state, ProtectionState::Protected | ProtectionState::FailingOver);
+        let captured = inner.captured.filter(|_| covered && inner.status.role == Role::Primary);
+        drop(inner);
+        if let Some(held) = held {
+            self.metrics.set_held(&held);
+        }
+        self.metrics.set_replication_lag(captured.map_or(Duration::ZERO, |at| at.elapsed()));
+    }
+
+    /// A rehearsal ended here.
+    pub(super) fn rehearsed(&self, loads: bool) {
+        self.metrics.rehearsed(loads);
     }
 
     /// A generation was read.
@@ -133,6 +156,7 @@ impl View {
     pub(super) fn observe(&self, epoch: &EpochObservation) {
         let mut inner = self.lock();
         inner.epochs.observe(epoch);
+        inner.captured = Instant::now().checked_sub(epoch.commit);
         inner.status.epoch_committed = epoch.epoch;
         let held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
         let clock = self.guest_clock(&inner);

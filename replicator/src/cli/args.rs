@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::dashboards::DashboardsCommand;
 use super::exit::EXIT_CODES;
 use super::units::{HostPort, Listen};
 use crate::control::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy};
@@ -36,6 +37,9 @@ pub enum Command {
     /// Those that ask a running agent.
     #[command(flatten)]
     Ask(AskCommand),
+    /// Dashboards and alerts for Grafana and Prometheus
+    #[command(subcommand)]
+    Dashboards(DashboardsCommand),
     /// Show all of it on this machine: two hosts as network namespaces, a VM with Redis, a kill
     Demo(DemoArgs),
 }

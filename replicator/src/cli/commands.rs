@@ -35,7 +35,7 @@ pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result
 }
 
 /// Prints to standard output. A reader that is gone ends the program quietly, as other tools do.
-fn print(text: &str) -> Result<(), CliError> {
+pub(super) fn print(text: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),

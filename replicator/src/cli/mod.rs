@@ -6,6 +6,7 @@
 mod args;
 mod commands;
 pub mod config;
+pub mod dashboards;
 mod exit;
 mod logging;
 mod progress;
@@ -48,6 +49,10 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
         Command::Demo(args) => {
             logging::start("warn");
             return Ok(crate::demo::run(args));
+        }
+        Command::Dashboards(command) => {
+            commands::print(&dashboards::run(&command)?)?;
+            Ok(Exit::Ok)
         }
         Command::Ask(command) => {
             logging::start("warn");

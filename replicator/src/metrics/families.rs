@@ -1,4 +1,8 @@
 //! The metric families: names, labels, help texts and buckets, all in one place.
+//!
+//! Promise: what is described ([`described`]) is what is registered, since one call does both.
+
+use std::cell::RefCell;
 
 use prometheus::core::Collector;
 use prometheus::{CounterVec, GaugeVec, HistogramOpts, HistogramVec, IntCounterVec, IntGaugeVec, Opts, Registry};
@@ -10,15 +14,29 @@ const LATENCY_SECONDS: (f64, f64, usize) = (100e-6, 2.0, 18);
 /// Bucket bounds of dirty pages: 1 to 4 million (16 GiB), by four.
 const PAGES: (f64, f64, usize) = (1.0, 4.0, 12);
 
+use super::describe::{Kind, MetricFamily};
+
 /// The parts of a pause, as label values.
 pub(super) const PAUSE_PARTS: [&str; 6] = ["stop", "harvest", "device", "copy", "resume", "total"];
 /// The phases of a failover, as label values.
 pub(super) const FAILOVER_PHASES: [&str; 5] = ["detection", "grant", "load", "resume", "activation"];
 
+/// How a rehearsal ends, as label values.
+pub(super) const REHEARSAL_OUTCOMES: [&str; 2] = ["loads", "fails"];
+/// How a request to the witness ends, as label values.
+pub(super) const WITNESS_OUTCOMES: [&str; 4] = ["granted", "refused", "read", "lost"];
+
+/// Every family, described, in the order of this file.
+pub(super) fn described() -> Vec<MetricFamily> {
+    let registry = Registry::new();
+    let make = Maker { registry: &registry, described: RefCell::default() };
+    let _ = Families::make(&make);
+    make.described.into_inner()
+}
+
 /// Every family, registered once.
 #[derive(Debug)]
 pub(super) struct Families {
-    pub(super) registry: Registry,
     pub(super) build_info: IntGaugeVec,
     pub(super) vm_state: IntGaugeVec,
     pub(super) vm_role: IntGaugeVec,
@@ -30,12 +48,15 @@ pub(super) struct Families {
     pub(super) clock_lag_seconds: CounterVec,
     pub(super) pause_share: GaugeVec,
     pub(super) commit_seconds: HistogramVec,
+    pub(super) lag_seconds: GaugeVec,
     pub(super) dirty_pages: HistogramVec,
     pub(super) encoded_bytes: IntCounterVec,
     pub(super) wire_bytes: IntCounterVec,
     pub(super) held_frames: IntGaugeVec,
     pub(super) held_bytes: IntGaugeVec,
     pub(super) held_age_seconds: GaugeVec,
+    pub(super) held_limit_bytes: IntGaugeVec,
+    pub(super) held_limit_seconds: GaugeVec,
     pub(super) released_frames: IntCounterVec,
     pub(super) dropped_frames: IntCounterVec,
     pub(super) sync_done_pages: IntGaugeVec,
@@ -43,20 +64,24 @@ pub(super) struct Families {
     pub(super) sync_round: IntGaugeVec,
     pub(super) failovers: IntCounterVec,
     pub(super) failover_phase_seconds: HistogramVec,
+    pub(super) rehearsal_timestamp_seconds: GaugeVec,
     pub(super) peer_phi: GaugeVec,
     pub(super) peer_silence_seconds: GaugeVec,
     pub(super) peer_rtt_seconds: GaugeVec,
     pub(super) heartbeats_sent: IntCounterVec,
     pub(super) heartbeats_received: IntCounterVec,
     pub(super) witness_request_seconds: HistogramVec,
+    pub(super) witness_reachable: IntGaugeVec,
 }
 
 impl Families {
-    /// Makes and registers all of them.
+    /// Makes all of them and registers them there.
+    pub(super) fn new(registry: &Registry) -> Self {
+        Self::make(&Maker { registry, described: RefCell::default() })
+    }
+
     #[allow(clippy::too_many_lines)] // A table: one entry per family.
-    pub(super) fn new() -> Self {
-        let registry = Registry::new();
-        let make = Maker { registry: &registry };
+    fn make(make: &Maker<'_>) -> Self {
         Self {
             build_info: make.gauges("build_info", "1; the label is the program's version.", &["version"]),
             vm_state: make.gauges(
@@ -117,6 +142,12 @@ impl Families {
                 &["vm"],
                 LATENCY_SECONDS,
             ),
+            lag_seconds: make.float_gauges(
+                "replication_lag_seconds",
+                "Age of what the standby could go on with: from the end of the last committed epoch's pause until now. \
+                 Looked at twice a second on the primary while the VM is protected or failing over; 0 else.",
+                &["vm"],
+            ),
             dirty_pages: make.histograms(
                 "epoch_dirty_pages",
                 "Pages found dirty in an epoch, those that turned out unchanged included.",
@@ -140,6 +171,16 @@ impl Families {
                 "held_output_age_seconds",
                 "Age of the oldest held frame, from its emission by the guest; 0 if none is held.",
                 &["vm"],
+            ),
+            held_limit_bytes: make.gauges(
+                "held_output_limit_bytes",
+                "This agent's bound on the bytes held for one VM; beyond it frames are dropped.",
+                &[],
+            ),
+            held_limit_seconds: make.float_gauges(
+                "held_output_limit_seconds",
+                "This agent's bound on the age of a held frame; older ones are dropped, never released late.",
+                &[],
             ),
             released_frames: make.counters("output_released_frames_total", "Held frames that were released.", &["vm"]),
             dropped_frames: make.counters(
@@ -175,6 +216,11 @@ impl Families {
                 &["vm", "phase"],
                 LATENCY_SECONDS,
             ),
+            rehearsal_timestamp_seconds: make.float_gauges(
+                "rehearsal_timestamp_seconds",
+                "Unix time at which a rehearsal on this host ended so last, by outcome (loads, fails); 0 if none did.",
+                &["vm", "outcome"],
+            ),
             peer_phi: make.float_gauges(
                 "peer_phi",
                 "The failure detector's suspicion of the peer (phi); at most 1000.",
@@ -203,14 +249,19 @@ impl Families {
                 &["witness", "outcome"],
                 LATENCY_SECONDS,
             ),
-            registry,
+            witness_reachable: make.gauges(
+                "witness_reachable",
+                "1 if the witness answered the last question that this agent asks it every few seconds, else 0.",
+                &["witness"],
+            ),
         }
     }
 }
 
-/// Makes families and registers them. Names are constants, so a failure is our own bug.
+/// Makes families, registers and describes them. Names are constants, so a failure is our own bug.
 struct Maker<'a> {
     registry: &'a Registry,
+    described: RefCell<Vec<MetricFamily>>,
 }
 
 impl Maker<'_> {
@@ -220,29 +271,33 @@ impl Maker<'_> {
         family
     }
 
-    fn opts(name: &str, help: &str) -> Opts {
-        Opts::new(name, help).namespace("understudy")
+    fn opts(&self, kind: Kind, name: &str, help: &str, labels: &[&'static str]) -> Opts {
+        let opts = Opts::new(name, help).namespace("understudy");
+        let (name, help, labels) = (opts.fq_name(), help.to_owned(), labels.to_vec());
+        self.described.borrow_mut().push(MetricFamily { name, kind, labels, help });
+        opts
     }
 
-    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
-        self.register(IntGaugeVec::new(Self::opts(name, help), labels))
+    fn gauges(&self, name: &str, help: &str, labels: &[&'static str]) -> IntGaugeVec {
+        self.register(IntGaugeVec::new(self.opts(Kind::Gauge, name, help, labels), labels))
     }
 
-    fn float_gauges(&self, name: &str, help: &str, labels: &[&str]) -> GaugeVec {
-        self.register(GaugeVec::new(Self::opts(name, help), labels))
+    fn float_gauges(&self, name: &str, help: &str, labels: &[&'static str]) -> GaugeVec {
+        self.register(GaugeVec::new(self.opts(Kind::Gauge, name, help, labels), labels))
     }
 
-    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-        self.register(IntCounterVec::new(Self::opts(name, help), labels))
+    fn counters(&self, name: &str, help: &str, labels: &[&'static str]) -> IntCounterVec {
+        self.register(IntCounterVec::new(self.opts(Kind::Counter, name, help, labels), labels))
     }
 
-    fn float_counters(&self, name: &str, help: &str, labels: &[&str]) -> CounterVec {
-        self.register(CounterVec::new(Self::opts(name, help), labels))
+    fn float_counters(&self, name: &str, help: &str, labels: &[&'static str]) -> CounterVec {
+        self.register(CounterVec::new(self.opts(Kind::Counter, name, help, labels), labels))
     }
 
-    fn histograms(&self, name: &str, help: &str, labels: &[&str], bounds: (f64, f64, usize)) -> HistogramVec {
+    fn histograms(&self, name: &str, help: &str, labels: &[&'static str], bounds: (f64, f64, usize)) -> HistogramVec {
         let (start, factor, count) = bounds;
         let buckets = prometheus::exponential_buckets(start, factor, count).expect("bucket bounds are valid");
-        self.register(HistogramVec::new(HistogramOpts::from(Self::opts(name, help)).buckets(buckets), labels))
+        let opts = HistogramOpts::from(self.opts(Kind::Histogram, name, help, labels)).buckets(buckets);
+        self.register(HistogramVec::new(opts, labels))
     }
 }

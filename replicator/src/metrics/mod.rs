@@ -4,15 +4,18 @@
 //! [`Metrics::peer`] give handles whose series are looked up once, so that observing costs nanoseconds. Every metric is
 //! called `understudy_*`, has base units and a help text that says where a duration starts and ends and what it leaves out.
 
+mod describe;
 mod families;
 mod http;
 mod peer;
 mod vm;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use prometheus::{Encoder as _, TextEncoder};
+use prometheus::{Encoder as _, Registry, TextEncoder};
 
+pub use describe::{Kind, MetricFamily, families, label_values};
 pub use http::{MetricsServer, MetricsServerError};
 pub use peer::{PeerMetrics, WitnessMetrics, WitnessOutcome};
 pub use vm::VmMetrics;
@@ -22,6 +25,7 @@ use families::Families;
 /// The metrics of one agent. Clones are the same metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
+    registry: Registry,
     families: Arc<Families>,
 }
 
@@ -35,9 +39,18 @@ impl Metrics {
     /// All metrics, none with a series yet but the build's.
     #[must_use]
     pub fn new() -> Self {
-        let families = Families::new();
+        let registry = Registry::new();
+        let families = Families::new(&registry);
         families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Self { families: Arc::new(families) }
+        Self { registry, families: Arc::new(families) }
+    }
+
+    /// The bounds beyond which held output is dropped.
+    pub fn set_held_limits(&self, bytes: u64, age: Duration) {
+        let none: &[&str] = &[];
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.families.held_limit_bytes.with_label_values(none).set(bytes);
+        self.families.held_limit_seconds.with_label_values(none).set(age.as_secs_f64());
     }
 
     /// The handle of one VM. Take one per protection and clone it: counters that a gate reports as totals are kept apart by
@@ -69,12 +82,17 @@ impl Metrics {
         WitnessMetrics::new(&self.families, name)
     }
 
+    /// Forgets a witness: whether it can be reached is exported no more.
+    pub fn remove_witness(&self, name: &str) {
+        peer::remove_witness(&self.families, name);
+    }
+
     /// All series in Prometheus' text format.
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = Vec::new();
         TextEncoder::new()
-            .encode(&self.families.registry.gather(), &mut text)
+            .encode(&self.registry.gather(), &mut text)
             .expect("names and labels were checked when the metrics were made");
         String::from_utf8(text).expect("the text encoder writes UTF-8")
     }

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use prometheus::{Gauge, HistogramVec, IntCounter};
+use prometheus::{Gauge, HistogramVec, IntCounter, IntGauge};
 
-use super::families::Families;
+use super::families::{Families, WITNESS_OUTCOMES};
 use crate::control::api::Suspicion;
 
 /// The handle of one peer's metrics. Clones are the same handle.
@@ -79,22 +79,42 @@ pub enum WitnessOutcome {
 #[derive(Debug, Clone)]
 pub struct WitnessMetrics {
     seconds: HistogramVec,
+    reachable: IntGauge,
     name: String,
 }
 
 impl WitnessMetrics {
     pub(super) fn new(families: &Families, name: &str) -> Self {
-        Self { seconds: families.witness_request_seconds.clone(), name: name.to_owned() }
+        for outcome in WITNESS_OUTCOMES {
+            // There from the start, so that the first one of its kind is seen as a growth.
+            let _ = families.witness_request_seconds.with_label_values(&[name, outcome]);
+        }
+        Self {
+            seconds: families.witness_request_seconds.clone(),
+            reachable: families.witness_reachable.with_label_values(&[name]),
+            name: name.to_owned(),
+        }
+    }
+
+    /// Whether the witness answered when it was looked for.
+    pub fn set_reachable(&self, reachable: bool) {
+        self.reachable.set(i64::from(reachable));
     }
 
     /// A request ended after `took`.
     pub fn observe(&self, outcome: WitnessOutcome, took: Duration) {
+        let [granted, refused, read, lost] = WITNESS_OUTCOMES;
         let word = match outcome {
-            WitnessOutcome::Granted => "granted",
-            WitnessOutcome::Refused => "refused",
-            WitnessOutcome::Read => "read",
-            WitnessOutcome::Lost => "lost",
+            WitnessOutcome::Granted => granted,
+            WitnessOutcome::Refused => refused,
+            WitnessOutcome::Read => read,
+            WitnessOutcome::Lost => lost,
         };
         self.seconds.with_label_values(&[self.name.as_str(), word]).observe(took.as_secs_f64());
     }
+}
+
+/// Removes what says whether a witness can be reached; its requests stay counted.
+pub(super) fn remove_witness(families: &Families, name: &str) {
+    let _ = families.witness_reachable.remove_label_values(&[name]);
 }

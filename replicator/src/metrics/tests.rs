@@ -57,12 +57,17 @@ fn all() -> Metrics {
     vm.set_held(&HeldOutput { frames: 2, bytes: 120, oldest_ms: 1.5, released: 10, dropped: 3 });
     vm.set_guest_clock(&GuestClock { lag_seconds: 1.5, pause_share: 0.08 });
     vm.observe_failover(&report());
+    vm.set_replication_lag(Duration::from_millis(40));
+    vm.rehearsed(true);
+    metrics.set_held_limits(1 << 20, Duration::from_secs(5));
     let peer = metrics.peer("host-b");
     peer.set_suspicion(&Suspicion::new(0.5, 12.0, false));
     peer.set_rtt(Duration::from_micros(250));
     peer.sent(4);
     peer.received(3);
-    metrics.witness("w").observe(WitnessOutcome::Granted, Duration::from_millis(2));
+    let witness = metrics.witness("w");
+    witness.observe(WitnessOutcome::Granted, Duration::from_millis(2));
+    witness.set_reachable(true);
     metrics
 }
 
@@ -75,9 +80,9 @@ fn value(text: &str, series: &str) -> Option<f64> {
 fn every_family_is_written_somewhere() {
     let metrics = all();
     // A family without series is not gathered, so what is defined is counted at the registry's other end.
-    let gathered: BTreeSet<String> = metrics.families.registry.gather().iter().map(|f| f.name().to_owned()).collect();
-    let defined = include_str!("families.rs").matches("make.").count();
-    assert_eq!(gathered.len(), defined, "{gathered:#?}");
+    let gathered: BTreeSet<String> = metrics.registry.gather().iter().map(|f| f.name().to_owned()).collect();
+    let described: BTreeSet<String> = families().into_iter().map(|family| family.name).collect();
+    assert_eq!(gathered, described);
     let text = metrics.encode();
     for name in &gathered {
         assert!(name.starts_with("understudy_"), "{name}");
@@ -107,6 +112,13 @@ fn an_epoch_is_counted_in_base_units() {
         ("understudy_held_output_age_seconds{vm=\"web-1\"}", 0.001_5),
         ("understudy_failovers_total{cause=\"silence\",vm=\"web-1\"}", 1.0),
         ("understudy_failover_phase_seconds_sum{phase=\"activation\",vm=\"web-1\"}", 0.032),
+        ("understudy_replication_lag_seconds{vm=\"web-1\"}", 0.04),
+        ("understudy_rehearsal_timestamp_seconds{outcome=\"fails\",vm=\"web-1\"}", 0.0),
+        ("understudy_held_output_limit_bytes", 1_048_576.0),
+        ("understudy_held_output_limit_seconds", 5.0),
+        ("understudy_failovers_total{cause=\"planned\",vm=\"web-1\"}", 0.0),
+        ("understudy_witness_request_seconds_count{outcome=\"lost\",witness=\"w\"}", 0.0),
+        ("understudy_witness_reachable{witness=\"w\"}", 1.0),
         ("understudy_sync_done_pages{vm=\"web-1\"}", 5.0),
         ("understudy_peer_silence_seconds{peer=\"host-b\"}", 0.012),
     ] {
@@ -158,7 +170,9 @@ fn a_removed_vm_and_peer_leave_nothing() {
     metrics.vm("web-2").observe_epoch(&epoch(1));
     metrics.remove_vm("web-1");
     metrics.remove_peer("host-b");
+    metrics.remove_witness("w");
     let text = metrics.encode();
+    assert!(!text.contains("witness_reachable"), "{text}");
     assert!(!text.contains("web-1") && !text.contains("host-b"), "{text}");
     assert!(text.contains("understudy_epochs_total{vm=\"web-2\"} 1"));
 }
@@ -200,4 +214,30 @@ fn promtool_finds_nothing() {
     check.stdin.take().unwrap().write_all(all().encode().as_bytes()).unwrap();
     let output = check.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// What is described is what is exported: types, label names, and the values of labels that are words.
+#[test]
+fn families_are_described_as_they_are_exported() {
+    let text = all().encode();
+    for family in families() {
+        assert!(text.contains(&format!("# TYPE {} {}\n", family.name, family.kind.word())), "{family:?}");
+        let mut prefix = family.name.clone();
+        if family.kind == Kind::Histogram {
+            prefix.push_str("_count");
+        }
+        let series: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(prefix.as_str())).collect();
+        for line in &series {
+            let labels = line.strip_prefix('{').and_then(|rest| rest.split_once('}')).map_or("", |(labels, _)| labels);
+            let pairs: Vec<(&str, &str)> = labels.split(',').filter_map(|pair| pair.split_once('=')).collect();
+            let named: BTreeSet<&str> = pairs.iter().map(|&(name, _)| name).collect();
+            assert_eq!(named, family.labels.iter().copied().collect(), "{}{line}", family.name);
+            for (name, value) in pairs {
+                if let Some(known) = label_values(&family.name, name) {
+                    assert!(known.contains(&value.trim_matches('"')), "{}{line}", family.name);
+                }
+            }
+        }
+        assert!(!series.is_empty(), "{family:?}");
+    }
 }

@@ -1,10 +1,11 @@
 //! The metrics of one VM.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::{Counter, Gauge, Histogram, IntCounter, IntGauge};
 
-use super::families::{FAILOVER_PHASES, Families, PAUSE_PARTS};
+use super::families::{FAILOVER_PHASES, Families, PAUSE_PARTS, REHEARSAL_OUTCOMES};
 use crate::control::api::{
     EncodedBytes, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SyncProgress,
 };
@@ -27,6 +28,7 @@ struct Series {
     clock_lag_seconds: Counter,
     pause_share: Gauge,
     commit_seconds: Histogram,
+    lag_seconds: Gauge,
     dirty_pages: Histogram,
     encoded_bytes: [IntCounter; ENCODINGS],
     wire_bytes: IntCounter,
@@ -57,6 +59,7 @@ impl VmMetrics {
             clock_lag_seconds: families.clock_lag_seconds.with_label_values(vm),
             pause_share: families.pause_share.with_label_values(vm),
             commit_seconds: families.commit_seconds.with_label_values(vm),
+            lag_seconds: families.lag_seconds.with_label_values(vm),
             dirty_pages: families.dirty_pages.with_label_values(vm),
             encoded_bytes: bytes.map(|(encoding, _)| families.encoded_bytes.with_label_values(&[name, encoding])),
             wire_bytes: families.wire_bytes.with_label_values(vm),
@@ -76,6 +79,10 @@ impl VmMetrics {
             name: name.to_owned(),
             families,
         };
+        for cause in FailoverCause::ALL {
+            // There from the start, so that the first failover is seen as a growth.
+            let _ = series.families.failovers.with_label_values(&[name, cause.word()]);
+        }
         let handle = Self { series: Arc::new(series) };
         handle.set_state(&ProtectionState::Unprotected);
         handle
@@ -147,6 +154,21 @@ impl VmMetrics {
         *last = (held.released, held.dropped);
     }
 
+    /// How old the state is that the standby could go on with; 0 where that is no question.
+    pub fn set_replication_lag(&self, lag: Duration) {
+        self.series.lag_seconds.set(lag.as_secs_f64());
+    }
+
+    /// A rehearsal on this host ended now.
+    pub fn rehearsed(&self, loads: bool) {
+        let series = &*self.series;
+        let of =
+            |outcome| series.families.rehearsal_timestamp_seconds.with_label_values(&[series.name.as_str(), outcome]);
+        let [good, bad] = REHEARSAL_OUTCOMES.map(of);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        if loads { good } else { bad }.set(now.as_secs_f64());
+    }
+
     /// What pauses did to the guest's clock. A smaller lag is that of a new protection, which counts from 0.
     pub fn set_guest_clock(&self, clock: &GuestClock) {
         let series = &*self.series;
@@ -200,6 +222,10 @@ pub(super) fn remove(families: &Families, name: &str) {
         let _ = family.remove_label_values(vm);
     }
     let _ = families.held_age_seconds.remove_label_values(vm);
+    let _ = families.lag_seconds.remove_label_values(vm);
+    for outcome in REHEARSAL_OUTCOMES {
+        let _ = families.rehearsal_timestamp_seconds.remove_label_values(&[name, outcome]);
+    }
     let _ = families.pause_share.remove_label_values(vm);
     let _ = families.clock_lag_seconds.remove_label_values(vm);
     for word in ProtectionState::WORDS {

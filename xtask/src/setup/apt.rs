@@ -42,7 +42,7 @@ impl Apt {
         shell::output(Self::get().arg("update")).map(drop)
     }
 
-    /// Installs `packages` without recommended ones.
+    /// Installs `packages` without recommended ones. Lists that were fetched in this run are not fetched again.
     ///
     /// # Errors
     /// Without apt-get, without root, or if it fails.
@@ -53,7 +53,9 @@ impl Apt {
         if !shell::is_root() {
             bail!("installing needs the superuser");
         }
-        self.update()?;
+        if !self.updated {
+            self.update()?;
+        }
         println!("setup: apt-get install {}", packages.join(" "));
         let mut command = Self::get();
         command.args(["install", "-y", "--no-install-recommends"]).args(packages);

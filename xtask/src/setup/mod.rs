@@ -20,6 +20,8 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("ip", "iproute2"),
     ("mkfs.ext4", "e2fsprogs"),
 ];
+/// Programs that single tests call, which say `skipped` without them.
+const FOR_TESTS: [(&str, &str); 2] = [("prometheus", "prometheus"), ("promtool", "prometheus")];
 
 /// What this machine can do, after the set-up.
 #[derive(Debug)]
@@ -60,16 +62,25 @@ impl Means {
 /// If the build directory cannot be written.
 pub(crate) fn run(refresh: bool) -> Result<Means> {
     let mut apt = apt::Apt::new();
-    let missing = programs(&mut apt);
+    let missing = programs(&mut apt, &PROGRAMS);
+    if shell::find("prometheus").is_none() {
+        println!("setup: where systemd runs, Debian also starts its Prometheus (systemctl disable --now prometheus)");
+    }
+    for what in programs(&mut apt, &FOR_TESTS) {
+        println!("setup: the tests of dashboards and alerts will be skipped here in part: {what}");
+    }
     let guest = guest::build(&mut apt, refresh)?;
     Ok(Means { missing, guest })
 }
 
-fn programs(apt: &mut apt::Apt) -> Vec<String> {
-    let absent = || PROGRAMS.iter().filter(|(program, _)| shell::find(program).is_none());
-    let packages: Vec<_> = absent().map(|&(_, package)| package).collect();
+/// Installs what is not there of `wanted`; returns what is still missing.
+fn programs(apt: &mut apt::Apt, wanted: &[(&str, &str)]) -> Vec<String> {
+    let absent = || wanted.iter().filter(|(program, _)| shell::find(program).is_none());
+    let mut packages: Vec<_> = absent().map(|&(_, package)| package).collect();
+    packages.dedup();
     if packages.is_empty() {
-        println!("setup: programs are there: {}", PROGRAMS.map(|(program, _)| program).join(", "));
+        let names: Vec<_> = wanted.iter().map(|&(program, _)| program).collect();
+        println!("setup: programs are there: {}", names.join(", "));
         return Vec::new();
     }
     let outcome = apt.install(&packages);

@@ -1,0 +1,123 @@
+//! Hosts and heartbeats: who hears whom, and whether the witness is there.
+
+use super::with_hosts;
+use crate::grafana::{Dashboard, Panel};
+
+pub(super) fn board() -> Dashboard {
+    let board = Dashboard::new(
+        "understudy-hosts",
+        "Understudy: hosts and heartbeats",
+        "Agents, the heartbeats between them, and the witness.",
+    );
+    let all = [agents(), heartbeats(), witness()];
+    with_hosts(board).panels(all.into_iter().flatten())
+}
+
+fn agents() -> Vec<Panel> {
+    vec![
+        Panel::row("Agents"),
+        Panel::stat(
+            "Agents up",
+            "Agents that Prometheus reaches. Fewer than there are hosts: look at the missing host.",
+            "none",
+        )
+        .good_from(1.0)
+        .now("sum(up{job=\"understudy\",instance=~\"$instance\"})", "up"),
+        Panel::table(
+            "Versions",
+            "The program of each agent. Pairs of different versions work only if one of them offers the other's protocol: \
+             upgrade the standby first.",
+            "understudy_build_info{instance=~\"$instance\"}",
+            &["instance", "version"],
+            None,
+        )
+        .size(10, 6)
+        .plain(),
+        Panel::table(
+            "Copies per host",
+            "How many copies each host has in each state. All primaries on one host: its death makes all of them fail over \
+             at once.",
+            "sum by (instance, state) (understudy_vm_state{instance=~\"$instance\"}) > 0",
+            &["instance", "state"],
+            Some("copies"),
+        )
+        .size(10, 6)
+        .plain(),
+    ]
+}
+
+fn heartbeats() -> Vec<Panel> {
+    let sent =
+        "sum by (instance, peer) (rate(understudy_heartbeats_sent_total{instance=~\"$instance\"}[$__rate_interval]))";
+    let received = "sum by (instance, peer) (rate(understudy_heartbeats_received_total{instance=~\"$instance\"}[$__rate_interval]))";
+    vec![
+        Panel::row("Heartbeats"),
+        Panel::lines(
+            "Suspicion of peers (phi)",
+            "What the failure detector thinks. Peaks without a failure: a lossy or congested path; give heartbeats a path of \
+             their own, or a longer `heartbeat.silence`.",
+            "none",
+        )
+        .bad_from(4.0, 8.0)
+        .query("understudy_peer_phi{instance=~\"$instance\"}", "{{instance}} of {{peer}}"),
+        Panel::lines(
+            "Time since a peer was heard",
+            "A saw of one interval is normal. A line that climbs: the peer or the path to it is gone.",
+            "s",
+        )
+        .bad_from(0.2, 1.0)
+        .query("understudy_peer_silence_seconds{instance=~\"$instance\"}", "{{instance}} of {{peer}}"),
+        Panel::lines(
+            "Round trip of heartbeats",
+            "Smoothed. Every commit waits at least this long; on a local network it is below a millisecond.",
+            "s",
+        )
+        .bad_from(0.005, 0.05)
+        .query("understudy_peer_rtt_seconds{instance=~\"$instance\"}", "{{instance}} to {{peer}}"),
+        Panel::lines(
+            "Heartbeats sent and heard",
+            "Both should be the same. Heard fewer than the other side sends: the path loses datagrams.",
+            "ops",
+        )
+        .query(sent, "{{instance}} to {{peer}}")
+        .query(received, "{{instance}} from {{peer}}"),
+    ]
+}
+
+fn witness() -> Vec<Panel> {
+    let name = "understudy_witness_request_seconds";
+    let quantile = |q: f64| {
+        format!(
+            "histogram_quantile({q}, sum by (instance, le) (rate({name}_bucket{{instance=~\"$instance\",outcome!=\"lost\"}}[$__rate_interval])))"
+        )
+    };
+    vec![
+        Panel::row("Witness"),
+        Panel::stat(
+            "Witness answers",
+            "1: it answered when the agent last looked. 0: no failover can happen until it does; start it, or mend the \
+             network between this host and it.",
+            "none",
+        )
+        .size(8, 8)
+        .good_from(1.0)
+        .now("understudy_witness_reachable{instance=~\"$instance\"}", "{{instance}} asks {{witness}}"),
+        Panel::lines(
+            "Latency of the witness",
+            "Of answered questions. A failover waits for one; a slow disk under the witness shows here.",
+            "s",
+        )
+        .size(8, 8)
+        .bad_from(0.05, 0.5)
+        .query(&quantile(0.5), "{{instance}} p50")
+        .query(&quantile(0.99), "{{instance}} p99"),
+        Panel::lines("Questions to the witness", "By outcome. lost means that no answer came in time.", "ops")
+            .size(8, 8)
+            .query(
+                &format!(
+                    "sum by (instance, outcome) (rate({name}_count{{instance=~\"$instance\"}}[$__rate_interval]))"
+                ),
+                "{{instance}} {{outcome}}",
+            ),
+    ]
+}
