@@ -12,3 +12,4 @@ mod monitor;
 mod refuses;
 mod stage;
 mod unlucky;
+mod watch;

@@ -80,7 +80,7 @@ impl Dashboard {
         let query = format!("label_values({selector}, {label})");
         self.templating.list.push(json!({
             "name": name, "type": "query", "label": title, "datasource": DataSource::chosen(),
-            "definition": query, "query": { "query": query, "refId": format!("variable-{name}") },
+            "query": { "query": query, "refId": format!("variable-{name}") },
             "regex": "", "hide": 0, "includeAll": true, "allValue": ".*", "multi": true, "refresh": 2, "sort": 1,
             "skipUrlSync": false, "options": [], "current": { "selected": true, "text": ["All"], "value": ["$__all"] },
         }));
@@ -92,7 +92,7 @@ impl Dashboard {
     pub fn annotation(mut self, name: &str, color: &str, expr: &str, text: &str) -> Self {
         self.annotations.list.push(json!({
             "name": name, "datasource": DataSource::chosen(), "enable": true, "hide": false, "iconColor": color,
-            "expr": expr, "step": "10s", "titleFormat": name, "textFormat": text, "tagKeys": "instance,vm",
+            "target": { "expr": expr, "refId": "Anno", "interval": "10s" }, "titleFormat": name, "textFormat": text, "tagKeys": "instance,vm",
             "useValueForTime": false,
         }));
         self
@@ -128,13 +128,13 @@ impl Dashboard {
     /// The expressions of its annotations.
     #[must_use]
     pub fn annotation_queries(&self) -> Vec<&str> {
-        self.annotations.list.iter().filter_map(|annotation| annotation["expr"].as_str()).collect()
+        self.annotations.list.iter().filter_map(|annotation| annotation["target"]["expr"].as_str()).collect()
     }
 
     /// The series that its variables take their values from, with the label.
     #[must_use]
     pub fn variable_queries(&self) -> Vec<(&str, &str)> {
-        let queries = self.templating.list.iter().filter_map(|variable| variable["definition"].as_str());
+        let queries = self.templating.list.iter().filter_map(|variable| variable["query"]["query"].as_str());
         queries.filter_map(|query| query.strip_prefix("label_values(")?.strip_suffix(')')?.rsplit_once(", ")).collect()
     }
 }

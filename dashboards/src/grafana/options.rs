@@ -68,7 +68,6 @@ impl Kind {
             Self::Table => json!({
                 "showHeader": true,
                 "cellHeight": "sm",
-                "footer": { "show": false, "reducer": ["sum"], "countRows": false, "fields": "" },
             }),
             Self::Row => json!({}),
         }

@@ -75,6 +75,12 @@ impl Host {
         }
     }
 
+    /// Where its agent serves metrics, to the whole laboratory.
+    #[must_use]
+    pub fn metrics(self) -> String {
+        format!("{}:9644", self.address())
+    }
+
     /// Its address.
     #[must_use]
     pub fn address(self) -> &'static str {
@@ -296,6 +302,7 @@ impl Lab {
         args.push(format!("{}:7844", host.address()));
         args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
         args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
+        args.extend(["--metrics".to_owned(), host.metrics()]);
         let what = format!("the agent of {}", host.name());
         let (namespace, log) = (self.namespace(host.role()), dir.join("agent.log"));
         let mut agent = Daemon::start(&what, &namespace, &self.understudy, &args, &log_env(), &log)?;
@@ -360,6 +367,12 @@ impl Lab {
     pub fn set_link(&self, host: Host, up: bool) -> Result<()> {
         let state = if up { "up" } else { "down" };
         ip(&format!("-n {} link set to-{} {state}", self.namespace("s"), host.role()))
+    }
+
+    /// The directory of the whole laboratory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// The directory of the VM on host A.

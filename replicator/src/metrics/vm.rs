@@ -83,6 +83,9 @@ impl VmMetrics {
             // There from the start, so that the first failover is seen as a growth.
             let _ = series.families.failovers.with_label_values(&[name, cause.word()]);
         }
+        for phase in FAILOVER_PHASES {
+            let _ = series.families.failover_phase_seconds.with_label_values(&[name, phase]);
+        }
         let handle = Self { series: Arc::new(series) };
         handle.set_state(&ProtectionState::Unprotected);
         handle
