@@ -33,7 +33,10 @@ const pluginFields = ['titleFormat', 'textFormat', 'tagKeys', 'useValueForTime']
 let panels = 0;
 for (const file of readdirSync(dashboards).filter((name) => name.endsWith('.json')).sort()) {
   const board = JSON.parse(readFileSync(join(dashboards, file), 'utf8'));
-  for (const mark of board.annotations.list) pluginFields.forEach((field) => delete mark[field]);
+  for (const mark of board.annotations.list) {
+    pluginFields.forEach((field) => delete mark[field]);
+    ['expr', 'interval'].forEach((field) => delete mark.target[field]);
+  }
   lines.push(`// ${file}`, `export const b${lines.length}: Json<Dashboard> = ${JSON.stringify(board)};`);
   for (const panel of board.panels.filter((panel) => panel.type !== 'row')) {
     const [, options, fields] = kinds[panel.type] ?? [];

@@ -66,6 +66,7 @@ impl Kind {
                 "tooltip": { "mode": "single", "sort": "none" },
             }),
             Self::Table => json!({
+                "frameIndex": 0,
                 "showHeader": true,
                 "cellHeight": "sm",
             }),
