@@ -16,6 +16,9 @@ pub use yaml::{rules, unit_tests};
 /// The file with a section for each alert. It is exported beside the rules.
 pub const RUNBOOKS: &str = "operations.md";
 
+/// Time between two values of a case, and between two evaluations.
+pub const STEP: &str = "15s";
+
 /// A series that is computed once for many queries.
 #[derive(Debug, Clone)]
 pub struct Recorded {
@@ -82,9 +85,7 @@ impl Alert {
 pub struct Case {
     /// What it shows.
     pub name: &'static str,
-    /// Time between two values.
-    pub step: &'static str,
-    /// Series and their values, in promtool's notation.
+    /// Series and their values, one every [`STEP`], in promtool's notation.
     pub series: Vec<(String, &'static str)>,
     /// When the alert is looked at.
     pub at: &'static str,
@@ -95,16 +96,11 @@ pub struct Case {
 impl Case {
     fn new(name: &'static str, at: &'static str, series: &[(&str, &'static str)]) -> Self {
         let series = series.iter().map(|&(series, values)| (series.to_owned(), values)).collect();
-        Self { name, step: "15s", series, at, fires: Vec::new() }
+        Self { name, series, at, fires: Vec::new() }
     }
 
     fn fires(mut self, labels: &[(&'static str, &'static str)]) -> Self {
         self.fires.push(labels.to_vec());
-        self
-    }
-
-    fn step(mut self, step: &'static str) -> Self {
-        self.step = step;
         self
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Alert, alerts, recorded};
+use super::{Alert, STEP, alerts, recorded};
 
 /// The file name of the rules, for the tests' reference to them.
 pub(super) const RULES: &str = "understudy.rules.yml";
@@ -54,16 +54,15 @@ pub fn rules() -> String {
 pub fn unit_tests() -> String {
     let mut text =
         format!("{HEADER}# Run `promtool test rules understudy.rules.test.yml`.\nrule_files:\n  - {RULES}\n\n");
-    text.push_str(
-        "evaluation_interval: 15s\n\ngroup_eval_order:\n  - understudy-recorded\n  - understudy-alerts\n\ntests:\n",
-    );
+    let _ = write!(text, "evaluation_interval: {STEP}\n\n");
+    text.push_str("group_eval_order:\n  - understudy-recorded\n  - understudy-alerts\n\ntests:\n");
     for alert in alerts() {
         for case in &alert.cases {
             let _ = write!(
                 text,
                 "  - name: {}\n    interval: {}\n",
                 quoted(&format!("{}: {}", alert.name, case.name)),
-                case.step
+                STEP
             );
             text.push_str("    input_series:\n");
             for (series, values) in &case.series {
@@ -93,7 +92,7 @@ fn expected(text: &mut String, alert: &Alert, labels: &[(&str, &str)]) {
     };
     let _ = write!(text, "          - exp_labels:\n              severity: {}\n", alert.severity.word());
     for (name, value) in labels {
-        let _ = write!(text, "              {name}: {}\n", quoted(value));
+        let _ = writeln!(text, "              {name}: {}", quoted(value));
     }
     let _ = write!(
         text,

@@ -50,29 +50,27 @@ pub(super) fn alerts() -> Vec<Alert> {
             name: "UnderstudyVersionsDiffer",
             severity: Severity::Info,
             expr: "count(count by (version) (understudy_build_info)) > 1".to_owned(),
-            hold: "1h",
+            hold: "30m",
             summary: "Agents of different versions run",
             description: "Fine while you upgrade; a pair that stays mixed is not what was tested.",
             cases: vec![
                 Case::new(
                     "two versions",
-                    "2h",
+                    "35m",
                     &[
                         ("understudy_build_info{job=\"understudy\",instance=\"a:9644\",version=\"0.1.0\"}", "1x200"),
                         ("understudy_build_info{job=\"understudy\",instance=\"b:9644\",version=\"0.2.0\"}", "1x200"),
                     ],
                 )
-                .step("1m")
                 .fires(&[]),
                 Case::new(
                     "one version",
-                    "2h",
+                    "35m",
                     &[
                         ("understudy_build_info{job=\"understudy\",instance=\"a:9644\",version=\"0.1.0\"}", "1x200"),
                         ("understudy_build_info{job=\"understudy\",instance=\"b:9644\",version=\"0.1.0\"}", "1x200"),
                     ],
-                )
-                .step("1m"),
+                ),
             ],
         },
     ]
