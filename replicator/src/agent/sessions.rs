@@ -145,7 +145,8 @@ impl Agent {
             first_epoch,
             pacing: self.pacing(request.epoch.unwrap_or(self.config.epoch.policy)),
             pipeline: usize::try_from(self.config.epoch.pipeline).expect("bounded by the configuration"),
-            acknowledge_within: self.config.heartbeat.unacknowledged + syncing(&guest.recipe().disks, request.durability),
+            acknowledge_within: self.config.heartbeat.unacknowledged
+                + syncing(&guest.recipe().disks, request.durability),
             ownership,
             frozen_after: defaults.frozen_after + copying(guest.layout().pages()),
             ..defaults
