@@ -109,7 +109,13 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 
 fn qmp(socket: &Path, command: &str) -> serde_json::Value {
     use std::io::{BufRead, BufReader, Write};
-    let mut stream = std::os::unix::net::UnixStream::connect(socket).expect("QEMU listens");
+    // A second monitor may come up after the one by which QEMU was seen to run.
+    let mut connected = None;
+    wait_for("QEMU's monitor", || {
+        connected = std::os::unix::net::UnixStream::connect(socket).ok();
+        connected.is_some()
+    });
+    let mut stream = connected.expect("it was waited for");
     stream.set_read_timeout(Some(SOON)).expect("a socket");
     writeln!(stream, r#"{{"execute":"qmp_capabilities"}}{command}"#).expect("QEMU reads");
     let mut answers = BufReader::new(stream).lines();
