@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use replicator::demo::lab::Host;
+use replicator::demo::lab::{Host, Machine};
 
 use crate::stage::{SOON, Stage, play, play_long};
 
@@ -57,6 +57,55 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
 }
 
 #[test]
+fn disks_of_all_kinds_follow_their_vm() {
+    play_long("host A killed, with several disks", async |stage| {
+        let dir = stage.lab.vm_dir();
+        fs::create_dir_all(&dir)?;
+        // IDE by the short way, SCSI as libvirt writes it: a node of JSON for the file, one for its format.
+        let (ide, scsi) = (dir.join("ide.qcow2"), dir.join("scsi, with a comma.qcow2"));
+        let patterns = [make_image(&ide, 5)?, make_image(&scsi, 11)?];
+        let file = serde_json::json!({ "driver": "file", "filename": scsi, "node-name": "s0-storage", "auto-read-only": true });
+        let format = serde_json::json!({ "driver": "qcow2", "file": "s0-storage", "node-name": "s0-format", "discard": "unmap" });
+        let more = [
+            "-drive",
+            &format!("file={},if=ide,index=1,cache=writeback,lazy-refcounts=on", ide.display()),
+            "-device",
+            "virtio-scsi-pci,id=scsi0",
+            "-blockdev",
+            &file.to_string(),
+            "-blockdev",
+            &format.to_string(),
+            "-device",
+            "scsi-hd,bus=scsi0.0,drive=s0-format",
+        ]
+        .map(str::to_owned);
+        stage.set_with(&Machine { disk_mib: Some(DISK_MIB), more: more.into(), ..Machine::default() }).await?;
+        stage.protect().await?;
+        let mut client = stage.writer("d").await?;
+        stage.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        let survivor = stage.until_survivor().await?;
+        let written = stage.nothing_lost(client).await?;
+        let pid = survivor.survivor.context("a survivor")?.pid;
+        stage.shut_the_guest_down()?;
+        stage.until_ended(pid).await?;
+        let copies = images(&stage.lab.state_dir(Host::B))?;
+        ensure!(copies.len() == 3, "{copies:?}");
+        for pattern in &patterns {
+            let mut same = false;
+            for copy in &copies {
+                same |= fs::read(copy)? == *pattern;
+            }
+            ensure!(same, "no copy on host-b is one of the disks that nobody wrote to");
+        }
+        let kept = copies.iter().find(|copy| fs::metadata(copy).is_ok_and(|data| data.len() == DISK_MIB << 20));
+        let kept = kept.context("no copy of the disk with the file system")?;
+        is_clean(kept)?;
+        holds(kept, "d", written.acked)
+    });
+}
+
+#[test]
 fn an_ended_protection_leaves_the_disk_to_its_guest() {
     play_long("unprotect with a disk", async |stage| {
         stage.set_with_disk(DISK_MIB).await?;
@@ -102,6 +151,24 @@ impl Drop for SmallDisk {
         // Lazily: an agent may have files open in it.
         let _ = tool("umount", &["-l", &self.0.display().to_string()]);
     }
+}
+
+/// A qcow2 image with something in it and holes; what a guest reads from it.
+fn make_image(path: &Path, seed: u8) -> Result<Vec<u8>> {
+    let mut content = vec![0; 6 << 20];
+    for (at, byte) in content.iter_mut().enumerate() {
+        // Every other 64 KiB is a hole.
+        if at >> 16 & 1 == 0 {
+            *byte = u8::try_from(((at * 31) ^ (at >> 9)) & 0xFF)?.wrapping_mul(seed);
+        }
+    }
+    let raw = path.with_extension("raw");
+    fs::write(&raw, &content)?;
+    let (from, to) = (raw.display().to_string(), path.display().to_string());
+    let made = tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &from, &to])?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    fs::remove_file(&raw)?;
+    Ok(content)
 }
 
 /// The images of a host that stands by, or stood by.
@@ -160,8 +227,11 @@ fn holds(image: &Path, tag: &str, acked: u64) -> Result<()> {
 impl Stage {
     /// A VM with a disk that runs on host A, two agents and a witness, all paired.
     async fn set_with_disk(&mut self, mib: u64) -> Result<()> {
-        let machine = replicator::demo::lab::Machine { disk_mib: Some(mib), ..Default::default() };
-        self.lab.boot_as(&machine).await?;
+        self.set_with(&Machine { disk_mib: Some(mib), ..Machine::default() }).await
+    }
+
+    async fn set_with(&mut self, machine: &Machine) -> Result<()> {
+        self.lab.boot_as(machine).await?;
         self.lab.start_daemons().await?;
         self.lab.pair().await
     }

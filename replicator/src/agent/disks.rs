@@ -21,7 +21,9 @@ use vmm_hooks::guest::{GuestError, GuestErrorKind};
 use super::intake::Staged;
 use crate::disk::files::HostFiles;
 use crate::disk::open::DEFAULT_JOURNAL_BYTES;
-use crate::disk::{DiskError, DiskStore, EpochId, Policy, Setup, StandbyDisk, create, recover};
+use crate::disk::{
+    DiskError, DiskStore, EpochId, Policy, Recovered, Setup, StandbyDisk, State, create, recover, state_in,
+};
 
 /// An epoch whose disk writes are held, or the error after which none is.
 pub(super) type Held = Result<Staged, DiskError>;
@@ -154,8 +156,11 @@ impl DiskThreads {
         let Err(error) = done else { return Ok(()) };
         tracing::error!(%error, "the disks could not be finished at once; they are recovered from their journal");
         drop(store);
-        let recovered = recover(&HostFiles, &self.setup, Some(epoch)).and_then(|(store, _)| {
-            store.finish(epoch)?;
+        let recovered = recover(&HostFiles, &self.setup, Some(epoch)).and_then(|(store, recovered)| {
+            // Epochs without writes are not in the journal: the last one with some is what the disks are as of.
+            if let Recovered::Whole(id) | Recovered::Finished(id) = recovered {
+                store.finish(id.epoch)?;
+            }
             store.activated(generation)
         });
         recovered.map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..refused(error) })
@@ -262,8 +267,8 @@ fn forget_older(dir: &Path) {
     let Some(parent) = dir.parent() else { return };
     let Ok(entries) = fs::read_dir(parent) else { return };
     for old in entries.flatten().map(|entry| entry.path()).filter(|path| path != dir) {
-        match crate::disk::state_in(&HostFiles, &old) {
-            Ok(Some(crate::disk::State::Activated(_)) | None) => {}
+        match state_in(&HostFiles, &old) {
+            Ok(Some(State::Activated(_)) | None) => {}
             Ok(Some(_)) => remove(&old),
             Err(error) => tracing::warn!(path = %old.display(), %error, "an older copy of the disks is left alone"),
         }
@@ -303,4 +308,117 @@ fn plain(name: &str) -> String {
 
 fn refused(error: DiskError) -> GuestError {
     GuestError::new(GuestErrorKind::Refused, error.to_string()).because(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pages::decode::Stager;
+    use crate::pages::encode::Encoder;
+    use crate::pages::frame::StreamId;
+    use crate::pages::shadow::ShadowMode;
+    use vmm_hooks::disk::{DiskChange, DiskWrite};
+    use vmm_hooks::guest::Capture;
+
+    const BYTES: u64 = 1 << 16;
+
+    fn specs() -> Vec<DiskSpec> {
+        ["a", "b"].map(|name| DiskSpec { name: name.to_owned(), bytes: BYTES }).into()
+    }
+
+    fn write(disk: u32, offset: u64, byte: u8) -> DiskWrite {
+        DiskWrite { disk, offset, change: DiskChange::Data(vec![byte; 512]) }
+    }
+
+    /// As it comes from the wire; `None`: a part of the first copy.
+    fn staged(epoch: Option<u64>, writes: &[DiskWrite]) -> Staged {
+        let mut encoder = Encoder::new(1, ShadowMode::Off);
+        let mut stager = Stager::new(1, None, 1 << 20).with_disks(Arc::from([BYTES; 2]));
+        let mut sink = |frame: bytes::Bytes| stager.push(&frame).expect("our own stream");
+        let id = |epoch| StreamId { vm: [1; 16], generation: 1, incarnation: 1, epoch, binding: false, sync: false };
+        match epoch {
+            None => drop(encoder.encode_writes(&id(1), writes, &mut sink)),
+            Some(epoch) => {
+                let capture = Capture { disk: writes.to_vec(), ..Capture::default() };
+                encoder.encode_epoch(&id(epoch), &capture, &mut sink).expect("small");
+            }
+        }
+        Staged::of(stager.finish().expect("whole"))
+    }
+
+    fn running(dir: &Path) -> (UnboundedSender<Staged>, DiskThreads, Committer, UnboundedReceiver<Held>, Vec<PathBuf>) {
+        let disks = StandbyDisks::make(dir, "vm/1", &specs(), Durability::Disk).expect("room");
+        let images = disks.images();
+        let (to_disks, for_disks) = unbounded_channel();
+        let (threads, committer, held) = disks.start(for_disks).expect("threads");
+        (to_disks, threads, committer, held, images)
+    }
+
+    /// P29: the images are at the epoch that is activated, whatever came after it.
+    #[test]
+    fn the_images_end_at_the_epoch_that_goes_on() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (to_disks, mut threads, committer, mut held, images) = running(dir.path());
+        let parts = [
+            staged(None, &[write(0, 0, 1), write(1, 512, 1)]),
+            staged(Some(5), &[write(0, 512, 2)]),
+            staged(Some(6), &[write(0, 0, 3), write(0, 0, 4)]),
+            staged(Some(7), &[]),
+            staged(Some(8), &[write(0, 0, 9), write(1, 512, 9)]),
+        ];
+        for part in parts {
+            to_disks.send(part).expect("it is taken");
+            let passed_on = held.blocking_recv().expect("passed on").expect("held");
+            // The last one is held and was never acknowledged.
+            if !passed_on.epoch.id().sync && passed_on.epoch.epoch() < 8 {
+                committer.commit(passed_on.epoch.epoch());
+            }
+        }
+        drop((to_disks, committer));
+        threads.finish(7, 2).expect("it is held");
+        let read = |image: &PathBuf| fs::read(image).expect("an image");
+        let (a, b) = (read(&images[0]), read(&images[1]));
+        assert!(a[..512] == [4; 512] && a[512..1024] == [2; 512] && a[1024..].iter().all(|&byte| byte == 0));
+        assert!(b[512..1024] == [1; 512]);
+        assert_eq!(
+            state_in(&HostFiles, images[0].parent().expect("a directory")).ok(),
+            Some(Some(State::Activated(2)))
+        );
+    }
+
+    #[test]
+    fn an_error_is_told_once_and_nothing_is_passed_on_after_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (to_disks, threads, committer, mut held, _) = running(dir.path());
+        // Epoch 4 does not follow 5.
+        for part in [staged(Some(5), &[]), staged(Some(4), &[write(0, 0, 1)]), staged(Some(6), &[])] {
+            to_disks.send(part).expect("it is taken");
+        }
+        assert!(held.blocking_recv().expect("passed on").is_ok());
+        assert!(held.blocking_recv().expect("told").is_err());
+        drop((to_disks, committer));
+        assert!(held.blocking_recv().is_none());
+        threads.remove();
+        assert!(fs::read_dir(dir.path()).expect("a directory").next().is_none(), "nothing is left");
+    }
+
+    #[test]
+    fn an_older_copy_stays_until_the_new_one_is_whole_and_a_survivors_for_good() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (to_disks, mut threads, committer, mut held, survivors) = running(dir.path());
+        to_disks.send(staged(Some(1), &[])).expect("it is taken");
+        held.blocking_recv().expect("passed on").expect("held");
+        drop((to_disks, committer));
+        threads.finish(1, 1).expect("it is held");
+        drop(threads);
+        let (.., older) = running(dir.path());
+        let (to_disks, _threads, _committer, mut held, newer) = running(dir.path());
+        assert!(older[0].exists() && older[0] != newer[0]);
+        to_disks.send(staged(None, &[write(0, 0, 1)])).expect("it is taken");
+        held.blocking_recv().expect("passed on").expect("held");
+        assert!(older[0].exists(), "the new one is not whole");
+        to_disks.send(staged(Some(1), &[])).expect("it is taken");
+        held.blocking_recv().expect("passed on").expect("held");
+        assert!(!older[0].exists() && newer[0].exists() && survivors[0].exists());
+    }
 }

@@ -27,6 +27,15 @@ pub(super) struct Staged {
     _room: OwnedSemaphorePermit,
 }
 
+#[cfg(test)]
+impl Staged {
+    /// One that takes up no room.
+    pub(super) fn of(epoch: StagedEpoch) -> Self {
+        let room = Arc::new(Semaphore::new(1)).try_acquire_owned().expect("nobody has it");
+        Self { epoch, _room: room }
+    }
+}
+
 /// Why the intake ended.
 #[derive(Debug)]
 pub(super) struct IntakeEnd {
