@@ -17,7 +17,7 @@ use crate::stage::{SOON, Stage, play, play_long};
 
 #[test]
 fn what_is_no_vm_is_refused_and_late_codes_too() {
-    play("strangers", async |stage| {
+    play_long("strangers", async |stage| {
         stage.set().await?;
         let found = stage.appearance().await?;
         let agent = stage.lab.agent_pid(Host::A)?.to_string();
