@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::refuses::refused;
-use crate::stage::{SOON, Stage, play, play_long};
+use crate::stage::{SOON, Stage, play_long};
 
 #[test]
 fn what_is_no_vm_is_refused_and_late_codes_too() {
@@ -79,7 +79,7 @@ async fn guest_is_up(stage: &Stage) -> Result<()> {
 
 #[test]
 fn an_owner_pauses_resets_and_extends_a_protected_vm() {
-    play("the owner's doings", async |stage| {
+    play_long("the owner's doings", async |stage| {
         stage.set_with_owner().await?;
         stage.protect().await?;
         let mut client = stage.writer("o").await?;
