@@ -360,12 +360,8 @@ impl World {
     }
 
     pub(super) fn sent(&mut self, host: usize, epoch: Epoch) {
-        let now = self.now;
         if self.wiring == Wiring::ReleaseOnSent {
             self.release(host, epoch);
-        }
-        if let Some(primary) = &mut self.hosts[host].primary {
-            primary.handle_sent(now, epoch);
         }
         self.pump(host);
     }

@@ -13,11 +13,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::refuses::refused;
-use crate::stage::{SOON, Stage, play_long};
+use crate::stage::{SOON, Stage, play, play_long};
 
 #[test]
 fn what_is_no_vm_is_refused_and_late_codes_too() {
-    play_long("strangers", async |stage| {
+    play("strangers", async |stage| {
         stage.set().await?;
         let found = stage.appearance().await?;
         let agent = stage.lab.agent_pid(Host::A)?.to_string();
@@ -79,7 +79,7 @@ async fn guest_is_up(stage: &Stage) -> Result<()> {
 
 #[test]
 fn an_owner_pauses_resets_and_extends_a_protected_vm() {
-    play_long("the owner's doings", async |stage| {
+    play("the owner's doings", async |stage| {
         stage.set_with_owner().await?;
         stage.protect().await?;
         let mut client = stage.writer("o").await?;

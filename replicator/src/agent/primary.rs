@@ -523,7 +523,6 @@ impl Task {
                 if let Some(flight) = self.flights.get_mut(&epoch) {
                     flight.stats = stats;
                 }
-                self.core.handle_sent(now, Epoch(epoch));
             }
             encoder::Report::Unencodable { epoch, error } => {
                 tracing::error!(vm = self.name, epoch, %error, "an epoch cannot be encoded");

@@ -26,7 +26,6 @@ pub(super) struct Capturing {
 struct InFlight {
     epoch: Epoch,
     captured_at: Time,
-    sent_at: Option<Time>,
     bytes: u64,
 }
 
@@ -129,12 +128,7 @@ impl Epochs {
 
     pub(super) fn captured(&mut self, report: &CaptureReport, now: Time) {
         self.skip(report);
-        self.in_flight.push_back(InFlight {
-            epoch: report.epoch,
-            captured_at: now,
-            sent_at: None,
-            bytes: report.bytes,
-        });
+        self.in_flight.push_back(InFlight { epoch: report.epoch, captured_at: now, bytes: report.bytes });
     }
 
     /// The epoch was captured and goes nowhere; its number is used all the same.
@@ -151,12 +145,6 @@ impl Epochs {
             self.retry_at = now + RETRY_AFTER * self.failures;
         }
         Some(self.failures)
-    }
-
-    pub(super) fn sent(&mut self, now: Time, epoch: Epoch) {
-        if let Some(entry) = self.in_flight.iter_mut().find(|entry| entry.epoch == epoch) {
-            entry.sent_at = Some(now);
-        }
     }
 
     /// Everything up to `epoch` is held by the standby; `None` if that is no news.
@@ -178,13 +166,12 @@ impl Epochs {
         self.progress = now;
     }
 
-    /// When the oldest epoch is too old. Its size counts only while it is being sent: a large epoch on a slow link is no suspicion.
+    /// When the oldest epoch is too old. Its size counts all the way, not only until it was handed to the transport: the link may
+    /// have most of it to carry then, and the standby all of it to check and to stage.
     pub(super) fn deadline(&self, within: Duration, bytes_per_second: u64) -> Option<Time> {
         let oldest = self.in_flight.front()?;
         let by_size = Duration::from_nanos(oldest.bytes.saturating_mul(1_000_000_000) / bytes_per_second.max(1));
-        let at_most = oldest.captured_at.max(self.progress) + by_size;
-        let from = oldest.sent_at.map_or(at_most, |sent| sent.max(self.progress).min(at_most));
-        Some(from + within)
+        Some(oldest.captured_at.max(self.progress) + by_size + within)
     }
 
     /// Takes out every epoch that was not acknowledged.

@@ -27,7 +27,7 @@ pub struct PrimaryConfig {
     pub pipeline: usize,
     /// An epoch that is not acknowledged this long after its capture is a suspicion; longer by its size, see `bytes_per_second`.
     pub acknowledge_within: Duration,
-    /// The slowest link that is not a suspicion.
+    /// The slowest way of an epoch that is not a suspicion: it is encoded, sent, checked and staged.
     pub bytes_per_second: u64,
     /// Bound on the time from the capture of the first held epoch to the record that names the standby.
     pub pair_within: Duration,
@@ -145,7 +145,7 @@ pub enum Output {
     /// A capture under way that did not pause the guest yet is not wanted: report it as failed and retryable. One that did, ends as
     /// always.
     Cancel,
-    /// Encode and send this captured epoch, in the background; then [`Primary::handle_sent`].
+    /// Encode and send this captured epoch, in the background.
     Send {
         /// Which.
         epoch: Epoch,

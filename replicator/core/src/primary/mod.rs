@@ -251,12 +251,6 @@ impl Primary {
         self.advance(now);
     }
 
-    /// The whole epoch was handed to the transport: from here on it is the peer's to acknowledge.
-    pub fn handle_sent(&mut self, now: Time, epoch: Epoch) {
-        self.epochs.sent(now, epoch);
-        self.advance(now);
-    }
-
     /// The standby holds all epochs up to this one (`docs/protocol.md` P1, P11).
     pub fn handle_acknowledged(&mut self, now: Time, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
         if generation != self.session() || incarnation != self.config.standby.incarnation {

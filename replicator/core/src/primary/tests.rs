@@ -555,6 +555,21 @@ fn a_busy_standby_ends_no_protection_and_is_asked_again_for_the_first_rehearsal(
     bench.captured();
 }
 
+/// P23: what a large epoch takes on its way is no suspicion; that nothing comes after that is one.
+#[test]
+fn a_large_epoch_has_the_time_that_its_bytes_need() {
+    for (bytes, by_size) in [(1_000, Duration::ZERO), (100_000_000, Duration::from_secs(2))] {
+        let mut bench = Bench::protected();
+        let epoch = bench.primary.next_epoch();
+        let report = CaptureReport { epoch, paused_at: bench.now, bytes, ..CaptureReport::default() };
+        bench.primary.handle_captured(bench.now, report);
+        bench.wait(Duration::from_millis(190) + by_size);
+        assert_eq!(bench.primary.state().0, ProtectionState::Protected, "{bytes} bytes");
+        bench.wait(Duration::from_millis(20));
+        assert_eq!(bench.primary.state().0, ProtectionState::FailingOver, "{bytes} bytes");
+    }
+}
+
 /// P23: a rehearsal on demand excuses late acknowledgements, whoever asked for it, for a bounded time.
 #[test]
 fn a_rehearsal_excuses_late_acknowledgements_for_a_while() {
