@@ -275,9 +275,9 @@ impl PauseThread {
             }
             Command::Open => {
                 self.cancel();
-                // Output that is not held needs no copy, and the guest's disk writes must not wait for one.
-                let unmirrored = self.guest.unmirror_disks();
-                let answer = self.guest.open_output().and(unmirrored);
+                // Output first: what QEMU makes of its block jobs must not keep it.
+                let opened = self.guest.open_output();
+                let answer = opened.and(self.guest.unmirror_disks());
                 self.report(Report::Opened(answer));
             }
             Command::Pause => {

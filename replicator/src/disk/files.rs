@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
+use rustix::fs::{FallocateFlags, fallocate};
 
 /// Zeroes that are written at once where a file system makes no holes.
 const ZEROES: usize = 256 << 10;
@@ -57,9 +57,6 @@ pub trait File: Send + Sync + Debug {
     /// # Errors
     /// The system's.
     fn sync(&self) -> io::Result<()>;
-
-    /// Drops what is cached of synced content, so that reading shows what the disk holds. As far as it is possible.
-    fn uncache(&self);
 
     /// Takes the file for this process alone until it is dropped. False if another one has it.
     ///
@@ -168,11 +165,6 @@ impl File for HostFile {
 
     fn sync(&self) -> io::Result<()> {
         self.0.sync_data()
-    }
-
-    fn uncache(&self) {
-        // Advice that is not taken costs trust in nothing but a disk that failed before.
-        let _ = fadvise(&self.0, 0, None, Advice::DontNeed);
     }
 
     fn lock(&self) -> io::Result<bool> {

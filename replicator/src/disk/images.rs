@@ -4,7 +4,6 @@
 //! [`Images::sync`] makes anything durable.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use vmm_hooks::disk::{DiskChange, DiskSpec, DiskWrite};
 
@@ -18,7 +17,7 @@ const KEPT: &str = "the journal still holds all that was acknowledged";
 #[derive(Debug)]
 struct Image {
     path: PathBuf,
-    file: Arc<dyn File>,
+    file: Box<dyn File>,
     dirty: bool,
 }
 
@@ -45,7 +44,7 @@ impl Images {
                 let what = format!("it has {bytes} bytes and the disk {}; move it away", spec.bytes);
                 return Err(DiskError::Strange { path: path.clone(), what });
             }
-            images.push(Image { path: path.clone(), file: file.into(), dirty: true });
+            images.push(Image { path: path.clone(), file, dirty: true });
         }
         Ok(Self(images))
     }
@@ -88,11 +87,6 @@ impl Images {
             image.dirty = false;
         }
         Ok(())
-    }
-
-    /// The image of one disk.
-    pub(super) fn image(&self, disk: usize) -> (Arc<dyn File>, &Path) {
-        (Arc::clone(&self.0[disk].file), &self.0[disk].path)
     }
 }
 

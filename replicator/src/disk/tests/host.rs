@@ -2,13 +2,11 @@
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use vmm_hooks::disk::{DiskChange, DiskSpec, DiskWrite};
 
-use crate::disk::digest::{DIGEST_BLOCK, MAX_DIGESTS, blocks_of, digest_of};
 use crate::disk::files::HostFiles;
 use crate::disk::{
     DiskError, DiskStore, EpochId, Policy, Recovered, Setup, StandbyDisk, State, create, recover, reset,
@@ -165,26 +163,6 @@ fn images_of_another_size_and_journals_of_other_disks_are_refused() {
     assert!(matches!(reset(&HostFiles, &setup), Err(DiskError::Strange { .. })));
     std::fs::remove_file(&setup.images()[1].1).expect("removes");
     assert!(matches!(recover(&HostFiles, &setup, None), Err(DiskError::Missing { .. })));
-}
-
-#[test]
-fn p48_digests_tell_which_blocks_differ() {
-    let dir = tempfile::tempdir().expect("temporary directory");
-    let bytes = 5 * DIGEST_BLOCK + 100;
-    let setup = setup(dir.path(), bytes, 64 << 10);
-    let store = Arc::new(create(&HostFiles, &setup).expect("creates"));
-    store.write(&[data(1, 2 * DIGEST_BLOCK + 7, 1, 1), data(1, bytes - 1, 1, 1)]).expect("writes");
-    let runtime = tokio::runtime::Builder::new_current_thread().build().expect("runtime");
-    let digests = runtime.block_on(Arc::clone(&store).digests_aside(1, 0..blocks_of(bytes))).expect("hashes");
-    let zeroes = vec![0; usize::try_from(DIGEST_BLOCK).expect("small")];
-    let same: Vec<bool> = digests.iter().map(|digest| *digest == digest_of(&zeroes)).collect();
-    assert_eq!(same, [true, true, false, true, true, false]);
-    let mut tail = vec![0; 100];
-    tail[99] = 1;
-    assert_eq!(digests[5], digest_of(&tail));
-    for (disk, blocks) in [(2, 0..1), (1, 0..7), (1, 0..MAX_DIGESTS + 1)] {
-        assert!(matches!(store.digests(disk, blocks), Err(DiskError::OutOfTurn { .. })));
-    }
 }
 
 fn median(mut times: Vec<Duration>) -> f64 {

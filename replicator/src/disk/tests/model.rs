@@ -426,15 +426,6 @@ impl File for Open {
         self.model.world(|world| world.sync(self.node))
     }
 
-    fn uncache(&self) {
-        self.model.world(|world| {
-            let node = &mut world.nodes[self.node];
-            if node.pending.is_empty() && node.lengths.is_empty() {
-                node.live.clone_from(&node.durable);
-            }
-        });
-    }
-
     fn lock(&self) -> io::Result<bool> {
         Ok(true)
     }
