@@ -1,6 +1,5 @@
-//! The drives on a command line, with their places in it, so that one can be found again.
+//! The drives on a command line, by what names them there.
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::options::{Keys, parse};
@@ -9,13 +8,8 @@ use super::options::{Keys, parse};
 const SHORT: [&str; 4] = ["hda", "hdb", "hdc", "hdd"];
 
 /// One option that makes a drive or a node of one.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(in crate::qemu) struct DriveArgument {
-    /// The option, without dashes: `drive`, `blockdev`, `hda`, ...
-    pub(in crate::qemu) option: String,
-    /// Where its value is on the whole command line, the program being 0.
-    pub(in crate::qemu) place: usize,
     /// The id that it gives the drive.
     pub(in crate::qemu) id: Option<String>,
     /// The name that it gives the node.
@@ -27,10 +21,8 @@ pub(in crate::qemu) struct DriveArgument {
 /// All of them, in order; none of a command line that cannot be read, which is refused elsewhere.
 pub(in crate::qemu) fn drive_arguments(argv: &[String]) -> Vec<DriveArgument> {
     let options = parse(argv.get(1..).unwrap_or_default()).unwrap_or_default();
-    let mut place = 0;
     let mut found = Vec::new();
     for option in options {
-        place += 1 + usize::from(option.value.is_some());
         let Some(value) = option.value else { continue };
         let made = match option.name {
             name if SHORT.contains(&name) => DriveArgument { file: Some(value), ..DriveArgument::default() },
@@ -38,7 +30,7 @@ pub(in crate::qemu) fn drive_arguments(argv: &[String]) -> Vec<DriveArgument> {
             "blockdev" => of_keys(&value, "driver"),
             _ => continue,
         };
-        found.push(DriveArgument { option: option.name.to_owned(), place, ..made });
+        found.push(made);
     }
     found
 }
@@ -50,7 +42,7 @@ fn of_keys(value: &str, implied: &str) -> DriveArgument {
     // In -blockdev `file` names another node.
     let file = if implied == "file" { keys.remove("file") } else { None };
     let file = file.or_else(|| keys.remove("file.filename")).or_else(|| keys.remove("filename"));
-    DriveArgument { id, node, file, ..DriveArgument::default() }
+    DriveArgument { id, node, file }
 }
 
 /// JSON with parts in it.
@@ -58,7 +50,7 @@ fn of_json(value: &str) -> DriveArgument {
     let value: Value = serde_json::from_str(value).unwrap_or_default();
     let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
     let file = text("/file/filename").or_else(|| text("/filename"));
-    DriveArgument { id: text("/id"), node: text("/node-name"), file, ..DriveArgument::default() }
+    DriveArgument { id: text("/id"), node: text("/node-name"), file }
 }
 
 #[cfg(test)]
@@ -66,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_drives_in_every_form_with_their_places() {
+    fn finds_drives_in_every_form() {
         let argv: Vec<String> = [
             "qemu",
             "-S",
@@ -88,17 +80,8 @@ mod tests {
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let found: Vec<_> = drive_arguments(&argv)
             .iter()
-            .map(|found| {
-                format!(
-                    "{} {} {} {} {}",
-                    found.option,
-                    found.place,
-                    text(&found.id),
-                    text(&found.node),
-                    text(&found.file)
-                )
-            })
+            .map(|found| format!("{} {} {}", text(&found.id), text(&found.node), text(&found.file)))
             .collect();
-        assert_eq!(found, ["drive 3   /a,b", "hda 5   /h", "blockdev 7  q ", "blockdev 9  r /r", "drive 13 x  /x"]);
+        assert_eq!(found, ["  /a,b", "  /h", " q ", " r /r", "x  /x"]);
     }
 }
