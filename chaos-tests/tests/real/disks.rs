@@ -5,12 +5,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
+use replicator::control::api::VmStatus;
 use replicator::demo::lab::{Host, Machine};
+use replicator::demo::worker::Written;
 
 use crate::stage::{SOON, Stage, play, play_long};
 
 /// Size of the disk.
 const DISK_MIB: u64 = 256;
+/// Size of a standby's journal.
+const JOURNAL_MIB: u64 = replicator::disk::open::DEFAULT_JOURNAL_BYTES >> 20;
 
 #[test]
 fn a_vm_with_a_disk_survives_the_death_of_its_host() {
@@ -23,14 +27,9 @@ fn a_vm_with_a_disk_survives_the_death_of_its_host() {
         client.goes_on().await?;
         let survivor = stage.until_survivor().await?;
         let written = stage.nothing_lost(client).await?;
-        // What it said is on its disk, too: a file system without a flaw that holds every acknowledged write.
-        let pid = survivor.survivor.context("a survivor")?.pid;
-        stage.shut_the_guest_down()?;
-        stage.until_ended(pid).await?;
-        let image = images(&stage.lab.state_dir(Host::B))?;
-        let [image] = image.as_slice() else { anyhow::bail!("one image on host-b, not {image:?}") };
-        is_clean(image)?;
-        holds(image, "k", written.acked)
+        let copies = stage.power_off(&survivor).await?;
+        ensure!(copies.len() == 1, "{copies:?}");
+        is_whole(&copies[0], "k", &written)
     });
 }
 
@@ -45,14 +44,9 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
         client.goes_on().await?;
         stage.lab.vm_ended(SOON).await?;
         let written = stage.nothing_lost(client).await?;
-        let pid = survivor.survivor.context("a survivor")?.pid;
-        stage.shut_the_guest_down()?;
-        stage.until_ended(pid).await?;
-        for image in images(&stage.lab.state_dir(Host::B))? {
-            is_clean(&image)?;
-            holds(&image, "p", written.acked)?;
-        }
-        Ok(())
+        let copies = stage.power_off(&survivor).await?;
+        ensure!(copies.len() == 1, "{copies:?}");
+        is_whole(&copies[0], "p", &written)
     });
 }
 
@@ -86,10 +80,7 @@ fn disks_of_all_kinds_follow_their_vm() {
         client.goes_on().await?;
         let survivor = stage.until_survivor().await?;
         let written = stage.nothing_lost(client).await?;
-        let pid = survivor.survivor.context("a survivor")?.pid;
-        stage.shut_the_guest_down()?;
-        stage.until_ended(pid).await?;
-        let copies = images(&stage.lab.state_dir(Host::B))?;
+        let copies = stage.power_off(&survivor).await?;
         ensure!(copies.len() == 3, "{copies:?}");
         for pattern in &patterns {
             let mut same = false;
@@ -100,8 +91,7 @@ fn disks_of_all_kinds_follow_their_vm() {
         }
         let kept = copies.iter().find(|copy| fs::metadata(copy).is_ok_and(|data| data.len() == DISK_MIB << 20));
         let kept = kept.context("no copy of the disk with the file system")?;
-        is_clean(kept)?;
-        holds(kept, "d", written.acked)
+        is_whole(kept, "d", &written)
     });
 }
 
@@ -121,9 +111,7 @@ fn an_ended_protection_leaves_the_disk_to_its_guest() {
         let written = stage.nothing_lost(client).await?;
         stage.shut_the_guest_down()?;
         stage.lab.vm_ended(SOON).await?;
-        let image = stage.lab.vm_dir().join("disk.raw");
-        is_clean(&image)?;
-        holds(&image, "u", written.acked)
+        is_whole(&stage.lab.vm_dir().join("disk.raw"), "u", &written)
     });
 }
 
@@ -140,6 +128,26 @@ fn a_standby_whose_disk_is_full_is_left_behind() {
         let mut client = stage.writer("f").await?;
         client.goes_on().await?;
         stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
+fn a_standby_whose_disk_fills_up_is_left_behind_and_nothing_is_lost() {
+    play("the standby's disk fills up", async |stage| {
+        // Room for the journal and the first copy, and a little of what is written later.
+        let _small = stage.small_disk_on_b(JOURNAL_MIB + 8)?;
+        stage.set_with_disk(DISK_MIB).await?;
+        stage.protect().await?;
+        let mut client = stage.writer("g").await?;
+        let ended = stage.until_state(Host::A, "degraded").await?;
+        ensure!(ended.reason.contains("no space left"), "it does not say why: {ended:?}");
+        client.goes_on().await?;
+        stage.appearance().await?.has_nothing_of_ours()?;
+        client.goes_on().await?;
+        let written = stage.nothing_lost(client).await?;
+        stage.shut_the_guest_down()?;
+        stage.lab.vm_ended(SOON).await?;
+        is_whole(&stage.lab.vm_dir().join("disk.raw"), "g", &written)
     });
 }
 
@@ -203,6 +211,12 @@ fn is_clean(image: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What a client was told is on the disk: a file system without a flaw that holds every acknowledged write.
+fn is_whole(image: &Path, tag: &str, written: &Written) -> Result<()> {
+    is_clean(image)?;
+    holds(image, tag, written.acked)
+}
+
 /// Redis' append-only files hold the keys 1 to `acked` of a writer.
 fn holds(image: &Path, tag: &str, acked: u64) -> Result<()> {
     let shown = image.display().to_string();
@@ -234,6 +248,14 @@ impl Stage {
         self.lab.boot_as(machine).await?;
         self.lab.start_daemons().await?;
         self.lab.pair().await
+    }
+
+    /// Ends the survivor's guest in good order; the images that it leaves.
+    async fn power_off(&self, survivor: &VmStatus) -> Result<Vec<PathBuf>> {
+        let pid = survivor.survivor.as_ref().context("a survivor")?.pid;
+        self.shut_the_guest_down()?;
+        self.until_ended(pid).await?;
+        images(&self.lab.state_dir(Host::B))
     }
 
     /// Waits until a process has ended.
