@@ -59,7 +59,10 @@ impl Apt {
         println!("setup: apt-get install {}", packages.join(" "));
         let mut command = Self::get();
         command.args(["install", "-y", "--no-install-recommends"]).args(packages);
-        shell::output(&mut command).map(drop)
+        for name in removed(&shell::output(&mut command)?) {
+            println!("setup: apt removed {name}, which cannot stand beside that");
+        }
+        Ok(())
     }
 
     /// Runs `ask`; if it fails, once more with fresh lists.
@@ -134,6 +137,12 @@ impl Apt {
     }
 }
 
+/// Reads what `apt-get install` says: a line `Removing name (version) ...` for each package that had to go.
+fn removed(text: &str) -> Vec<String> {
+    let gone = text.lines().filter_map(|line| line.strip_prefix("Removing ")?.strip_suffix(" ..."));
+    gone.map(str::to_owned).collect()
+}
+
 /// Reads `apt-cache depends`: a line `  Depends: x`, or `  |Depends: x` when another alternative follows.
 fn first_alternatives(text: &str) -> Vec<String> {
     let mut found = Vec::new();
@@ -154,7 +163,14 @@ fn first_alternatives(text: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::first_alternatives;
+    use super::{first_alternatives, removed};
+
+    #[test]
+    fn tells_what_had_to_go() {
+        let text = "Reading package lists...\nThe following packages will be REMOVED:\n  qemu-utils\n\
+            Removing qemu-utils (1:10.0.2+ds-2) ...\nSelecting previously unselected package seabios.\n";
+        assert_eq!(removed(text), ["qemu-utils (1:10.0.2+ds-2)"]);
+    }
 
     #[test]
     fn takes_the_first_of_each_group_of_alternatives() {

@@ -76,18 +76,32 @@ pub(crate) fn run(refresh: bool) -> Result<Means> {
 /// Installs what is not there of `wanted`; returns what is still missing.
 fn programs(apt: &mut apt::Apt, wanted: &[(&str, &str)]) -> Vec<String> {
     let absent = || wanted.iter().filter(|(program, _)| shell::find(program).is_none());
-    let mut packages: Vec<_> = absent().map(|&(_, package)| package).collect();
-    packages.dedup();
-    if packages.is_empty() {
-        let names: Vec<_> = wanted.iter().map(|&(program, _)| program).collect();
-        println!("setup: programs are there: {}", names.join(", "));
-        return Vec::new();
+    let names: Vec<_> = wanted.iter().map(|&(program, _)| program).collect();
+    let mut asked: Vec<&str> = Vec::new();
+    let mut outcome = Ok(());
+    // Once more for what the first installation took away: Debian's packages of one program at two versions exclude
+    // each other, and a machine may have had a part of it from elsewhere.
+    while let packages @ [_, ..] = packages(absent().filter(|(_, package)| !asked.contains(package))).as_slice() {
+        asked.extend_from_slice(packages);
+        outcome = apt.install(packages);
+        if outcome.is_err() {
+            break;
+        }
     }
-    let outcome = apt.install(&packages);
+    if asked.is_empty() {
+        println!("setup: programs are there: {}", names.join(", "));
+    }
     absent()
         .map(|(program, package)| {
             let why = outcome.as_ref().err().map_or_else(String::new, |error| format!(": {error:#}"));
             format!("{program} (Debian package {package}) is missing{why}")
         })
         .collect()
+}
+
+/// The packages of `programs`, each once.
+fn packages<'a>(programs: impl Iterator<Item = &'a (&'a str, &'a str)>) -> Vec<&'a str> {
+    let mut packages: Vec<_> = programs.map(|&(_, package)| package).collect();
+    packages.dedup();
+    packages
 }
