@@ -211,7 +211,7 @@ pub trait Guest: Send {
     /// If it fails, output may go on being held.
     fn open_output(&mut self) -> Result<(), GuestError>;
 
-    /// Begins to mirror every disk of the recipe, while the guest runs: all of its content, and every write from now on,
+    /// Begins to mirror every disk of the recipe; a guest that runs may stand for a moment: all of its content, and every write from now on,
     /// comes as writes of [`Guest::take_writes`]. Does not wait for the copy.
     ///
     /// # Errors
@@ -234,7 +234,7 @@ pub trait Guest: Send {
     /// is reached.
     fn take_writes(&mut self, _into: &mut Vec<DiskWrite>, _bytes: usize, _wait: Duration) {}
 
-    /// Ends mirroring, paused or running; the guest's own disks are untouched. What was not taken is dropped.
+    /// Ends mirroring, paused or running (it may stand for a moment); the guest's own disks are untouched. What was not taken is dropped.
     ///
     /// # Errors
     /// If something of ours had to be left in it; the guest's writes no longer wait for us in any case.

@@ -109,9 +109,8 @@ fn an_ended_protection_leaves_the_disk_to_its_guest() {
         let after = stage.appearance().await?;
         ensure!(after == before, "{before:?} became {after:?}");
         let written = stage.nothing_lost(client).await?;
-        stage.shut_the_guest_down()?;
-        stage.lab.vm_ended(SOON).await?;
-        is_whole(&stage.lab.vm_dir().join("disk.raw"), "u", &written)
+        let disk = stage.shut_host_a_down().await?;
+        is_whole(&disk, "u", &written)
     });
 }
 
@@ -145,9 +144,8 @@ fn a_standby_whose_disk_fills_up_is_left_behind_and_nothing_is_lost() {
         stage.appearance().await?.has_nothing_of_ours()?;
         client.goes_on().await?;
         let written = stage.nothing_lost(client).await?;
-        stage.shut_the_guest_down()?;
-        stage.lab.vm_ended(SOON).await?;
-        is_whole(&stage.lab.vm_dir().join("disk.raw"), "g", &written)
+        let disk = stage.shut_host_a_down().await?;
+        is_whole(&disk, "g", &written)
     });
 }
 
@@ -202,9 +200,14 @@ fn tool(program: &str, args: &[&str]) -> Result<std::process::Output> {
     Command::new(program).env("PATH", path).args(args).output().with_context(|| format!("cannot run {program}"))
 }
 
-/// The file system has no flaw.
+/// The file system has no flaw, and its guest took leave of it.
 fn is_clean(image: &Path) -> Result<()> {
     let shown = image.display().to_string();
+    // With its journal still to be replayed, what is read below would be older than what it holds.
+    let features = tool("debugfs", &["-R", "feature", &shown])?;
+    let features = String::from_utf8_lossy(&features.stdout);
+    ensure!(features.contains("has_journal"), "cannot read the file system in {shown}: {features}");
+    ensure!(!features.contains("needs_recovery"), "the guest did not unmount the file system in {shown}");
     let checked = tool("e2fsck", &["-f", "-n", &shown])?;
     let said = String::from_utf8_lossy(&checked.stdout);
     ensure!(checked.status.success(), "the file system in {shown} is not clean: {said}");
@@ -256,6 +259,14 @@ impl Stage {
         self.shut_the_guest_down()?;
         self.until_ended(pid).await?;
         images(&self.lab.state_dir(Host::B))
+    }
+
+    /// Ends the guest on host A in good order; its disk.
+    async fn shut_host_a_down(&mut self) -> Result<PathBuf> {
+        self.shut_the_guest_down()?;
+        let status = self.lab.vm_ended(SOON).await?;
+        ensure!(status.success(), "the VM did not end in good order: {status}");
+        Ok(self.lab.vm_dir().join("disk.raw"))
     }
 
     /// Waits until a process has ended.

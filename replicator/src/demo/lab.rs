@@ -15,7 +15,7 @@
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -325,7 +325,7 @@ impl Lab {
         let (_, mut agent) = self.agents.swap_remove(at.with_context(|| format!("{} runs no agent", host.name()))?);
         agent.check()?;
         agent.kill();
-        agent.ended(END).await
+        agent.ended(END).await.map(drop)
     }
 
     /// Kills the witness.
@@ -336,7 +336,7 @@ impl Lab {
         let mut witness = self.witness.take().context("no witness runs")?;
         witness.check()?;
         witness.kill();
-        witness.ended(END).await
+        witness.ended(END).await.map(drop)
     }
 
     /// Kills the VM's process on host A alone.
@@ -347,17 +347,17 @@ impl Lab {
         let mut vm = self.vm.take().context("no VM was booted")?;
         vm.check()?;
         vm.kill();
-        vm.ended(END).await
+        vm.ended(END).await.map(drop)
     }
 
-    /// Waits until the VM's process on host A has ended by another hand.
+    /// Waits until the VM's process on host A has ended by another hand; how it did.
     ///
     /// # Errors
     /// If it does not within `bound`.
-    pub async fn vm_ended(&mut self, bound: Duration) -> Result<()> {
-        self.vm.as_mut().context("no VM was booted")?.ended(bound).await?;
+    pub async fn vm_ended(&mut self, bound: Duration) -> Result<ExitStatus> {
+        let status = self.vm.as_mut().context("no VM was booted")?.ended(bound).await?;
         self.vm = None;
-        Ok(())
+        Ok(status)
     }
 
     /// Connects a host with the switch, or cuts it off: nothing passes in either direction.

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -62,13 +62,13 @@ impl Daemon {
         let _ = self.child.start_kill();
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended; how it did.
     ///
     /// # Errors
     /// If it does not within `bound`.
-    pub async fn ended(&mut self, bound: Duration) -> Result<()> {
+    pub async fn ended(&mut self, bound: Duration) -> Result<ExitStatus> {
         match timeout(bound, self.child.wait()).await {
-            Ok(status) => status.map(drop).with_context(|| format!("cannot wait for {}", self.what)),
+            Ok(status) => status.with_context(|| format!("cannot wait for {}", self.what)),
             Err(_) => bail!("{} did not end within {bound:?}", self.what),
         }
     }

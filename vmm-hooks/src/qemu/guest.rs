@@ -4,7 +4,8 @@
 //! agent is attached its monitor connection is the one way in which it touches the guest; if the agent dies, the
 //! capture sockets close, QEMU drops the guest's frames, and the guest is mute.
 
-use std::collections::BTreeSet;
+mod shape;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,9 +15,7 @@ use super::discover::{Discovered, connect, discover};
 use super::disks::Mirrors;
 use super::gate::{GateBounds, QemuGate};
 use super::idle::Vcpus;
-use super::network::{self, Network};
-use super::qmp::{Pending, Qmp, QmpError, QmpEvent};
-use super::ram::parse_ramblock;
+use super::qmp::{Qmp, QmpError, QmpEvent};
 use super::recipe::{QemuRecipe, layout};
 use super::state::{StateError, StateFile};
 use super::{AttachOptions, CheckLevel, Target, TrackerChoice, checks, cmdline, filters};
@@ -25,6 +24,7 @@ use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, Gues
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
 use crate::sys::process::{PidFd, ProcessMemory};
 use crate::track::{CompareTracker, DirtyLedger, PagemapTracker, RangeMap, Tracker};
+use shape::{Comparing, Shape};
 
 /// How long a killed QEMU may take to end.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -82,23 +82,6 @@ pub struct QemuGuest {
     runs: Vec<(u64, u64)>,
 }
 
-/// What is compared to notice hot-plug.
-#[derive(Debug, PartialEq, Eq)]
-struct Shape {
-    network: Network,
-    devices: BTreeSet<String>,
-    blocks: BTreeSet<(String, u64)>,
-}
-
-/// What was asked to compare, and not answered yet. QEMU answers in this order.
-#[derive(Debug)]
-struct Comparing {
-    /// Network cards and memory, if their turn has come.
-    rest: Option<[Pending; 2]>,
-    /// Devices with and without an id. A card that no gate holds is a new device.
-    devices: [Pending; 2],
-}
-
 /// Attaches to a running QEMU, after every check that [`super::doctor`] does. The guest goes on running; its output passes
 /// as before and nothing is tracked yet.
 ///
@@ -129,7 +112,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
     let recipe = QemuRecipe::of(&found, blocks).pack();
     let shape = Shape {
         network: network.clone(),
-        devices: device_names(&mut qmp)?,
+        devices: shape::devices(&mut qmp)?,
         blocks: blocks.iter().map(|block| (block.name.clone(), block.total)).collect(),
     };
     let netdevs = network.nics.iter().filter_map(|nic| nic.netdev.as_ref()).map(|netdev| netdev.id.clone()).collect();
@@ -276,61 +259,6 @@ impl QemuGuest {
         }
     }
 
-    /// Asks for what hot-plug would change, without waiting for the answers.
-    fn start_comparing(&mut self, all: bool) -> Result<(), QmpError> {
-        let hmp = |line: &str| json!({ "command-line": line });
-        let rest = if all {
-            let network = self.qmp.send("human-monitor-command", hmp("info network"))?;
-            Some([network, self.qmp.send("human-monitor-command", hmp("info ramblock"))?])
-        } else {
-            None
-        };
-        let named = self.qmp.send("qom-list", json!({ "path": PERIPHERAL[0] }))?;
-        let unnamed = self.qmp.send("qom-list", json!({ "path": PERIPHERAL[1] }))?;
-        self.comparing = Some(Comparing { rest, devices: [named, unnamed] });
-        Ok(())
-    }
-
-    /// Compares, if the answers are there.
-    fn finish_comparing(&mut self) -> Result<(), QmpError> {
-        let Some(asked) = self.comparing.take() else { return Ok(()) };
-        if !self.qmp.ready(&asked.devices[1])? {
-            self.comparing = Some(asked);
-            return Ok(());
-        }
-        if let Some([network, blocks]) = asked.rest {
-            let text = |value: Value| value.as_str().unwrap_or_default().to_owned();
-            let network = network::parse(&text(self.qmp.collect(network)?));
-            let blocks = parse_ramblock(&text(self.qmp.collect(blocks)?)).unwrap_or_default();
-            let blocks = blocks.into_iter().map(|block| (block.name, block.total)).collect();
-            self.compare("its network cards", |shape| &mut shape.network, network);
-            self.compare("its memory", |shape| &mut shape.blocks, blocks);
-        }
-        let mut devices = BTreeSet::new();
-        for (listed, path) in asked.devices.into_iter().zip(PERIPHERAL) {
-            devices.extend(names(&self.qmp.collect(listed)?, path));
-        }
-        self.compare("its devices", |shape| &mut shape.devices, devices);
-        Ok(())
-    }
-
-    /// A monitor that fails is found out by the next capture.
-    fn look_at_comparison(&mut self) {
-        if let Err(error) = self.finish_comparing() {
-            tracing::debug!(pid = self.process.pid(), %error, "cannot compare the guest's devices");
-        }
-    }
-
-    /// Tells once of each change.
-    fn compare<T: PartialEq>(&mut self, what: &str, part: impl FnOnce(&mut Shape) -> &mut T, now: T) {
-        let known = part(&mut self.shape);
-        if *known != now {
-            *known = now;
-            let what = format!("{what} are not what they were when it was attached");
-            self.events.push(GuestEvent::Changed { what });
-        }
-    }
-
     /// Harvest, save and copy; on an error the caller puts `taken` back.
     fn capture_into(
         &mut self,
@@ -463,6 +391,17 @@ impl QemuGuest {
             .advise("nothing runs in it any more; end its process"))
     }
 
+    /// Does this while the guest stands, and lets it run again if it ran.
+    fn standing(&mut self, act: impl FnOnce(&mut Self) -> Result<(), GuestError>) -> Result<(), GuestError> {
+        if self.paused && self.stands {
+            return act(self);
+        }
+        self.pause()?;
+        let done = act(self);
+        let resumed = self.resume();
+        done.and(resumed)
+    }
+
     /// After the reply of a `stop` or `cont`, or its lack: the events that it caused came before it.
     fn settle(&mut self, answer: &Result<Value, QmpError>) {
         self.take_events();
@@ -569,8 +508,13 @@ impl Guest for QemuGuest {
     }
 
     fn mirror_disks(&mut self) -> Result<(), GuestError> {
-        let started = self.mirrors.start(&mut self.qmp);
-        self.judge(started)
+        if self.mirrors.is_empty() {
+            return Ok(());
+        }
+        self.standing(|guest| {
+            let started = guest.mirrors.start(&mut guest.qmp);
+            guest.judge(started)
+        })
     }
 
     fn mirror_progress(&mut self) -> Result<MirrorProgress, GuestError> {
@@ -584,10 +528,17 @@ impl Guest for QemuGuest {
     }
 
     fn unmirror_disks(&mut self) -> Result<(), GuestError> {
-        let stopped = self.mirrors.stop(&mut self.qmp);
-        // Nothing that its jobs said in the end is news.
-        self.take_events();
-        self.judge(stopped)
+        // Before QEMU stops, for which it waits for every answer.
+        self.mirrors.give_up();
+        if !self.mirrors.are_running() {
+            return Ok(());
+        }
+        self.standing(|guest| {
+            let stopped = guest.mirrors.stop(&mut guest.qmp);
+            // Nothing that its jobs said in the end is news.
+            guest.take_events();
+            guest.judge(stopped)
+        })
     }
 
     fn read_pages(&mut self, pages: &[u64], bytes: &mut Vec<u8>) -> Result<(), GuestError> {
@@ -696,28 +647,6 @@ impl From<StateError> for GuestError {
             error => Self::new(GuestErrorKind::Failed, error.to_string()).because(error),
         }
     }
-}
-
-/// Where QEMU keeps the devices that a user made, with and without an id.
-const PERIPHERAL: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
-
-fn device_names(qmp: &mut Qmp) -> Result<BTreeSet<String>, QmpError> {
-    let mut found = BTreeSet::new();
-    for path in PERIPHERAL {
-        let listed = qmp.execute("qom-list", json!({ "path": path }))?;
-        found.extend(names(&listed, path));
-    }
-    Ok(found)
-}
-
-fn names(listed: &Value, path: &str) -> Vec<String> {
-    let text = |property: &Value, name: &str| property.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
-    listed
-        .as_array()
-        .into_iter()
-        .flatten()
-        .map(|property| format!("{path}/{} {}", text(property, "name"), text(property, "type")))
-        .collect()
 }
 
 /// Copies pages out of QEMU. Bytes left over from an earlier epoch are overwritten, not cleared first.

@@ -83,10 +83,20 @@ impl Images {
     fn are(&self, disks: &[(PathBuf, &str)]) {
         for (copy, (path, format)) in self.0.iter().zip(disks) {
             let truth = content(path, format);
-            let differing = truth.iter().zip(copy).position(|(truth, copy)| truth != copy);
-            assert!(truth.len() == copy.len() && differing.is_none(), "{} differs at {differing:?}", path.display());
+            assert_eq!(truth.len(), copy.len());
+            let differs = |from: usize| truth[from..].iter().zip(&copy[from..]).position(|(truth, copy)| truth != copy);
+            if let Some(at) = differs(0) {
+                let bytes = truth[at..].iter().zip(&copy[at..]).take_while(|(truth, copy)| truth != copy).count();
+                panic!("{} differs at {at} for {bytes} bytes: {} became {}", path.display(), truth[at], copy[at]);
+            }
         }
     }
+}
+
+/// What a guest could not do while it stands, the load does not either.
+fn held<T>(load: Option<&Load>, act: impl FnOnce() -> T) -> T {
+    let _held = load.map(|load| load.holds.lock().expect("no panic there"));
+    act()
 }
 
 /// Takes until the first copy is complete.
@@ -205,6 +215,12 @@ impl Drop for Load {
     }
 }
 
+/// Has the second monitor do this.
+fn order(qemu: &Qemu, line: &str) {
+    let line = format!(r#"{{"execute":"human-monitor-command","arguments":{{"command-line":"{line}"}}}}"#);
+    qmp(&qemu.second(), &line);
+}
+
 /// A guest whose disks are joined to it in this way, under writes that QEMU makes.
 fn equal_at_every_stop(arguments: &[&str], drives: &[&str], formats: &[&'static str]) {
     let dir = tempfile::Builder::new().prefix("qemu-disks").tempdir().expect("a directory");
@@ -233,7 +249,7 @@ fn equal_at_every_stop(arguments: &[&str], drives: &[&str], formats: &[&'static 
     assert!(guest.recipe().disks.iter().all(|disk| disk.bytes == BYTES as u64));
     let load = Load::start(&qemu, drives);
     let mut images = Images::unknown(disks.len());
-    guest.mirror_disks().expect("mirrors");
+    held(Some(&load), || guest.mirror_disks()).expect("mirrors");
     first_copy(&mut guest, &mut images);
     arm(&mut guest);
     let mut writes = 0;
@@ -242,8 +258,9 @@ fn equal_at_every_stop(arguments: &[&str], drives: &[&str], formats: &[&'static 
         writes += stop_and_compare(&mut guest, &mut images, &disks, Some(&load));
     }
     assert!(writes >= STOPS, "{writes} writes");
+    held(Some(&load), || guest.unmirror_disks()).expect("unmirrors");
+    load.goes_on();
     drop(load);
-    guest.unmirror_disks().expect("unmirrors");
     assert_eq!(nodes(), before);
     let jobs = qmp(&qemu.second(), r#"{"execute":"query-block-jobs"}"#);
     assert_eq!(jobs.as_array().map(Vec::len), Some(0));
@@ -321,7 +338,7 @@ fn a_connection_that_is_cut_fails_every_capture_until_the_mirror_is_begun_anew()
     let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
     let load = Load::start(&qemu, &["a"]);
-    guest.mirror_disks().expect("mirrors");
+    held(Some(&load), || guest.mirror_disks()).expect("mirrors");
     let mut images = Images::unknown(1);
     first_copy(&mut guest, &mut images);
     arm(&mut guest);
@@ -337,8 +354,8 @@ fn a_connection_that_is_cut_fails_every_capture_until_the_mirror_is_begun_anew()
         load.goes_on();
     }
     guest.mirror_progress().expect_err("it broke");
-    guest.unmirror_disks().expect("there is little left");
-    guest.mirror_disks().expect("mirrors");
+    held(Some(&load), || guest.unmirror_disks()).expect("it goes");
+    held(Some(&load), || guest.mirror_disks()).expect("mirrors");
     let mut images = Images::unknown(1);
     first_copy(&mut guest, &mut images);
     stop_and_compare(&mut guest, &mut images, &disks, Some(&load));
@@ -358,14 +375,7 @@ fn writes_that_nobody_takes_wait_and_never_freeze_a_stop() {
     // From the next write on every answer waits, for longer than this test.
     guest.bound_disk_log(0, 64 << 20, SOON * 2);
     for _ in 0..3 {
-        let write = |at: usize| {
-            let line = format!(r#"qemu-io a \"aio_write -P 9 {} 4096\""#, at * 4096);
-            qmp(
-                &qemu.second(),
-                &format!(r#"{{"execute":"human-monitor-command","arguments":{{"command-line":"{line}"}}}}"#),
-            );
-        };
-        (0..4).for_each(write);
+        (0..4).for_each(|at| order(&qemu, &format!(r#"qemu-io a \"aio_write -P 9 {} 4096\""#, at * 4096)));
         let started = Instant::now();
         guest.pause().expect("pauses");
         assert!(started.elapsed() < SOON / 6, "the stop took {:?}", started.elapsed());
@@ -377,9 +387,7 @@ fn writes_that_nobody_takes_wait_and_never_freeze_a_stop() {
         guest.resume().expect("resumes");
     }
     // Leaving does not wait for anybody either.
-    let line =
-        r#"{"execute":"human-monitor-command","arguments":{"command-line":"qemu-io a \"aio_write -P 9 0 4096\""}}"#;
-    qmp(&qemu.second(), line);
+    order(&qemu, r#"qemu-io a \"aio_write -P 9 0 4096\""#);
     Box::new(guest).detach().expect("leaves it");
     assert_eq!(status(&qemu.second()), "running");
 }
@@ -461,18 +469,49 @@ fn a_qemu_that_runs_as_another_user_reaches_us() {
 }
 
 #[test]
+fn mirrors_come_and_go_while_writes_are_under_way() {
+    let dir = tempfile::Builder::new().prefix("qemu-disks").tempdir().expect("a directory");
+    let path = dir.path().join("d0");
+    fs::File::create(&path).and_then(|file| file.set_len(1 << 30)).expect("room");
+    // Writes that take their time, and memory that is gone when it is freed: who uses it afterwards ends.
+    let drive = format!("file={},format=raw,if=virtio,id=a,cache=directsync", path.display());
+    let arguments = ["-M", "pc", "-nic", "none", "-qmp", SECOND, "-drive", &drive];
+    let Some(qemu) = Qemu::start_with(&[("MALLOC_MMAP_THRESHOLD_", "2048")], &arguments) else { return };
+    let mut guest = qemu.attach();
+    let write = || {
+        for at in 0..12 {
+            let line = format!(r#"qemu-io a \"aio_write -P 9 {}M 1M\""#, at * 2);
+            order(&qemu, &line);
+        }
+    };
+    for _ in 0..8 {
+        write();
+        guest.mirror_disks().expect("mirrors");
+        while !guest.mirror_progress().expect("a healthy mirror").ready {
+            guest.take_writes(&mut Vec::new(), BATCH, Duration::from_millis(5));
+        }
+        write();
+        guest.unmirror_disks().expect("unmirrors");
+    }
+    Box::new(guest).detach().expect("leaves it");
+    assert_eq!(status(&qemu.second()), "running");
+}
+
+#[test]
 fn what_a_dead_agents_mirror_left_is_removed() {
     let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
     let mut guest = qemu.attach();
     let load = Load::start(&qemu, &["a"]);
-    guest.mirror_disks().expect("mirrors");
+    held(Some(&load), || guest.mirror_disks()).expect("mirrors");
     first_copy(&mut guest, &mut Images::unknown(1));
     drop(guest);
     load.goes_on();
-    drop(load);
     let refused = attach(&qemu.target(), &AttachOptions::default()).expect_err("something was left");
     assert!(refused.message.contains("understudy-"), "{refused}");
-    let removed = remove_leftovers(&qemu.target()).expect("removes them");
+    let removed = held(Some(&load), || remove_leftovers(&qemu.target())).expect("removes them");
+    load.goes_on();
+    drop(load);
+    assert_eq!(status(&qemu.second()), "running");
     assert!(removed.iter().any(|what| what.contains("understudy-nbd")), "{removed:?}");
     let mut guest = qemu.attach();
     guest.mirror_disks().expect("mirrors");

@@ -39,6 +39,11 @@ struct Qemu {
 impl Qemu {
     /// Starts one, or says why not.
     fn start(arguments: &[&str]) -> Option<Self> {
+        Self::start_with(&[], arguments)
+    }
+
+    /// The same in this environment.
+    fn start_with(env: &[(&str, &str)], arguments: &[&str]) -> Option<Self> {
         if !Path::new(QEMU).exists() {
             println!("skipped: no {QEMU}");
             return None;
@@ -56,6 +61,7 @@ impl Qemu {
             .args(["-display", "none", "-m", "64", "-qmp", &qmp])
             .args(&arguments)
             .current_dir(dir.path())
+            .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()

@@ -37,6 +37,6 @@ until printf 'PING\r\nQUIT\r\n' | nc 127.0.0.1 6379 2>/dev/null | grep -q PONG; 
 done
 echo READY
 wait
-[ -z "$disk" ] || umount /data
+[ -z "$disk" ] || umount /data || echo "FAILED to unmount $disk"
 echo "FAILED: redis-server has ended"
 poweroff -f

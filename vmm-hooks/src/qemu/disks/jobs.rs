@@ -1,7 +1,13 @@
 //! The mirror jobs in QEMU: added, looked at and removed, over its monitor.
 //!
 //! A job copies everything to our NBD socket and from then on answers a write of the guest only when both sides have it
-//! (`write-blocking`). An error of our side ends the job and never reaches the guest (`report`).
+//! (`write-blocking`). An error of our side never reaches the guest, and pauses the job.
+//!
+//! **Jobs begin and end only while the guest stands.** QEMU 7.2 is not safe against writes at these two moments (its
+//! `block/mirror.c`): one that is under way when the filter goes in passes before there is a job, into a dirty bitmap that
+//! is switched off, and may be missing from the copy for good; in an I/O thread it may meet a bitmap of the job that is not
+//! there yet; and one that is under way when the job goes clears its bit in memory that was freed. For the same reason an
+//! error does not end a job by itself (`stop`, not `report`).
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,7 +20,10 @@ use super::super::qmp::{Qmp, QmpError};
 /// How long removed jobs may take to go.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long they may before their connection is cut.
+/// How long jobs may take to begin. The guest stands meanwhile.
+const BEGIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long removed jobs may take before their connection is cut.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Commands that mirroring cannot do without.
@@ -59,7 +68,7 @@ pub(in crate::qemu) fn supported(qmp: &mut Qmp) -> Result<bool, QmpError> {
     Ok(members.is_some_and(|members| members.iter().any(|member| member["name"] == "copy-mode")))
 }
 
-/// Adds the mirror of the disk whose top node is `node`.
+/// Adds the mirror of the disk whose top node is `node`. The guest stands.
 pub(super) fn add(qmp: &mut Qmp, names: &Names, node: &str, socket: &Path, export: &str) -> Result<(), QmpError> {
     qmp.execute(
         "blockdev-add",
@@ -82,21 +91,44 @@ pub(super) fn add(qmp: &mut Qmp, names: &Names, node: &str, socket: &Path, expor
             "filter-node-name": names.filter,
             "sync": "full",
             "copy-mode": "write-blocking",
-            "on-target-error": "report",
+            "on-source-error": "stop",
+            "on-target-error": "stop",
         }),
     )?;
     Ok(())
+}
+
+/// Waits until these jobs have begun: from then on they miss no write. The guest stands. `false`: it takes too long.
+pub(super) fn wait_begun(qmp: &mut Qmp, names: &[Names]) -> Result<bool, QmpError> {
+    let started = Instant::now();
+    loop {
+        let jobs = qmp.execute("query-block-jobs", json!({}))?;
+        // A job knows what there is to copy only after it has made everything that writes need.
+        if names.iter().all(|names| begun(&jobs, &names.job)) {
+            return Ok(true);
+        }
+        if started.elapsed() > BEGIN_TIMEOUT {
+            return Ok(false);
+        }
+        std::thread::yield_now();
+    }
+}
+
+/// Whether a job has begun, or is gone, which others find out.
+fn begun(jobs: &Value, name: &str) -> bool {
+    let job = jobs.as_array().into_iter().flatten().find(|job| job["device"] == name);
+    job.is_none_or(|job| job["ready"] == true || job["len"].as_u64().is_some_and(|len| len > 0))
 }
 
 /// Why a job does not prove that every write is in the log, if it does not. `Ok(false)`: the first copy goes on.
 pub(super) fn whole(jobs: &Value, name: &str) -> Result<bool, String> {
     let job = jobs.as_array().into_iter().flatten().find(|job| job["device"] == name);
     let Some(job) = job else { return Err("its job is gone".to_owned()) };
-    if job["paused"] != false {
-        return Err("its job was paused".to_owned());
-    }
     if job["io-status"] != "ok" {
         return Err(format!("its job has the I/O status {}", job["io-status"]));
+    }
+    if job["paused"] != false {
+        return Err("its job was paused".to_owned());
     }
     if job.get("error").is_some() {
         return Err(format!("its job failed: {}", job["error"]));
@@ -114,9 +146,20 @@ pub(super) fn progress(jobs: &Value, name: &str) -> (u64, u64) {
 }
 
 /// Removes every mirror of ours, whoever made it: what it was, and the first failure. Our side must answer everything at
-/// once or be gone; `cut` is called if QEMU waits for it all the same.
+/// once or be gone; `cut` is called if QEMU waits for it all the same. A guest that runs stands for a moment.
 pub(in crate::qemu) fn remove(qmp: &mut Qmp, cut: impl Fn()) -> Result<Vec<String>, QmpError> {
-    let mut removed = our_jobs(qmp)?;
+    let jobs = our_jobs(qmp)?;
+    if jobs.is_empty() || qmp.execute("query-status", json!({}))?["running"] != true {
+        return remove_standing(qmp, jobs, cut);
+    }
+    qmp.execute("stop", json!({}))?;
+    let removed = remove_standing(qmp, jobs, cut);
+    let runs = qmp.execute("cont", json!({}));
+    removed.and_then(|removed| runs.map(|_| removed))
+}
+
+/// These jobs, and every node of ours.
+fn remove_standing(qmp: &mut Qmp, mut removed: Vec<String>, cut: impl Fn()) -> Result<Vec<String>, QmpError> {
     for job in &removed {
         match qmp.execute("block-job-cancel", json!({ "device": job, "force": true })) {
             // It has gone by itself.
@@ -205,6 +248,13 @@ mod tests {
             json!({}),
         ];
         assert!(broken.iter().all(|jobs| whole(jobs, "j").is_err()));
+    }
+
+    #[test]
+    fn a_job_has_begun_when_it_knows_what_to_copy() {
+        assert!(begun(&with("x", json!(1)), "j") && begun(&json!([]), "j"));
+        let empty = |ready: bool| json!([{ "device": "j", "ready": ready, "len": 0 }]);
+        assert!(!begun(&empty(false), "j") && begun(&empty(true), "j"));
     }
 
     #[test]

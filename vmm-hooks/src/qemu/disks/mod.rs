@@ -100,9 +100,19 @@ impl Mirrors {
         }
     }
 
-    /// Begins to mirror; does not wait for the first copy. On an error nothing is mirrored.
+    /// There is nothing to mirror.
+    pub(super) fn is_empty(&self) -> bool {
+        self.disks.is_empty()
+    }
+
+    /// Mirroring was begun and not ended.
+    pub(super) fn are_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// Begins to mirror, while the guest stands; does not wait for the first copy. On an error nothing is mirrored.
     pub(super) fn start(&mut self, qmp: &mut Qmp) -> Result<(), GuestError> {
-        if self.disks.is_empty() || self.running.is_some() {
+        if self.is_empty() || self.are_running() {
             return Ok(());
         }
         self.generation += 1;
@@ -157,15 +167,23 @@ impl Mirrors {
                 error => error.into(),
             })?;
         }
+        if !jobs::wait_begun(qmp, &running.names)? {
+            return Err(GuestError::new(GuestErrorKind::Failed, "QEMU does not begin to copy the guest's disks")
+                .advise("the guest runs on unharmed; try again when its disks are less busy"));
+        }
         // Whoever connects from here on is no first connection. The directory goes with `dir`.
         running.server.stop_listening();
         Ok(())
     }
 
-    /// Ends mirroring; what was not taken is dropped. The guest's writes wait for us no longer, whatever is returned.
-    pub(super) fn stop(&mut self, qmp: &mut Qmp) -> Result<(), QmpError> {
-        // From here on everything is answered at once.
+    /// Everything is answered at once from here on; what was not taken is dropped.
+    pub(super) fn give_up(&self) {
         self.log.close();
+    }
+
+    /// Ends mirroring, while the guest stands. The guest's writes wait for us no longer, whatever is returned.
+    pub(super) fn stop(&mut self, qmp: &mut Qmp) -> Result<(), QmpError> {
+        self.give_up();
         let Some(running) = self.running.take() else { return Ok(()) };
         let removed = jobs::remove(qmp, || running.server.hang_up());
         drop(running);
