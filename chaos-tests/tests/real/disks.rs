@@ -243,7 +243,7 @@ fn holds(image: &Path, tag: &str, acked: u64) -> Result<()> {
 
 impl Stage {
     /// A VM with a disk that runs on host A, two agents and a witness, all paired.
-    async fn set_with_disk(&mut self, mib: u64) -> Result<()> {
+    pub(crate) async fn set_with_disk(&mut self, mib: u64) -> Result<()> {
         self.set_with(&Machine { disk_mib: Some(mib), ..Machine::default() }).await
     }
 

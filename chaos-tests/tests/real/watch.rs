@@ -96,7 +96,7 @@ fn every_panel_and_every_alert_sees_a_failover() {
         return;
     }
     play("a failover as Prometheus sees it", async |stage| {
-        stage.set().await?;
+        stage.set_with_disk(64).await?;
         let prometheus = Prometheus::start(stage).await?;
         stage.protect().await?;
         let mut client = stage.writer("p").await?;

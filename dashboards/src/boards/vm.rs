@@ -9,8 +9,17 @@ pub(super) fn board() -> Dashboard {
         "Understudy: one VM",
         "Epochs, pauses, lag, held output and traffic of the chosen VMs.",
     );
-    let all =
-        [vec![Panel::row("State"), states(), roles()], state(), epochs(), pause(), commit(), held(), bytes(), copy()];
+    let all = [
+        vec![Panel::row("State"), states(), roles()],
+        state(),
+        epochs(),
+        pause(),
+        commit(),
+        held(),
+        bytes(),
+        disks(),
+        copy(),
+    ];
     with_marks(with_vms(board)).panels(all.into_iter().flatten())
 }
 
@@ -205,6 +214,36 @@ fn bytes() -> Vec<Panel> {
             "Bps",
         )
         .query(&rate("understudy_epoch_wire_bytes_total", "vm"), "{{vm}}"),
+    ]
+}
+
+fn disks() -> Vec<Panel> {
+    let hold = "understudy_disk_hold_seconds";
+    vec![
+        Panel::row("Disks on the standby"),
+        Panel::lines(
+            "Until disk writes are held",
+            "What the standby's disk adds to each commit: journaling an epoch's disk writes, until they are durable unless \
+             `--durability memory` was chosen. Slow: a faster disk for the standby's images and journal, or one of its own.",
+            "s",
+        )
+        .bad_from(0.02, 0.1)
+        .query(&quantile(0.5, hold, "vm"), "{{vm}} p50")
+        .query(&quantile(0.99, hold, "vm"), "{{vm}} p99"),
+        Panel::lines(
+            "Disk writes held",
+            "What the guest writes to its disks, as it comes to the standby.",
+            "Bps",
+        )
+        .query(&rate("understudy_disk_held_bytes_total", "vm"), "{{vm}}"),
+        Panel::lines(
+            "Journal",
+            "Epochs whose disk writes are not yet surely in the images. Near the limit the standby's disk does not keep up, and \
+             epochs wait for room.",
+            "bytes",
+        )
+        .query(&picked("understudy_disk_journal_bytes"), "{{vm}} on {{instance}}")
+        .query(&picked("understudy_disk_journal_limit_bytes"), "limit of {{vm}}"),
     ]
 }
 

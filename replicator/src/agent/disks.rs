@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replicator_core::message::Durability;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use vmm_hooks::disk::DiskSpec;
+use vmm_hooks::disk::{DiskSpec, DiskWrite};
 use vmm_hooks::guest::{GuestError, GuestErrorKind};
 
 use super::intake::Staged;
@@ -24,6 +24,7 @@ use crate::disk::open::DEFAULT_JOURNAL_BYTES;
 use crate::disk::{
     DiskError, DiskStore, EpochId, Policy, Recovered, Setup, StandbyDisk, State, create, recover, state_in,
 };
+use crate::metrics::VmMetrics;
 
 /// An epoch whose disk writes are held, or the error after which none is.
 pub(super) type Held = Result<Staged, DiskError>;
@@ -91,20 +92,27 @@ impl StandbyDisks {
     pub(super) fn start(
         self,
         staged: UnboundedReceiver<Staged>,
+        metrics: VmMetrics,
     ) -> std::io::Result<(DiskThreads, Committer, UnboundedReceiver<Held>)> {
         let store = Arc::new(self.store);
         let (held, passed_on) = unbounded_channel();
         let (to_applier, for_applier) = channel();
         let (to_keeper, for_keeper) = channel();
-        let keeper =
-            Keeper { store: Arc::clone(&store), committed: for_keeper, dir: self.setup.dir.clone(), begun: false };
-        let (applying, errors) = (Arc::clone(&store), held.clone());
+        let keeper = Keeper {
+            store: Arc::clone(&store),
+            committed: for_keeper,
+            dir: self.setup.dir.clone(),
+            begun: false,
+            metrics: metrics.clone(),
+        };
+        let (applying, errors, shown) = (Arc::clone(&store), held.clone(), metrics.clone());
         let committer = Committer { store: Arc::downgrade(&store), wake: [to_applier, to_keeper] };
         let keeper = Builder::new().name("us-disks".into()).spawn(move || keeper.run(staged, &held))?;
-        let applier =
-            Builder::new().name("us-disk-apply".into()).spawn(move || apply(&applying, &for_applier, &errors))?;
+        let applier = Builder::new()
+            .name("us-disk-apply".into())
+            .spawn(move || apply(&applying, &for_applier, &errors, &shown))?;
         Ok((
-            DiskThreads { setup: self.setup, store: Some(store), threads: vec![keeper, applier] },
+            DiskThreads { setup: self.setup, store: Some(store), threads: vec![keeper, applier], metrics },
             committer,
             passed_on,
         ))
@@ -139,6 +147,13 @@ pub(super) struct DiskThreads {
     setup: Setup,
     store: Option<Arc<DiskStore>>,
     threads: Vec<JoinHandle<()>>,
+    metrics: VmMetrics,
+}
+
+impl Drop for DiskThreads {
+    fn drop(&mut self) {
+        self.metrics.remove_disk_journal();
+    }
 }
 
 impl DiskThreads {
@@ -190,6 +205,7 @@ struct Keeper {
     dir: PathBuf,
     /// The first epoch was held: the images are whole.
     begun: bool,
+    metrics: VmMetrics,
 }
 
 impl Keeper {
@@ -223,6 +239,7 @@ impl Keeper {
             return Ok(());
         }
         self.committed.try_iter().for_each(drop);
+        let came = Instant::now();
         loop {
             match self.store.append(epoch, stream.disk()) {
                 // What was passed on is about to be committed, which makes room.
@@ -231,14 +248,19 @@ impl Keeper {
                         return Err(full);
                     }
                 }
-                done => return done,
+                done => {
+                    done?;
+                    self.metrics.observe_disks_held(came.elapsed(), stream.disk().iter().map(DiskWrite::bytes).sum());
+                    show(&self.store, &self.metrics);
+                    return Ok(());
+                }
             }
         }
     }
 }
 
 /// The applier. Ends when nothing is committed any more; an error it tells, and the store takes nothing after it.
-fn apply(store: &DiskStore, committed: &Receiver<()>, errors: &UnboundedSender<Held>) {
+fn apply(store: &DiskStore, committed: &Receiver<()>, errors: &UnboundedSender<Held>, metrics: &VmMetrics) {
     let mut flushed = true;
     loop {
         let done = match committed.recv_timeout(IDLE) {
@@ -254,12 +276,18 @@ fn apply(store: &DiskStore, committed: &Receiver<()>, errors: &UnboundedSender<H
             }
             Err(RecvTimeoutError::Disconnected) => return,
         };
+        show(store, metrics);
         if let Err(error) = done {
             // A task that has ended does not mind.
             let _ = errors.send(Err(error));
             return;
         }
     }
+}
+
+fn show(store: &DiskStore, metrics: &VmMetrics) {
+    let progress = store.progress();
+    metrics.set_disk_journal(progress.journal_used, progress.journal_bytes);
 }
 
 /// Copies of earlier sessions of the same VM, which the one that is whole now replaces. Those that belong to a survivor stay.
@@ -313,11 +341,12 @@ fn refused(error: DiskError) -> GuestError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::metrics::Metrics;
     use crate::pages::decode::Stager;
     use crate::pages::encode::Encoder;
     use crate::pages::frame::StreamId;
     use crate::pages::shadow::ShadowMode;
-    use vmm_hooks::disk::{DiskChange, DiskWrite};
+    use vmm_hooks::disk::DiskChange;
     use vmm_hooks::guest::Capture;
 
     const BYTES: u64 = 1 << 16;
@@ -350,7 +379,7 @@ mod tests {
         let disks = StandbyDisks::make(dir, "vm/1", &specs(), Durability::Disk).expect("room");
         let images = disks.images();
         let (to_disks, for_disks) = unbounded_channel();
-        let (threads, committer, held) = disks.start(for_disks).expect("threads");
+        let (threads, committer, held) = disks.start(for_disks, Metrics::new().vm("vm/1")).expect("threads");
         (to_disks, threads, committer, held, images)
     }
 

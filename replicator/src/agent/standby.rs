@@ -120,7 +120,7 @@ pub(super) async fn run(setup: Setup) {
     let mut started = Ok(());
     match disks {
         None => direct = Some(staged_out),
-        Some(disks) => match disks.start(staged_out) {
+        Some(disks) => match disks.start(staged_out, view.metrics().clone()) {
             Ok((running, commits, passed_on)) => {
                 (threads, committer, held) = (Some(running), Some(commits), Some(passed_on));
             }

@@ -56,6 +56,11 @@ impl View {
         Self { inner: Mutex::new(inner), metrics, lag: Arc::default() }
     }
 
+    /// The metrics that it fills.
+    pub(super) fn metrics(&self) -> &VmMetrics {
+        &self.metrics
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

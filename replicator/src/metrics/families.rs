@@ -62,6 +62,10 @@ pub(super) struct Families {
     pub(super) sync_done_pages: IntGaugeVec,
     pub(super) sync_total_pages: IntGaugeVec,
     pub(super) sync_round: IntGaugeVec,
+    pub(super) disk_journal_bytes: IntGaugeVec,
+    pub(super) disk_journal_limit_bytes: IntGaugeVec,
+    pub(super) disk_hold_seconds: HistogramVec,
+    pub(super) disk_held_bytes: IntCounterVec,
     pub(super) failovers: IntCounterVec,
     pub(super) failover_phase_seconds: HistogramVec,
     pub(super) rehearsal_timestamp_seconds: GaugeVec,
@@ -201,6 +205,31 @@ impl Families {
             sync_round: make.gauges(
                 "sync_round",
                 "Round of the initial synchronisation, from 1; 0 outside of it.",
+                &["vm"],
+            ),
+            disk_journal_bytes: make.gauges(
+                "disk_journal_bytes",
+                "On the standby of a VM with disks: bytes of its journal in use, by epochs that are not yet surely in the \
+                 images.",
+                &["vm"],
+            ),
+            disk_journal_limit_bytes: make.gauges(
+                "disk_journal_limit_bytes",
+                "On the standby of a VM with disks: size of its journal. An epoch that finds no room waits; one that is \
+                 larger ends the protection.",
+                &["vm"],
+            ),
+            disk_hold_seconds: make.histograms(
+                "disk_hold_seconds",
+                "On the standby of a VM with disks: from an epoch's having come whole until its disk writes were held as the \
+                 durability policy says; waiting for room in the journal included. The epoch's acknowledgement waits for it.",
+                &["vm"],
+                LATENCY_SECONDS,
+            ),
+            disk_held_bytes: make.counters(
+                "disk_held_bytes_total",
+                "On the standby of a VM with disks: bytes of disk writes held, written zeroes included. The first copy is \
+                 not in it.",
                 &["vm"],
             ),
             failovers: make.counters(

@@ -57,6 +57,8 @@ fn all() -> Metrics {
     vm.set_held(&HeldOutput { frames: 2, bytes: 120, oldest_ms: 1.5, released: 10, dropped: 3 });
     vm.set_guest_clock(&GuestClock { lag_seconds: 1.5, pause_share: 0.08 });
     vm.observe_failover(&report());
+    vm.observe_disks_held(Duration::from_millis(3), 4096);
+    vm.set_disk_journal(4608, 1 << 20);
     vm.set_replication_lag(Duration::from_millis(40));
     vm.rehearsed(true);
     metrics.set_held_limits(1 << 20, Duration::from_secs(5));
@@ -162,6 +164,17 @@ fn a_clocks_lag_grows_also_when_the_agent_counts_anew() {
     }
     let text = metrics.encode();
     assert_eq!(value(&text, "understudy_guest_clock_lag_seconds_total{vm=\"web-1\"}"), Some(1.75));
+}
+
+#[test]
+fn a_journal_that_is_gone_is_exported_no_more() {
+    let metrics = all();
+    let text = metrics.encode();
+    assert_eq!(value(&text, "understudy_disk_journal_bytes{vm=\"web-1\"}"), Some(4608.0));
+    assert_eq!(value(&text, "understudy_disk_held_bytes_total{vm=\"web-1\"}"), Some(4096.0));
+    metrics.vm("web-1").remove_disk_journal();
+    let text = metrics.encode();
+    assert!(!text.contains("disk_journal_bytes{") && text.contains("disk_held_bytes_total{"), "{text}");
 }
 
 #[test]

@@ -162,6 +162,29 @@ impl VmMetrics {
         self.series.lag_seconds.set(lag.as_secs_f64());
     }
 
+    /// Counts an epoch of which this host holds the disk writes: after how long, and how many bytes they were.
+    pub fn observe_disks_held(&self, after: Duration, bytes: u64) {
+        let Series { families, name, .. } = &*self.series;
+        families.disk_hold_seconds.with_label_values(&[name.as_str()]).observe(after.as_secs_f64());
+        families.disk_held_bytes.with_label_values(&[name.as_str()]).inc_by(bytes);
+    }
+
+    /// How many bytes of the journal of a VM's disks are in use on this host, and of how many.
+    pub fn set_disk_journal(&self, used: u64, limit: u64) {
+        let Series { families, name, .. } = &*self.series;
+        families.disk_journal_bytes.with_label_values(&[name.as_str()]).set(gauge(used));
+        families.disk_journal_limit_bytes.with_label_values(&[name.as_str()]).set(gauge(limit));
+    }
+
+    /// This host has no journal of the VM's disks any more.
+    pub fn remove_disk_journal(&self) {
+        let Series { families, name, .. } = &*self.series;
+        for family in [&families.disk_journal_bytes, &families.disk_journal_limit_bytes] {
+            // One that was never set is no error.
+            let _ = family.remove_label_values(&[name.as_str()]);
+        }
+    }
+
     /// A rehearsal on this host ended now.
     pub fn rehearsed(&self, loads: bool) {
         let series = &*self.series;
@@ -215,13 +238,23 @@ pub(super) fn remove(families: &Families, name: &str) {
         &families.sync_done_pages,
         &families.sync_total_pages,
         &families.sync_round,
+        &families.disk_journal_bytes,
+        &families.disk_journal_limit_bytes,
     ] {
         let _ = family.remove_label_values(vm);
     }
-    for family in [&families.epochs, &families.wire_bytes, &families.released_frames, &families.dropped_frames] {
+    for family in [
+        &families.epochs,
+        &families.wire_bytes,
+        &families.released_frames,
+        &families.dropped_frames,
+        &families.disk_held_bytes,
+    ] {
         let _ = family.remove_label_values(vm);
     }
-    for family in [&families.epoch_seconds, &families.commit_seconds, &families.dirty_pages] {
+    for family in
+        [&families.epoch_seconds, &families.commit_seconds, &families.dirty_pages, &families.disk_hold_seconds]
+    {
         let _ = family.remove_label_values(vm);
     }
     let _ = families.held_age_seconds.remove_label_values(vm);

@@ -11,6 +11,8 @@ const HELD_MOST: &str = "understudy_held_output_limit_bytes{job=\"understudy\",i
 const AGE: &str = "understudy_held_output_age_seconds{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\"}";
 const AGE_MOST: &str = "understudy_held_output_limit_seconds{job=\"understudy\",instance=\"a:9644\"}";
 const DROPPED: &str = "understudy_output_dropped_frames_total{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\"}";
+const JOURNAL: &str = "understudy_disk_journal_bytes{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\"}";
+const JOURNAL_MOST: &str = "understudy_disk_journal_limit_bytes{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\"}";
 const CLOCK: &str = "understudy_guest_clock_lag_seconds_total{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\"}";
 const FAST: &str =
     "understudy_epoch_commit_seconds_bucket{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\",le=\"0.01\"}";
@@ -77,6 +79,18 @@ pub(super) fn alerts() -> Vec<Alert> {
                 Case::new("old", "1m", &[(HELD, "1x200"), (HELD_MOST, "100x200"), (AGE, "4x200"), (AGE_MOST, "5x200")])
                     .fires(&here),
                 Case::new("little", "1m", &[(HELD, "9x200"), (HELD_MOST, "100x200"), (AGE, "0x200"), (AGE_MOST, "5x200")]),
+            ],
+        },
+        Alert {
+            name: "UnderstudyJournalFilling",
+            severity: Severity::Warning,
+            expr: "understudy_disk_journal_bytes / understudy_disk_journal_limit_bytes > 0.8".to_owned(),
+            hold: "15s",
+            summary: "The journal of the disks of {{ $labels.vm }} on {{ $labels.instance }} is nearly full",
+            description: "The standby's disk does not keep up; epochs, and with them the VM's output, are about to wait for it.",
+            cases: vec![
+                Case::new("full", "2m", &[(JOURNAL, "90x200"), (JOURNAL_MOST, "100x200")]).fires(&here),
+                Case::new("half full", "2m", &[(JOURNAL, "50x200"), (JOURNAL_MOST, "100x200")]),
             ],
         },
         Alert {
