@@ -9,6 +9,7 @@ mod disks;
 mod ends;
 mod fails;
 mod monitor;
+mod pressure;
 mod refuses;
 mod stage;
 mod unlucky;

@@ -1,0 +1,226 @@
+//! Hosts that run short of memory: what belongs to a VM goes to swap again and again, and nothing is lost.
+//!
+//! The processes are put into a control group of their own, which is told to give its memory back. Without swap of this
+//! test's own nothing of a guest could go, so it brings some; where the kernel does not let it, it is skipped.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use replicator::demo::lab::Host;
+use vmm_hooks::guest::{Capture, Guest as _, PauseParts};
+use vmm_hooks::layout::PAGE_SIZE;
+use vmm_hooks::qemu::{AttachOptions, QemuGuest, Target, attach};
+
+use crate::stage::play_long;
+
+/// Size of the swap file: what one guest and its copy could need.
+const SWAP_BYTES: u64 = 1 << 30;
+/// What of a guest must have gone to swap at least once.
+const GONE: u64 = 32 << 20;
+/// How often memory is taken away.
+const ROUNDS: usize = 8;
+
+#[test]
+fn hosts_short_of_memory_lose_nothing() {
+    play_long("hosts short of memory", async |stage| {
+        let Some((_swap, [a, b])) = means(stage.lab.dir(), ["a", "b"])? else { return Ok(()) };
+        // What a process has stays with the group in which it took it, so the VM is born there.
+        a.add(std::process::id())?;
+        stage.set().await?;
+        a.leave()?;
+        a.add(stage.lab.agent_pid(Host::A)?)?;
+        // The twin is its child.
+        b.add(stage.lab.agent_pid(Host::B)?)?;
+        stage.protect().await?;
+        let mut client = stage.writer("s").await?;
+        let mut most = (0, 0);
+        for _ in 0..ROUNDS {
+            a.take_away()?;
+            b.take_away()?;
+            most = (most.0.max(a.swapped()?), most.1.max(b.swapped()?));
+            client.goes_on().await?;
+        }
+        ensure!(most.0 > GONE && most.1 > GONE, "too little went to swap to mean anything: {most:?}");
+        stage.until_state(Host::A, "protected").await?;
+        b.take_away()?;
+        stage.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        stage.until_survivor().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
+fn pages_that_went_to_swap_are_harvested_like_others() {
+    play_long("pages that went to swap", async |stage| {
+        let Some((_swap, [vm])) = means(stage.lab.dir(), ["vm"])? else { return Ok(()) };
+        vm.add(std::process::id())?;
+        stage.lab.boot().await?;
+        vm.leave()?;
+        let mut client = stage.writer("h").await?;
+        let mut guest = attach(&Target::QmpSocket(stage.lab.vm_control()), &AttachOptions::default())?;
+        guest.pause()?;
+        guest.arm()?;
+        let mut copy = memory(&mut guest)?;
+        guest.resume()?;
+        let (mut capture, mut most, mut harvested) = (Capture::default(), 0, 0);
+        for round in 0..ROUNDS {
+            vm.take_away()?;
+            most = most.max(vm.swapped()?);
+            client.goes_on().await?;
+            guest.pause()?;
+            if round % 2 == 1 {
+                // What was written goes, too, before it is looked for.
+                vm.take_away()?;
+            }
+            guest.capture(&mut capture, &mut PauseParts::default())?;
+            harvested += capture.pages.len();
+            for (&page, bytes) in capture.pages.iter().zip(capture.bytes.chunks_exact(PAGE_SIZE)) {
+                let start = usize::try_from(page)? * PAGE_SIZE;
+                copy[start..start + PAGE_SIZE].copy_from_slice(bytes);
+            }
+            ensure!(copy == memory(&mut guest)?, "round {round}: a page was lost");
+            guest.resume()?;
+        }
+        ensure!(most > GONE, "too little went to swap to mean anything: {most}");
+        ensure!(harvested > ROUNDS, "the guest wrote nothing: {harvested}");
+        println!("{}: {harvested} pages in {ROUNDS} harvests, {} MiB in swap at most", guest.tracker(), most >> 20);
+        Box::new(guest).detach()?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+fn memory(guest: &mut QemuGuest) -> Result<Vec<u8>> {
+    let pages: Vec<u64> = (0..guest.layout().pages()).collect();
+    let mut bytes = Vec::new();
+    guest.read_pages(&pages, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// Swap in `dir` and control groups of these names; `None`, after saying why, where they cannot be had.
+fn means<const N: usize>(dir: &Path, names: [&str; N]) -> Result<Option<(Swap, [Group; N])>> {
+    fs::create_dir_all(dir)?;
+    let swap = match Swap::on(&dir.join("swap")) {
+        Ok(swap) => swap,
+        Err(why) => {
+            println!("skipped: no swap can be had: {why:#}");
+            return Ok(None);
+        }
+    };
+    let groups: Result<Vec<Group>> = names.iter().map(|name| Group::make(name)).collect();
+    match groups {
+        Ok(groups) => {
+            let groups = groups.try_into().ok().context("as many as names")?;
+            Ok(Some((swap, groups)))
+        }
+        Err(why) => {
+            println!("skipped: no control group for memory: {why:#}");
+            Ok(None)
+        }
+    }
+}
+
+/// A swap file, in use until it is dropped.
+struct Swap(PathBuf);
+
+impl Swap {
+    fn on(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        // Holes are not taken for swap.
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, SWAP_BYTES)?;
+        drop(file);
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        let swap = Self(path.to_owned());
+        run("mkswap", &["-q", &path.display().to_string()])?;
+        run("swapon", &[&path.display().to_string()])?;
+        Ok(swap)
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        let _ = run("swapoff", &[&self.0.display().to_string()]);
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A control group for memory, of either version; its processes go to this one's own when it is dropped.
+struct Group {
+    dir: PathBuf,
+    /// Where this process was born.
+    home: PathBuf,
+    second: bool,
+}
+
+impl Group {
+    fn make(name: &str) -> Result<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        let second = fs::read_to_string(root.join("cgroup.controllers")).is_ok_and(|text| text.contains("memory"));
+        let parent = if second { root.to_owned() } else { root.join("memory") };
+        let ours = fs::read_to_string("/proc/self/cgroup")?;
+        let mark = if second { "0::/" } else { ":memory:/" };
+        let ours =
+            ours.lines().find_map(|line| Some(line.split_once(mark)?.1)).context("this process is in no group")?;
+        let home = parent.join(ours);
+        if second {
+            fs::write(root.join("cgroup.subtree_control"), "+memory").context("the memory controller is not free")?;
+        }
+        let dir = parent.join(format!("us-real-{}-{name}", std::process::id()));
+        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        Ok(Self { dir, home, second })
+    }
+
+    fn add(&self, pid: u32) -> Result<()> {
+        fs::write(self.dir.join("cgroup.procs"), pid.to_string()).with_context(|| format!("cannot move process {pid}"))
+    }
+
+    /// This process goes home; its children stay.
+    fn leave(&self) -> Result<()> {
+        let home = self.home.join("cgroup.procs");
+        fs::write(&home, std::process::id().to_string()).with_context(|| format!("cannot write {}", home.display()))
+    }
+
+    /// Everything that can be is given back. The kernel says when it found less than it was asked for.
+    fn take_away(&self) -> Result<()> {
+        let (file, word) = if self.second { ("memory.reclaim", "8G") } else { ("memory.force_empty", "0") };
+        match fs::write(self.dir.join(file), word) {
+            Err(error) if !matches!(error.raw_os_error(), Some(11 | 16)) => {
+                Err(error).context("memory is not given back")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Bytes in swap.
+    fn swapped(&self) -> Result<u64> {
+        if self.second {
+            return Ok(fs::read_to_string(self.dir.join("memory.swap.current"))?.trim().parse()?);
+        }
+        let text = fs::read_to_string(self.dir.join("memory.stat"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("swap "));
+        line.context("the kernel does not count swap here")?.parse().context("a number")
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let procs = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
+        for pid in procs.lines() {
+            let _ = fs::write(self.home.join("cgroup.procs"), pid);
+        }
+        let _ = fs::remove_dir(&self.dir);
+    }
+}
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    let output = Command::new(program).env("PATH", path).args(args).output();
+    let output = output.with_context(|| format!("cannot run {program}"))?;
+    if !output.status.success() {
+        bail!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
