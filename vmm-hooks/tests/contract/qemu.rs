@@ -70,8 +70,23 @@ impl QemuWorld {
         let socket = |name: &str| format!("unix:{},server=on,wait=off", directory.path().join(name).display());
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let tap = network.then(|| format!("pgs{}x{number}", std::process::id()));
-        let mut command = Command::new(PROGRAM);
-        command.args(["-name", "contract", "-M", "pc", "-accel", "tcg", "-m", "64", "-display", "none"]);
+        // One whose test is killed goes, too.
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--pdeathsig",
+            "KILL",
+            PROGRAM,
+            "-name",
+            "contract",
+            "-M",
+            "pc",
+            "-accel",
+            "tcg",
+            "-m",
+            "64",
+            "-display",
+            "none",
+        ]);
         command.args(["-serial", "none", "-monitor", "none", "-qmp", &socket("ours"), "-qmp", &socket("other")]);
         match &tap {
             Some(tap) => {

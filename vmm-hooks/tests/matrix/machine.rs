@@ -73,7 +73,12 @@ impl Machine {
         let append = if cards(row) < 2 { append.replace(" us.ip1=10.77.4.2/24", "") } else { append };
         let shown = dir.display();
         let mut command = match row.starter {
-            Starter::Root => Command::new(QEMU),
+            Starter::Root => {
+                // One whose test is killed goes, too.
+                let mut command = Command::new("setpriv");
+                command.args(["--pdeathsig", "KILL", QEMU]);
+                command
+            }
             Starter::Nobody => as_nobody(dir),
         };
         command.args(["-name", row.name, "-display", "none", "-append", &append]);
@@ -202,7 +207,7 @@ fn as_nobody(dir: &Path) -> Command {
     chown(dir, Some(NOBODY), Some(NOBODY)).expect("root may");
     let mut command = Command::new("unshare");
     let script = r#"mknod -m 666 "$0/tun" c 10 200 && mount --bind "$0/tun" /dev/net/tun &&
-        exec setpriv --reuid nobody --regid nogroup --clear-groups "$@""#;
+        exec setpriv --reuid nobody --regid nogroup --clear-groups --pdeathsig KILL "$@""#;
     command.args(["--mount", "sh", "-c", script]).arg(dir).arg(QEMU);
     command
 }

@@ -57,8 +57,9 @@ impl Qemu {
         let arguments: Vec<String> =
             arguments.iter().map(|argument| argument.replace("DIR", &dir.path().display().to_string())).collect();
         let log = fs::File::create(dir.path().join("log")).expect("room");
-        let child = Command::new(QEMU)
-            .args(["-display", "none", "-m", "64", "-qmp", &qmp])
+        // One whose test is killed goes, too.
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", QEMU, "-display", "none", "-m", "64", "-qmp", &qmp])
             .args(&arguments)
             .current_dir(dir.path())
             .envs(env.iter().copied())
