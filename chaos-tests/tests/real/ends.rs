@@ -1,7 +1,7 @@
 //! Protections that end because somebody asked.
 
-use anyhow::ensure;
-use replicator::control::api::FailoverCause;
+use anyhow::{Result, ensure};
+use replicator::control::api::{EventKind, FailoverCause, Role, VmEvent};
 use replicator::demo::lab::{COMMAND, Host, VM};
 
 use crate::stage::{SOON, play};
@@ -30,7 +30,21 @@ fn unprotected_as_it_was_found_and_protected_again() {
         stage.lab.kill_host_a().await?;
         client.goes_on().await?;
         stage.until_survivor().await?;
-        stage.nothing_lost(client).await.map(drop)
+        stage.nothing_lost(client).await?;
+
+        // Its whole life on this host, both protections, also when the agent was started again.
+        stage.lab.kill_agent(Host::B).await?;
+        stage.lab.start_agent(Host::B).await?;
+        let said = stage.lab.understudy(Host::B, &["events", VM, "--json"], COMMAND).await?;
+        let events: Vec<VmEvent> = said.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let protected = events.iter().filter(|event| event.kind == EventKind::State && event.state == "protected");
+        ensure!(protected.count() == 2, "{said}");
+        ensure!(events.iter().filter(|event| event.kind == EventKind::Rehearsal).count() >= 4, "{said}");
+        let failovers: Vec<&VmEvent> = events.iter().filter(|event| event.kind == EventKind::Failover).collect();
+        ensure!(matches!(failovers[..], [event] if event.role == Role::Survivor && event.epoch > 0), "{said}");
+        let said = stage.lab.understudy(Host::B, &["events", VM, "--last", "1"], COMMAND).await?;
+        ensure!(said.lines().count() == 1 && said.contains("generation"), "{said}");
+        Ok(())
     });
 }
 

@@ -9,12 +9,12 @@ use heartbeat::trust::{self, Peer};
 use tokio::sync::oneshot;
 
 use super::sessions::blocking;
-use super::{Agent, Request, STOP_WITHIN};
+use super::{Agent, Request, STOP_WITHIN, events};
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
-    PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, RehearsalReport, Suspicion, VmRequest,
-    VmStatus,
+    PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, RehearsalReport, Suspicion, VmEvent,
+    VmRequest, VmStatus,
 };
 use crate::control::doctor;
 
@@ -104,6 +104,21 @@ impl AgentApi for Agent {
 
     async fn vm_status(&self, name: &str) -> Result<VmStatus, ErrorBody> {
         self.vms().get(name).map(|vm| vm.view.status()).ok_or_else(|| not_known(name))
+    }
+
+    async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
+        let (state_dir, of) = (self.config.state_dir.clone(), name.to_owned());
+        let events = blocking(move || events::read(&state_dir, &of, last)).await?.map_err(|error| {
+            ErrorBody::new(ErrorKind::Failed, format!("the events of {name} cannot be read")).because(&error)
+        })?;
+        if events.is_empty() && !self.vms().contains_key(name) {
+            return Err(ErrorBody::new(
+                ErrorKind::NotFound,
+                format!("nothing ever happened to a VM called {name} here"),
+            )
+            .advise("see `understudy status` for names"));
+        }
+        Ok(events)
     }
 
     async fn protect(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {

@@ -169,7 +169,7 @@ fn write(path: &Path, text: &Text) -> io::Result<()> {
 }
 
 /// A file name for any VM name: what could mean something to a file system is written as its code.
-fn escape(name: &str) -> String {
+pub(super) fn escape(name: &str) -> String {
     let mut escaped = String::new();
     for byte in name.bytes() {
         if byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_' {

@@ -20,6 +20,7 @@ mod clock;
 mod disks;
 mod durable;
 mod encoder;
+mod events;
 mod intake;
 mod lag;
 mod leftovers;

@@ -24,6 +24,7 @@ use super::asker::Asker;
 use super::disks::StandbyDisks;
 use super::durable::Durable;
 use super::encoder::Session;
+use super::events::EventLog;
 use super::link::{self, Link};
 use super::view::View;
 use super::{Agent, REQUESTS, Request, Vm, primary, standby};
@@ -151,7 +152,13 @@ impl Agent {
             frozen_after: defaults.frozen_after + copying(guest.layout().pages()),
             ..defaults
         };
-        let view = Arc::new(View::new(name, durable.vm(), VmRole::Primary, self.metrics.vm(name)));
+        let view = Arc::new(View::new(
+            name,
+            durable.vm(),
+            VmRole::Primary,
+            self.metrics.vm(name),
+            EventLog::new(&self.config.state_dir, name),
+        ));
         view.set(|status| {
             status.peer.clone_from(&peer.name);
             status.warnings = guest.warnings();
@@ -302,7 +309,13 @@ impl Agent {
 
     async fn start_standby(&self, prepared: Prepared, link: Link, connection: quinn::Connection, from: &str) {
         let Prepared { name, config, pages, sizes, twin, disks, witness, durable } = prepared;
-        let view = Arc::new(View::new(&name, durable.vm(), VmRole::Standby, self.metrics.vm(&name)));
+        let view = Arc::new(View::new(
+            &name,
+            durable.vm(),
+            VmRole::Standby,
+            self.metrics.vm(&name),
+            EventLog::new(&self.config.state_dir, &name),
+        ));
         view.set(|status| from.clone_into(&mut status.peer));
         view.set_generation(config.generation.0);
         let (sender, requests) = mpsc::channel(REQUESTS);

@@ -8,10 +8,11 @@ use heartbeat_core::time::Time;
 use vmm_hooks::guest::{Activation, Gate};
 
 use super::clock;
+use super::events::EventLog;
 use super::lag::Lag;
 use crate::control::api::{
-    ActivationMs, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SurvivorAt, Suspicion,
-    SyncProgress, VmStatus,
+    ActivationMs, EventKind, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SurvivorAt,
+    Suspicion, SyncProgress, VmEvent, VmStatus,
 };
 use crate::metrics::VmMetrics;
 use crate::status::{EpochObservation, EpochStats};
@@ -21,6 +22,7 @@ use crate::status::{EpochObservation, EpochStats};
 pub(super) struct View {
     inner: Mutex<Inner>,
     metrics: VmMetrics,
+    events: EventLog,
     lag: Arc<Lag>,
 }
 
@@ -47,18 +49,33 @@ fn ms(duration: Duration) -> f64 {
 
 impl View {
     /// A view of a VM whose protection begins.
-    pub(super) fn new(name: &str, vm: VmId, role: Role, metrics: VmMetrics) -> Self {
+    pub(super) fn new(name: &str, vm: VmId, role: Role, metrics: VmMetrics, events: EventLog) -> Self {
         metrics.set_role(role);
         let mut status = VmStatus::new(name, vm.to_string(), role);
         status.state = ProtectionState::Pairing;
         metrics.set_state(&status.state);
         let inner = Inner { status, epochs: EpochStats::new(), captured: None, gate: None, failing: None };
-        Self { inner: Mutex::new(inner), metrics, lag: Arc::default() }
+        Self { inner: Mutex::new(inner), metrics, events, lag: Arc::default() }
     }
 
     /// The metrics that it fills.
     pub(super) fn metrics(&self) -> &VmMetrics {
         &self.metrics
+    }
+
+    /// Keeps what happened.
+    fn tell(&self, inner: &Inner, kind: EventKind, text: String) {
+        let status = &inner.status;
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.events.append(&VmEvent {
+            unix_ms: u64::try_from(unix.as_millis()).unwrap_or(u64::MAX),
+            kind,
+            role: status.role,
+            state: status.state.word().to_owned(),
+            generation: status.generation,
+            epoch: status.epoch_committed,
+            text,
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -105,8 +122,14 @@ impl View {
         let before = inner.status.state.word();
         if before != state.word() || inner.status.reason != reason {
             tracing::info!(vm = inner.status.name, from = before, to = state.word(), reason, "state");
+            let was = if before == state.word() { String::new() } else { format!("was {before}") };
+            let text =
+                [was.as_str(), reason].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(": ");
+            inner.status.state = state;
+            self.tell(&inner, EventKind::State, text);
+        } else {
+            inner.status.state = state;
         }
-        inner.status.state = state;
         inner.status.reason = reason.to_owned();
         self.metrics.set_state(&inner.status.state);
     }
@@ -144,11 +167,18 @@ impl View {
     /// A rehearsal ended here.
     pub(super) fn rehearsed(&self, loads: bool) {
         self.metrics.rehearsed(loads);
+        let text = if loads { "the standby's copy loads" } else { "the standby's copy does not load" };
+        self.tell(&self.lock(), EventKind::Rehearsal, text.to_owned());
     }
 
     /// A generation was read.
     pub(super) fn set_generation(&self, generation: u64) {
-        self.lock().status.generation = generation;
+        let mut inner = self.lock();
+        if inner.status.generation != generation {
+            inner.status.generation = generation;
+            self.tell(&inner, EventKind::Ownership, format!("generation {generation} was read"));
+        }
+        drop(inner);
         self.metrics.set_generation(generation);
     }
 
@@ -247,6 +277,12 @@ impl View {
         });
         let report = report.clone();
         inner.status.role = Role::Survivor;
+        let (cause, total) = (report.cause.word(), ms(now.since(granted)));
+        let text = format!(
+            "goes on here from epoch {} ({cause}; detection {:.0} ms, activation {total:.0} ms)",
+            report.epoch, report.detection_ms
+        );
+        self.tell(&inner, EventKind::Failover, text);
         drop(inner);
         self.metrics.set_role(Role::Survivor);
         self.metrics.observe_failover(&report);

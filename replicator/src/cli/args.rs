@@ -60,12 +60,27 @@ pub enum AskCommand {
     Protect(ProtectArgs),
     /// Show VMs, their protection, and peers
     Status(StatusArgs),
+    /// Show what happened to a VM on this host, also before the agent's last start
+    Events(EventsArgs),
     /// Prove that the standby's copy of a VM loads
     Rehearse(VmArgs),
     /// Let the other host go on with a VM
     Failover(FailoverArgs),
     /// End the protection of a VM and leave it as it was found, running
     Unprotect(VmArgs),
+}
+
+/// `understudy events`
+#[derive(Debug, Clone, Args)]
+pub struct EventsArgs {
+    /// The VM's name
+    pub vm: String,
+    /// How many, the newest
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub last: usize,
+    /// Print JSON, one event a line
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `understudy agent`

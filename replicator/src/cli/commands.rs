@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::args::{AskCommand, DoctorArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
+use super::args::{AskCommand, DoctorArgs, EventsArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
 use super::exit::{CliError, Exit};
 use super::progress::{Goal, follow};
 use super::{client, config};
@@ -28,6 +28,7 @@ pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result
         AskCommand::Doctor(args) => doctor_command(args, &client(control)).await,
         AskCommand::Protect(args) => protect(args, &client(control)).await,
         AskCommand::Status(args) => status(args, &client(control)).await,
+        AskCommand::Events(args) => events(args, &client(control)).await,
         AskCommand::Rehearse(args) => rehearse(args, &client(control)).await,
         AskCommand::Failover(args) => failover(args, &client(control)).await,
         AskCommand::Unprotect(args) => unprotect(args, &client(control)).await,
@@ -153,6 +154,13 @@ async fn status_text(args: &StatusArgs, client: &Client) -> Result<String, CliEr
         (Some(vm), true) => json(&client.vm_status(vm).await?, args.watch),
         (Some(vm), false) => render::vm(&client.vm_status(vm).await?),
     })
+}
+
+async fn events(args: EventsArgs, client: &Client) -> Result<Exit, CliError> {
+    for event in client.vm_events(&args.vm, args.last).await? {
+        print(&if args.json { json(&event, true) } else { format!("{}\n", render::event(&event)) })?;
+    }
+    Ok(Exit::Ok)
 }
 
 async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {

@@ -7,7 +7,7 @@ use std::future::Future;
 
 use super::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
-    PairWindow, Paired, ProtectRequest, RehearsalReport, VmRequest, VmStatus, WitnessStatus,
+    PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
 
 /// An agent, as its control server sees it.
@@ -17,6 +17,9 @@ pub trait AgentApi: Send + Sync + 'static {
 
     /// One VM, by name.
     fn vm_status(&self, name: &str) -> impl Future<Output = Result<VmStatus, ErrorBody>> + Send;
+
+    /// The last `last` things that happened to a VM here, oldest first; also of one that is protected no more.
+    fn vm_events(&self, name: &str, last: usize) -> impl Future<Output = Result<Vec<VmEvent>, ErrorBody>> + Send;
 
     /// Starts to protect a VM. Returns when it was found, is not refused and work has begun; from then on its status shows
     /// how far it is, until it is `protected`, or `error` with a reason.

@@ -498,6 +498,39 @@ pub struct ProtectRequest {
     pub witness: Option<String>,
 }
 
+/// What kind of thing happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The protection's state or its reason changed.
+    State,
+    /// Who may run changed: another generation was read.
+    Ownership,
+    /// A copy was activated here.
+    Failover,
+    /// The standby's copy was tried.
+    Rehearsal,
+}
+
+/// Something that happened to a VM on this host: `GET /v1/vms/NAME/events?last=N`, oldest first. Kept over restarts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmEvent {
+    /// When, in milliseconds since 1970 by this host's clock.
+    pub unix_ms: u64,
+    /// What kind of thing.
+    pub kind: EventKind,
+    /// Which copy this host had then.
+    pub role: Role,
+    /// The protection's state after it, as [`ProtectionState::word`].
+    pub state: String,
+    /// The generation known then.
+    pub generation: u64,
+    /// The last committed epoch then.
+    pub epoch: u64,
+    /// In words.
+    pub text: String,
+}
+
 /// A request that names a VM and nothing else: `POST /v1/unprotect`, `POST /v1/rehearse`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

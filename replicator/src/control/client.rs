@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 
 use super::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
-    PairWindow, Paired, ProtectRequest, RehearsalReport, VmRequest, VmStatus, WitnessStatus,
+    PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
 
 /// The longest answer that is read, in bytes.
@@ -104,6 +104,12 @@ impl Client {
     #[allow(clippy::missing_errors_doc)]
     pub async fn vm_status(&self, name: &str) -> Result<VmStatus, ClientError> {
         self.get(&format!("/v1/vms/{}", percent_encode(name))).await
+    }
+
+    /// The last `last` things that happened to a VM there, oldest first.
+    #[allow(clippy::missing_errors_doc)]
+    pub async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ClientError> {
+        self.get(&format!("/v1/vms/{}/events?last={last}", percent_encode(name))).await
     }
 
     /// Starts to protect a VM.

@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 use super::agent_api::{AgentApi, WitnessApi};
 use super::api::{ErrorBody, ErrorKind, PairOpenRequest};
@@ -22,6 +22,13 @@ use super::socket::ControlSocket;
 
 /// The longest request body, in bytes.
 pub const MAX_REQUEST: usize = 64 << 10;
+
+/// The parameters of a question for events.
+#[derive(Debug, Deserialize)]
+struct Events {
+    /// How many, the newest.
+    last: usize,
+}
 
 /// Serves an agent's control API until `stop` is ready; requests under way are finished first.
 ///
@@ -73,6 +80,12 @@ fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
             "/v1/vms/{name}",
             get(async |State(api): State<Arc<A>>, Path(name): Path<String>| {
                 answer(async move { api.vm_status(&name).await }).await
+            }),
+        )
+        .route(
+            "/v1/vms/{name}/events",
+            get(async |State(api): State<Arc<A>>, Path(name): Path<String>, Query(asked): Query<Events>| {
+                answer(async move { api.vm_events(&name, asked.last).await }).await
             }),
         )
         .route("/v1/protect", handle!(protect))

@@ -50,6 +50,18 @@ fn vm() -> VmStatus {
     vm
 }
 
+fn event() -> VmEvent {
+    VmEvent {
+        unix_ms: 1_795_000_000_123,
+        kind: EventKind::Failover,
+        role: Role::Survivor,
+        state: "degraded".into(),
+        generation: 4,
+        epoch: 12,
+        text: "runs here".into(),
+    }
+}
+
 impl AgentApi for FakeAgent {
     async fn status(&self) -> Result<AgentStatus, ErrorBody> {
         Ok(AgentStatus {
@@ -67,6 +79,11 @@ impl AgentApi for FakeAgent {
             return Ok(vm());
         }
         Err(ErrorBody::new(ErrorKind::NotFound, format!("no VM is called `{name}`")).advise("See `understudy status`."))
+    }
+
+    async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
+        self.note(format!("{last} events of {name}"));
+        Ok(vec![event()])
     }
 
     async fn protect(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
@@ -167,6 +184,8 @@ async fn every_request_arrives_and_is_answered() {
         fixture.agent.asked.lock().unwrap()[0],
         r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","durability":"memory","witness":null}"#
     );
+    assert_eq!(client.vm_events("web 1/ä", 7).await.unwrap(), [event()]);
+    assert_eq!(fixture.agent.asked.lock().unwrap()[1], "7 events of web 1/ä");
     assert_eq!(client.pair_open(&PairOpenRequest { ttl_s: 60 }).await.unwrap().expires_unix_ms, 60_000);
     let join = PairJoinRequest { host: "host-b".into(), port: 1, code: "7".into() };
     assert_eq!(client.pair_join(&join).await.unwrap().node_id, "7");

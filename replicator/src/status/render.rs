@@ -6,7 +6,7 @@ use bytesize::ByteSize;
 
 use crate::control::api::{
     AgentStatus, DoctorReport, EpochSummary, FailoverReport, PeerKind, PeerStatus, ProtectionState, SyncProgress,
-    Verdict, VmStatus,
+    Verdict, VmEvent, VmStatus,
 };
 
 /// An agent's VMs and peers, as tables.
@@ -168,6 +168,21 @@ pub fn failover(report: &FailoverReport) -> String {
         let _ = write!(text, ", activation {} (load {}, resume {})", ms(a.total), ms(a.load), ms(a.resume));
     }
     text
+}
+
+/// Something that happened, in one line.
+#[must_use]
+pub fn event(event: &VmEvent) -> String {
+    let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(event.unix_ms);
+    format!(
+        "{}  {:<8}  {:<12}  generation {}, epoch {}: {}",
+        humantime::format_rfc3339_millis(at),
+        event.role.word(),
+        event.state,
+        event.generation,
+        event.epoch,
+        event.text
+    )
 }
 
 /// The checklist of `understudy doctor`.

@@ -104,6 +104,23 @@ w       witness  -              no         -        -    -
 }
 
 #[test]
+fn an_event_is_one_line() {
+    let event = VmEvent {
+        unix_ms: 1_795_000_000_123,
+        kind: crate::control::api::EventKind::State,
+        role: Role::Primary,
+        state: "degraded".into(),
+        generation: 4,
+        epoch: 12,
+        text: "was protected: the standby is silent".into(),
+    };
+    assert_eq!(
+        super::event(&event),
+        "2026-11-18T11:06:40.123Z  primary   degraded      generation 4, epoch 12: was protected: the standby is silent"
+    );
+}
+
+#[test]
 fn an_agent_without_anything_says_what_to_do() {
     let status = AgentStatus {
         name: "host-a".into(),

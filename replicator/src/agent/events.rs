@@ -1,0 +1,147 @@
+//! What happened to a VM on this host: one line for each change, kept over restarts and protections.
+//!
+//! Promise: the newest [`FILE_MAX`] bytes of lines at least are kept, and at most twice as many. A line that cannot be written is
+//! told once in the agent's log and holds nothing up; a line that was torn by a power loss is left out when it is read.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::durable::escape;
+use crate::control::api::VmEvent;
+
+/// Bytes after which a file is set aside, in place of the one that was set aside before.
+const FILE_MAX: u64 = if cfg!(test) { 1 << 14 } else { 1 << 20 };
+
+/// The event log of one VM.
+#[derive(Debug)]
+pub(super) struct EventLog {
+    path: PathBuf,
+    /// One line at a time.
+    writing: Mutex<()>,
+    failed: AtomicBool,
+}
+
+impl EventLog {
+    /// The log of the VM called `name`; touches nothing yet.
+    pub(super) fn new(state_dir: &Path, name: &str) -> Self {
+        Self { path: path(state_dir, name), writing: Mutex::new(()), failed: AtomicBool::new(false) }
+    }
+
+    /// Adds a line.
+    pub(super) fn append(&self, event: &VmEvent) {
+        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.write(event)
+            && !self.failed.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "events of a VM cannot be kept");
+        }
+    }
+
+    fn write(&self, event: &VmEvent) -> io::Result<()> {
+        if let Some(dir) = self.path.parent() {
+            heartbeat::files::make_dir(dir)?;
+        }
+        if fs::metadata(&self.path).is_ok_and(|data| data.len() >= FILE_MAX) {
+            fs::rename(&self.path, older(&self.path))?;
+        }
+        // Begins with the end of the line before, so that one that was torn spoils nothing after it.
+        let line = format!("\n{}", serde_json::to_string(event)?);
+        OpenOptions::new().append(true).create(true).open(&self.path)?.write_all(line.as_bytes())
+    }
+}
+
+/// The last `last` events of the VM called `name`, oldest first. None if nothing is known of it.
+///
+/// # Errors
+/// If a file is there and cannot be read.
+pub(super) fn read(state_dir: &Path, name: &str, last: usize) -> io::Result<Vec<VmEvent>> {
+    let path = path(state_dir, name);
+    let mut events = Vec::new();
+    for file in [older(&path), path] {
+        match fs::read(&file) {
+            Ok(bytes) => {
+                let lines = bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+                events.extend(lines.filter_map(|line| serde_json::from_slice::<VmEvent>(line).ok()));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    events.drain(..events.len().saturating_sub(last));
+    Ok(events)
+}
+
+fn path(state_dir: &Path, name: &str) -> PathBuf {
+    state_dir.join("events").join(format!("{}.jsonl", escape(name)))
+}
+
+fn older(path: &Path) -> PathBuf {
+    path.with_extension("jsonl.1")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::api::{EventKind, Role};
+
+    fn event(number: u64) -> VmEvent {
+        VmEvent {
+            unix_ms: number,
+            kind: EventKind::State,
+            role: Role::Primary,
+            state: "protected".to_owned(),
+            generation: 3,
+            epoch: number,
+            text: "a line\nof two".to_owned(),
+        }
+    }
+
+    #[test]
+    fn events_are_read_back_oldest_first_also_by_another_life() {
+        let dir = tempfile::tempdir().expect("a directory");
+        assert_eq!(read(dir.path(), "../web 1", 9).expect("no file is no error"), []);
+        (1..=2).for_each(|number| EventLog::new(dir.path(), "../web 1").append(&event(number)));
+        assert_eq!(read(dir.path(), "../web 1", 9).expect("readable"), [event(1), event(2)]);
+        assert_eq!(read(dir.path(), "../web 1", 1).expect("readable"), [event(2)]);
+        assert_eq!(read(dir.path(), "web-2", 9).expect("readable"), []);
+    }
+
+    #[test]
+    fn a_torn_line_is_left_out_and_spoils_none_after_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = EventLog::new(dir.path(), "web-1");
+        log.append(&event(1));
+        let whole = fs::read(&log.path).expect("written");
+        fs::write(&log.path, &whole[..whole.len() - 5]).expect("room");
+        log.append(&event(2));
+        assert_eq!(read(dir.path(), "web-1", 9).expect("readable"), [event(2)]);
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_the_rest_is_bounded() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = EventLog::new(dir.path(), "web-1");
+        let line = serde_json::to_string(&event(1)).expect("plain data").len() as u64;
+        let enough = 4 * FILE_MAX / line;
+        (0..enough).for_each(|number| log.append(&event(number)));
+        let kept = read(dir.path(), "web-1", usize::MAX).expect("readable");
+        assert_eq!(kept.last().map(|event| event.epoch), Some(enough - 1));
+        assert!(kept.windows(2).all(|pair| pair[0].epoch + 1 == pair[1].epoch), "none is missing in between");
+        let bytes = kept.len() as u64 * line;
+        assert!(bytes >= FILE_MAX && bytes <= 2 * FILE_MAX + 2 * line, "{bytes}");
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_written_holds_nothing_up() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join("events"), "in the way").expect("room");
+        let log = EventLog::new(dir.path(), "web-1");
+        log.append(&event(1));
+        log.append(&event(2));
+        assert!(log.failed.load(Ordering::Relaxed));
+        read(dir.path(), "web-1", 9).expect_err("not a directory");
+    }
+}
