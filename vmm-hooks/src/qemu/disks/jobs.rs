@@ -99,11 +99,16 @@ pub(super) fn add(qmp: &mut Qmp, names: &Names, node: &str, socket: &Path, expor
 }
 
 /// Waits until these jobs have begun: from then on they miss no write. The guest stands. `false`: it takes too long.
+///
+/// Without I/O threads QEMU begins a job before it answers the command that makes it.
 pub(super) fn wait_begun(qmp: &mut Qmp, names: &[Names]) -> Result<bool, QmpError> {
+    if qmp.has("query-iothreads") && qmp.execute("query-iothreads", json!({}))?.as_array().is_some_and(Vec::is_empty) {
+        return Ok(true);
+    }
     let started = Instant::now();
     loop {
         let jobs = qmp.execute("query-block-jobs", json!({}))?;
-        // A job knows what there is to copy only after it has made everything that writes need.
+        // A job knows what there is to copy only after it has made everything that writes need, and looked through the image.
         if names.iter().all(|names| begun(&jobs, &names.job)) {
             return Ok(true);
         }

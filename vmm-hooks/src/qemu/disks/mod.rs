@@ -168,8 +168,11 @@ impl Mirrors {
             })?;
         }
         if !jobs::wait_begun(qmp, &running.names)? {
-            return Err(GuestError::new(GuestErrorKind::Failed, "QEMU does not begin to copy the guest's disks")
-                .advise("the guest runs on unharmed; try again when its disks are less busy"));
+            let message = "QEMU does not begin to copy the guest's disks in the time that the guest may stand for it";
+            return Err(GuestError::new(GuestErrorKind::Failed, message).advise(
+                "the guest runs on unharmed; QEMU looks through a large qcow2 image first: convert it to raw, or take its \
+                 device out of its I/O thread",
+            ));
         }
         // Whoever connects from here on is no first connection. The directory goes with `dir`.
         running.server.stop_listening();
