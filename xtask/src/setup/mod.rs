@@ -6,6 +6,7 @@
 mod apt;
 mod cpio;
 mod guest;
+mod pilot;
 
 use std::path::PathBuf;
 
@@ -69,6 +70,7 @@ pub(crate) fn run(refresh: bool) -> Result<Means> {
     for what in programs(&mut apt, &FOR_TESTS) {
         println!("setup: the tests of dashboards and alerts will be skipped here in part: {what}");
     }
+    pilot::build()?;
     let guest = guest::build(&mut apt, refresh)?;
     Ok(Means { missing, guest })
 }

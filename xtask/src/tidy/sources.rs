@@ -4,8 +4,8 @@ use super::Source;
 
 /// No file is longer.
 const MAX_LINES: usize = 800;
-/// The only place of unsafe code.
-const UNSAFE_HOME: &str = "vmm-hooks/src/sys/";
+/// The only places of unsafe code: system calls, and the machine that the pilot guest has no system under.
+const UNSAFE_HOMES: [&str; 2] = ["vmm-hooks/src/sys/", "vmm-hooks/pilot/src/machine.rs"];
 const PURE_ROOTS: [&str; 2] = ["heartbeat/core/src/lib.rs", "replicator/core/src/lib.rs"];
 const PURE_DIRS: [&str; 2] = ["heartbeat/core/src/", "replicator/core/src/"];
 
@@ -24,11 +24,15 @@ pub(super) fn check(sources: &[Source]) -> Vec<String> {
             breaches.push(format!("{path}:1: no `//!` header that says what the file is for and what it promises"));
         }
         let code = code_only(&source.text);
-        if !path.starts_with(UNSAFE_HOME) {
+        if !UNSAFE_HOMES.iter().any(|home| path.starts_with(home)) {
             for (number, line) in code.lines().enumerate() {
                 let allowed = line.contains("allow(unsafe_code)") || line.contains("expect(unsafe_code)");
                 if allowed || words(line).any(|word| word == "unsafe") {
-                    breaches.push(format!("{path}:{}: unsafe code outside of {UNSAFE_HOME}", number + 1));
+                    breaches.push(format!(
+                        "{path}:{}: unsafe code outside of {}",
+                        number + 1,
+                        UNSAFE_HOMES.join(" and ")
+                    ));
                 }
             }
         }
