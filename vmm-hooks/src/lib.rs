@@ -11,11 +11,13 @@
 //! | [`nbd`] | takes a guest's disk writes over a socket |
 //! | [`track`] | finds dirty pages from outside and never loses one |
 //! | [`qemu`] | back end: a running, unmodified QEMU |
+//! | [`kvm`] | back end: our own microVM on KVM, in this process |
 //! | [`sim`] | back end: a deterministic guest for tests |
 //! | [`sys`] | system calls; every line of unsafe code |
 
 pub mod disk;
 pub mod guest;
+pub mod kvm;
 pub mod layout;
 pub mod nbd;
 pub mod qemu;

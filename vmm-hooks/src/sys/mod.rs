@@ -8,13 +8,17 @@
 //! | [`memory`] | shared memory in a memfd, without a reference into it |
 //! | [`pagemap`] | which pages of another process were written (`PAGEMAP_SCAN`) |
 //! | [`inject`] | a userfaultfd in another process, which is unharmed whenever we die |
+//! | [`kvm`] | a virtual machine of ours and its memory, a vCPU and its kick |
+//! | [`tap`] | a tap interface as a descriptor |
 //! | [`fdpass`] | descriptors sent over a Unix socket |
 //! | [`sched`] | a thread that is scheduled before ordinary ones |
 #![allow(unsafe_code)]
 
 pub mod fdpass;
 pub mod inject;
+pub mod kvm;
 pub mod memory;
 pub mod pagemap;
 pub mod process;
 pub mod sched;
+pub mod tap;

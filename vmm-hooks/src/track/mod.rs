@@ -41,6 +41,9 @@ pub enum TrackError {
     /// The page map could not be scanned.
     #[error(transparent)]
     Scan(#[from] ScanError),
+    /// KVM's log could not be read or cleared.
+    #[error(transparent)]
+    Kvm(#[from] crate::sys::kvm::KvmError),
     /// The process or its memory could not be reached.
     #[error(transparent)]
     Process(#[from] ProcessError),

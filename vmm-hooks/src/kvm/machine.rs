@@ -1,0 +1,580 @@
+//! One machine: what it is made of, and the one place that knows whether it runs.
+//!
+//! Promises: when [`Machine::pause`] returns, every vCPU stands outside of the guest with nothing unfinished, no request is in flight, and
+//! nobody writes the guest's memory; if it fails, the machine runs on. A new machine stands. A pause makes a bounded number of system calls
+//! (for each vCPU a signal and its wake-up) and allocates nothing.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use serde::{Deserialize, Serialize};
+
+use super::boot::{self, PilotOptions};
+use super::cpuid::{self, Leaf};
+use super::gate::{GateBounds, KvmGate};
+use super::orders::{Clock, Orders};
+use super::pilot::abi;
+use super::ram::Ram;
+use super::state::vcpu::Room;
+use super::state::{self, Reader, StateError, Tag, Writer};
+use super::vcpu;
+use super::virtio::block::Block;
+use super::virtio::log::DiskLog;
+use super::virtio::net::Net;
+use super::wake::Wake;
+use crate::disk::MAX_DISKS;
+use crate::guest::{Fence, GuestError, GuestErrorKind, GuestEvent};
+use crate::sys::kvm::{Kick, Vcpu, Vm, failed};
+use crate::sys::memory::SharedMemory;
+
+/// Longest wait for vCPUs to stand. A vCPU may be in a write to a slow disk.
+const STAND_MAX: Duration = Duration::from_secs(10);
+/// Serial output that is kept.
+const SERIAL_MAX: usize = 64 << 10;
+
+/// A network card.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetCard {
+    /// Its hardware address.
+    pub mac: [u8; 6],
+    /// The tap interface it is on.
+    pub tap: String,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskFile {
+    /// Its name, for people.
+    pub name: String,
+    /// Its raw image.
+    pub path: PathBuf,
+}
+
+/// What a machine is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Its name.
+    pub name: String,
+    /// Its memory in bytes.
+    pub memory: u64,
+    /// Its vCPUs.
+    pub cpus: u64,
+    /// Its network card.
+    pub net: Option<NetCard>,
+    /// Its disks.
+    pub disks: Vec<DiskFile>,
+}
+
+/// Whether vCPUs run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Want {
+    Run,
+    Stand,
+    End,
+}
+
+#[derive(Debug)]
+struct Run {
+    want: Want,
+    /// vCPUs that stand.
+    standing: usize,
+    /// vCPU threads that have not ended.
+    alive: usize,
+    /// How it ended.
+    end: Option<GuestEvent>,
+    events: Vec<GuestEvent>,
+}
+
+/// One vCPU and what belongs to it.
+#[derive(Debug)]
+pub(super) struct Slot {
+    pub(super) vcpu: Mutex<Vcpu>,
+    pub(super) kick: Arc<Kick>,
+    room: Mutex<Room>,
+}
+
+/// Everything of a machine.
+#[derive(Debug)]
+pub(super) struct Inner {
+    spec: Spec,
+    cpuid: Vec<Leaf>,
+    pub(super) vm: Arc<Vm>,
+    pub(super) slots: Vec<Slot>,
+    pub(super) net: Option<Net>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) gate: Arc<KvmGate>,
+    pub(super) log: Arc<DiskLog>,
+    pub(super) orders: Orders,
+    pub(super) clock: Clock,
+    pub(super) wake: Wake,
+    /// Devices are to begin no request.
+    halt: Arc<AtomicBool>,
+    /// Devices may have requests that were left.
+    pub(super) look: AtomicBool,
+    serial: Mutex<Vec<u8>>,
+    /// Whether somebody protects it.
+    pub(super) attached: AtomicBool,
+    run: Mutex<Run>,
+    /// For vCPUs that stand.
+    go: Condvar,
+    /// For whom waits for vCPUs.
+    stood: Condvar,
+}
+
+/// A machine. Clones are the same one; it runs on until it is ended, also if nobody has one.
+#[derive(Debug, Clone)]
+pub struct Machine(pub(super) Arc<Inner>);
+
+pub(super) fn refused(message: impl Into<String>) -> GuestError {
+    GuestError::new(GuestErrorKind::Refused, message)
+}
+
+/// Opens a disk's image; its size.
+fn open_disk(path: &Path) -> Result<(File, u64), GuestError> {
+    let fail = |why: String| refused(format!("the disk {} cannot be used: {why}", path.display()));
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| fail(error.to_string()))?;
+    let bytes = file.metadata().map_err(|error| fail(error.to_string()))?.len();
+    if bytes == 0 || !bytes.is_multiple_of(512) {
+        return Err(fail(format!("its size is {bytes} bytes, not a number of sectors of 512 bytes")));
+    }
+    Ok((file, bytes))
+}
+
+impl Machine {
+    /// Makes a machine that boots the pilot from `image`. It stands. `wire` takes and gives one frame a call, and is there if the machine has
+    /// a card.
+    ///
+    /// # Errors
+    /// If this host cannot have it; nothing is left behind.
+    pub fn pilot(
+        kvm: &Arc<Kvm>,
+        spec: Spec,
+        image: &Path,
+        options: &PilotOptions,
+        wire: Option<OwnedFd>,
+        bounds: GateBounds,
+    ) -> Result<Self, GuestError> {
+        if spec.memory < abi::MEMORY_MIN || spec.cpus > abi::CPUS_MAX {
+            return Err(refused(format!(
+                "a pilot has at least {} bytes of memory and at most {} vCPUs",
+                abi::MEMORY_MIN,
+                abi::CPUS_MAX
+            )));
+        }
+        let memory = SharedMemory::new(&format!("{}/ram", spec.name), spec.memory)
+            .map_err(|error| refused("there is no memory for the microVM").because(error))?;
+        let cpuid = cpuid::supported(kvm).map_err(|error| refused(error.to_string()).because(error))?;
+        let machine = Self::make(kvm, spec, &cpuid, &memory, false, wire, bounds)?;
+        let inner = &machine.0;
+        let net = inner.net.is_some().then_some(abi::MMIO);
+        let disks: Vec<u64> = (0..inner.blocks.len()).map(|index| inner.block_address(index)).collect();
+        let start = || -> Result<(), GuestError> {
+            let cpus = inner.spec.cpus;
+            let entry = boot::load(inner.vm.ram().memory(), image, options, cpus, net, &disks)?;
+            for (number, slot) in (0..).zip(&inner.slots) {
+                let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+                boot::enter(&vcpu, number, entry).map_err(|error| refused(error.to_string()).because(error))?;
+            }
+            Ok(())
+        };
+        start().inspect_err(|_| machine.end(None))?;
+        Ok(machine)
+    }
+
+    /// Makes a machine of `spec` around `memory` without anything in it. It stands.
+    pub(super) fn make(
+        kvm: &Arc<Kvm>,
+        spec: Spec,
+        cpuid: &[Leaf],
+        memory: &SharedMemory,
+        private: bool,
+        wire: Option<OwnedFd>,
+        bounds: GateBounds,
+    ) -> Result<Self, GuestError> {
+        if spec.cpus == 0 || spec.disks.len() > MAX_DISKS {
+            return Err(refused(format!("a microVM has at least one vCPU and at most {MAX_DISKS} disks")));
+        }
+        let kvm_failed = |error: crate::sys::kvm::KvmError| {
+            refused(format!("the microVM {} cannot be made: {error}: {}", spec.name, error.source)).because(error)
+        };
+        let ram = Ram::map(memory, private).map_err(|error| refused(error.to_string()).because(error))?;
+        let vm = Arc::new(Vm::new(kvm, Arc::new(ram)).map_err(kvm_failed)?);
+        let mut slots = Vec::new();
+        for number in 0..spec.cpus {
+            let vcpu = Vcpu::new(&vm, number).map_err(kvm_failed)?;
+            let table = cpuid::table(cpuid, u32::try_from(number).expect("few"));
+            let table = table.ok_or_else(|| refused("the processor's description is too long for KVM"))?;
+            vcpu.fd().set_cpuid2(&table).map_err(failed("set what a vCPU's processor is")).map_err(kvm_failed)?;
+            let room = Room::new(kvm, &vcpu).map_err(kvm_failed)?;
+            slots.push(Slot { kick: vcpu.kick(), vcpu: Mutex::new(vcpu), room: Mutex::new(room) });
+        }
+        let disks = spec.disks.iter().map(|disk| open_disk(&disk.path)).collect::<Result<Vec<_>, _>>()?;
+        let log = Arc::new(DiskLog::new(disks.iter().map(|&(_, bytes)| bytes).collect()));
+        let halt = Arc::new(AtomicBool::new(true));
+        let mut blocks = Vec::new();
+        for ((number, (file, bytes)), disk) in (0..).zip(disks).zip(&spec.disks) {
+            blocks.push(Block::new(number, &disk.name, file, bytes, Arc::clone(&log), Arc::clone(&halt)));
+        }
+        let network = |error: &dyn std::fmt::Display| refused(format!("the microVM's network cannot be used: {error}"));
+        let outgoing = wire.as_ref().map(OwnedFd::try_clone).transpose().map_err(|error| network(&error))?;
+        let gate = Arc::new(KvmGate::new(outgoing, bounds));
+        let net = match (&spec.net, wire) {
+            (Some(card), Some(wire)) => {
+                rustix::io::ioctl_fionbio(&wire, true).map_err(|error| network(&error))?;
+                Some(Net::new(card.mac, wire, Arc::clone(&gate)).map_err(|error| network(&error))?)
+            }
+            (None, _) => None,
+            (Some(card), None) => return Err(network(&format!("there is nothing to join {} to", card.tap))),
+        };
+        let alive = slots.len();
+        let inner = Arc::new(Inner {
+            cpuid: cpuid.to_vec(),
+            vm,
+            clock: Clock::new(slots.len()),
+            slots,
+            net,
+            blocks,
+            gate,
+            log,
+            orders: Orders::default(),
+            wake: Wake::default(),
+            halt,
+            look: AtomicBool::new(true),
+            serial: Mutex::default(),
+            attached: AtomicBool::new(false),
+            run: Mutex::new(Run { want: Want::Stand, standing: 0, alive, end: None, events: Vec::new() }),
+            go: Condvar::new(),
+            stood: Condvar::new(),
+            spec,
+        });
+        let machine = Self(inner);
+        machine.start_threads()?;
+        Ok(machine)
+    }
+
+    fn start_threads(&self) -> Result<(), GuestError> {
+        let spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
+            let made = std::thread::Builder::new().name(name).spawn(body);
+            made.map(drop).map_err(|error| refused("the microVM's threads cannot be started").because(error))
+        };
+        for number in 0..self.0.slots.len() {
+            let inner = Arc::clone(&self.0);
+            let started = spawn(format!("vcpu{number}"), Box::new(move || vcpu::run(&inner, number)));
+            if started.is_err() {
+                // Those that were not started will not end.
+                self.0.run().alive -= self.0.slots.len() - number;
+                self.end(None);
+            }
+            started?;
+        }
+        if self.0.net.is_some() {
+            let inner = Arc::clone(&self.0);
+            let receive = move || {
+                let net = inner.net.as_ref().expect("asked above");
+                net.receive(inner.vm.ram().memory(), &inner.wake);
+            };
+            spawn("net".to_owned(), Box::new(receive)).inspect_err(|_| self.end(None))?;
+        }
+        Ok(())
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.0.spec
+    }
+
+    /// What its guest is told of its processor.
+    pub(super) fn cpuid(&self) -> &[Leaf] {
+        &self.0.cpuid
+    }
+
+    /// Whether its vCPUs run.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.0.run().want == Want::Run
+    }
+
+    /// Stops it: see the module's promises.
+    ///
+    /// # Errors
+    /// [`GuestErrorKind::Gone`] if it has ended; else it runs on.
+    pub fn pause(&self) -> Result<(), GuestError> {
+        let inner = &self.0;
+        let mut run = inner.run();
+        if run.end.is_some() {
+            return Err(inner.gone(&run));
+        }
+        run.want = Want::Stand;
+        drop(run);
+        inner.interrupt();
+        let vcpus = inner.slots.len();
+        let waits = |run: &mut Run| run.standing < vcpus && run.end.is_none();
+        let waited = inner.stood.wait_timeout_while(inner.run(), STAND_MAX, waits);
+        let (run, late) = waited.expect("nobody panics while it holds the machine");
+        if run.end.is_some() {
+            return Err(inner.gone(&run));
+        }
+        drop(run);
+        if late.timed_out() {
+            self.resume()?;
+            let error = GuestError::new(GuestErrorKind::Failed, "the microVM's vCPUs did not stop in time");
+            return Err(error.advise("the guest runs on; look whether its disk answers"));
+        }
+        if let Some(net) = &inner.net {
+            net.run(false);
+        }
+        inner.clock.stop();
+        Ok(())
+    }
+
+    /// Lets it run.
+    ///
+    /// # Errors
+    /// [`GuestErrorKind::Gone`] if it has ended.
+    pub fn resume(&self) -> Result<(), GuestError> {
+        let inner = &self.0;
+        let mut run = inner.run();
+        if run.end.is_some() {
+            return Err(inner.gone(&run));
+        }
+        inner.halt.store(false, Ordering::SeqCst);
+        inner.log.stop(false);
+        inner.clock.start();
+        run.want = Want::Run;
+        drop(run);
+        inner.go.notify_all();
+        if let Some(net) = &inner.net {
+            net.run(true);
+        }
+        Ok(())
+    }
+
+    /// Ends it; `event` is told of it, if it is news. Does not wait for its threads.
+    pub(super) fn end(&self, event: Option<GuestEvent>) {
+        self.0.end(event);
+    }
+
+    /// A handle that ends it.
+    #[must_use]
+    pub fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(MachineFence(self.clone()))
+    }
+
+    /// What it has written to its serial port, the last of it.
+    #[must_use]
+    pub fn serial(&self) -> String {
+        String::from_utf8_lossy(&self.0.serial.lock().expect("nobody panics while it holds the serial port"))
+            .into_owned()
+    }
+
+    /// Orders the pilot to do something (see [`abi::order`]) and waits until it has, for `most`.
+    ///
+    /// # Errors
+    /// If the machine has ended or does not answer.
+    pub fn order(&self, words: &[u32], most: Duration) -> Result<(), GuestError> {
+        let number = self.0.orders.give(words);
+        self.0.wake.all();
+        if self.0.orders.carried_out(number, most) {
+            return Ok(());
+        }
+        let run = self.0.run();
+        if run.end.is_some() {
+            return Err(self.0.gone(&run));
+        }
+        Err(GuestError::new(GuestErrorKind::Failed, "the pilot did not carry out an order in time"))
+    }
+
+    /// Writes the state of a machine that stands to `into`, which is cleared.
+    pub(super) fn save(&self, into: &mut Vec<u8>) -> Result<(), StateError> {
+        let inner = &self.0;
+        let mut writer = Writer::begin(into, inner.spec.cpus);
+        for (number, slot) in (0..).zip(&inner.slots) {
+            let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+            let mut room = slot.room.lock().expect("nobody panics while it holds a vCPU");
+            state::vcpu::save(&vcpu, &mut room, number, &mut writer)?;
+        }
+        let clock = inner.vm.fd().get_clock().map_err(failed("read the guest's clock"))?;
+        writer.structure(Tag::KvmClock, &clock);
+        writer.section(Tag::Clock, |section| inner.clock.save(section));
+        if let Some(net) = &inner.net {
+            writer.section(Tag::Net, |section| net.save(section));
+        }
+        for block in &inner.blocks {
+            writer.section(Tag::Block, |section| block.save(section));
+        }
+        writer.end();
+        Ok(())
+    }
+
+    /// Loads a state into a new machine that stands. If it fails the machine is of no use.
+    pub(super) fn load(&self, bytes: &[u8]) -> Result<(), StateError> {
+        let inner = &self.0;
+        let memory = inner.vm.ram().memory();
+        let (mut reader, found) = Reader::begin(bytes)?;
+        if found != inner.spec.cpus {
+            return Err(StateError::Vcpus { expected: inner.spec.cpus, found });
+        }
+        for (number, slot) in (0..).zip(&inner.slots) {
+            let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+            state::vcpu::load(&vcpu, number, &mut reader)?;
+        }
+        let mut clock: kvm_bindings::kvm_clock_data = reader.structure(Tag::KvmClock, "a clock")?;
+        // The guest's time stood while it did: it is set, not moved on by what has passed since.
+        clock.flags = 0;
+        inner.vm.fd().set_clock(&clock).map_err(failed("load the guest's clock"))?;
+        let section = |reader: &mut Reader<'_>, tag, load: &dyn Fn(&mut Reader<'_>) -> Result<(), StateError>| {
+            let mut section = reader.section(tag)?;
+            load(&mut section)?;
+            section.finish("a device with more than its state")
+        };
+        section(&mut reader, Tag::Clock, &|from| inner.clock.load(from))?;
+        if let Some(net) = &inner.net {
+            section(&mut reader, Tag::Net, &|from| net.load(from, memory))?;
+        }
+        for block in &inner.blocks {
+            section(&mut reader, Tag::Block, &|from| block.load(from, memory))?;
+        }
+        reader.end()
+    }
+
+    /// Tells the network where it is now: a reverse ARP request of its own address, to everybody.
+    pub(super) fn announce(&self) {
+        let Some(card) = &self.0.spec.net else { return };
+        let mut frame = [0; 60];
+        frame[..6].fill(0xff);
+        frame[6..12].copy_from_slice(&card.mac);
+        // RARP, Ethernet, IPv4, 6 and 4 bytes, request.
+        frame[12..22].copy_from_slice(&[0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+        frame[22..28].copy_from_slice(&card.mac);
+        frame[32..38].copy_from_slice(&card.mac);
+        self.0.gate.announce(&frame);
+    }
+
+    /// What happened since the last call.
+    pub(super) fn take_events(&self) -> Vec<GuestEvent> {
+        std::mem::take(&mut self.0.run().events)
+    }
+}
+
+impl Inner {
+    fn run(&self) -> MutexGuard<'_, Run> {
+        self.run.lock().expect("nobody panics while it holds the machine")
+    }
+
+    /// Where disk `index` is.
+    pub(super) fn block_address(&self, index: usize) -> u64 {
+        abi::MMIO + abi::MMIO_STRIDE * (index as u64 + u64::from(self.net.is_some()))
+    }
+
+    fn gone(&self, run: &Run) -> GuestError {
+        let how = match &run.end {
+            Some(GuestEvent::Died { how }) => format!(": {how}"),
+            Some(GuestEvent::Shutdown) => ": it shut itself down".to_owned(),
+            _ => String::new(),
+        };
+        GuestError::new(GuestErrorKind::Gone, format!("the microVM {} has ended{how}", self.spec.name))
+    }
+
+    /// Gets every vCPU out of the guest and out of what it waits for.
+    fn interrupt(&self) {
+        self.halt.store(true, Ordering::SeqCst);
+        self.log.stop(true);
+        self.wake.all();
+        self.slots.iter().for_each(|slot| slot.kick.kick());
+    }
+
+    pub(super) fn end(&self, event: Option<GuestEvent>) {
+        let mut run = self.run();
+        run.want = Want::End;
+        if run.end.is_none() {
+            if let Some(event) = &event {
+                tracing::info!(name = self.spec.name, ?event, "the microVM ends");
+                run.events.push(event.clone());
+            }
+            run.end = Some(event.unwrap_or(GuestEvent::Died { how: "it was ended from outside".to_owned() }));
+        }
+        drop(run);
+        self.interrupt();
+        self.orders.end();
+        if let Some(net) = &self.net {
+            net.end();
+        }
+        self.go.notify_all();
+        self.stood.notify_all();
+    }
+
+    /// For a vCPU's thread: stands while it is to. False: it is to end.
+    pub(super) fn may_run(&self, kick: &Kick) -> bool {
+        let mut run = self.run();
+        if run.want == Want::Stand {
+            run.standing += 1;
+            self.stood.notify_all();
+            run = self
+                .go
+                .wait_while(run, |run| run.want == Want::Stand)
+                .expect("nobody panics while it holds the machine");
+            run.standing -= 1;
+        }
+        // Under the lock: who asks for the next pause kicks after this.
+        kick.clear();
+        run.want == Want::Run
+    }
+
+    /// For a vCPU's thread: it has ended.
+    pub(super) fn thread_ended(&self) {
+        self.run().alive -= 1;
+        self.stood.notify_all();
+    }
+
+    /// A byte for the serial port.
+    pub(super) fn print(&self, bytes: &[u8]) {
+        let mut serial = self.serial.lock().expect("nobody panics while it holds the serial port");
+        serial.extend_from_slice(bytes);
+        if bytes.contains(&b'\n') {
+            let end = serial.len() - 1;
+            let start = serial[..end].iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+            tracing::info!(name = self.spec.name, line = %String::from_utf8_lossy(&serial[start..end]), "serial");
+        }
+        if serial.len() > SERIAL_MAX {
+            let surplus = serial.len() - SERIAL_MAX / 2;
+            serial.drain(..surplus);
+        }
+    }
+}
+
+/// Ends a machine.
+#[derive(Debug)]
+struct MachineFence(Machine);
+
+impl Fence for MachineFence {
+    fn fence(&self) -> Result<(), GuestError> {
+        self.0.end(None);
+        let deadline = Instant::now() + STAND_MAX;
+        let mut run = self.0.0.run();
+        while run.alive > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let error = GuestError::new(GuestErrorKind::Failed, "the microVM's vCPUs did not end in time");
+                return Err(error.advise("it is mute and will end; end this process to be sure"));
+            }
+            run = self.0.0.stood.wait_timeout(run, left).expect("nobody panics while it holds the machine").0;
+        }
+        drop(run);
+        self.0.0.gate.end();
+        Ok(())
+    }
+
+    fn ended(&self) -> bool {
+        let run = self.0.0.run();
+        run.end.is_some() && run.alive == 0
+    }
+}

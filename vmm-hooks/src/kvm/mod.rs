@@ -1,0 +1,65 @@
+//! Back end: our own microVM on KVM, run by threads of this process.
+//!
+//! A small machine on the rust-vmm crates: memory in a memfd, vCPUs that leave the guest when they are kicked, virtio-mmio net and block, a
+//! serial port. Who protects it is in the same process, so a pause costs microseconds, not a monitor's milliseconds.
+//!
+//! | module | promise |
+//! | --- | --- |
+//! | [`machine`] | makes, starts, stops and ends a machine; its vCPUs stand when it says so |
+//! | `vcpu` | one vCPU's thread, and what its exits ask for |
+//! | [`ram`] | guest memory, with marks of what the VMM itself wrote |
+//! | `virtio` | the devices; the disk-write log |
+//! | [`gate`] | output by epochs |
+//! | `state` | device state: saved and loaded in KVM's order, every step with its error |
+//! | [`cpuid`] | what the guest is told of its processor; what another host lacks of it |
+//! | `track` | dirty pages by KVM's bitmap |
+//! | [`guest`] | a machine as a [`crate::guest::Guest`] |
+//! | [`twin`] | a standby's twins |
+//! | [`boot`] | starting the pilot guest |
+//! | [`pilot`] | what is known of the pilot from outside |
+//!
+//! Not there yet: an interrupt controller and with it Linux, the dirty ring, and resets by the guest, which end the machine.
+
+pub mod boot;
+pub mod cpuid;
+pub mod gate;
+pub mod guest;
+pub mod machine;
+mod orders;
+pub mod pilot;
+pub mod ram;
+mod state;
+mod track;
+pub mod twin;
+mod vcpu;
+mod virtio;
+mod wake;
+
+pub use boot::PilotOptions;
+pub use gate::GateBounds;
+pub use guest::{KvmGuest, attach};
+pub use machine::{DiskFile, Machine, NetCard, Spec};
+pub use twin::{KvmTwinHost, TwinHostOptions};
+
+use std::sync::Arc;
+
+use kvm_ioctls::Kvm;
+
+use crate::guest::{GuestError, GuestErrorKind};
+
+/// Opens `/dev/kvm`.
+///
+/// # Errors
+/// [`GuestErrorKind::Refused`] if this host has no KVM or this process may not use it.
+pub fn host() -> Result<Arc<Kvm>, GuestError> {
+    let kvm = Kvm::new().map_err(|error| {
+        let source = std::io::Error::from_raw_os_error(error.errno());
+        GuestError::new(GuestErrorKind::Refused, format!("/dev/kvm cannot be opened: {source}"))
+            .advise("load the kernel's kvm module, and let this user read and write /dev/kvm")
+    })?;
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(kvm_bindings::KVM_API_VERSION) {
+        return Err(GuestError::new(GuestErrorKind::Refused, format!("this host's KVM speaks version {version}")));
+    }
+    Ok(Arc::new(kvm))
+}

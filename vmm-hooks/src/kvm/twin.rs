@@ -1,0 +1,254 @@
+//! The standby's side: a twin is committed memory until it is activated, and then a machine of this process around that memory.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use super::cpuid;
+use super::gate::GateBounds;
+use super::guest::{BACKEND, Body, layout};
+use super::machine::{Machine, NetCard, Spec, refused};
+use crate::guest::{
+    Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
+};
+use crate::layout::Layout;
+use crate::sys::memory::BlockMemory;
+
+/// Joins a twin's card to this host's network: gives what takes and gives one frame a call.
+pub type Join = Arc<dyn Fn(&NetCard) -> io::Result<OwnedFd> + Send + Sync>;
+
+/// How a host makes its twins.
+#[derive(Clone)]
+pub struct TwinHostOptions {
+    /// Called when a twin is activated.
+    pub join: Join,
+    /// How the survivors' gates are bounded.
+    pub bounds: GateBounds,
+}
+
+impl Default for TwinHostOptions {
+    /// Cards are on taps of the names that they had.
+    fn default() -> Self {
+        Self { join: Arc::new(|card| crate::sys::tap::open(&card.tap)), bounds: GateBounds::default() }
+    }
+}
+
+impl fmt::Debug for TwinHostOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TwinHostOptions").field("bounds", &self.bounds).finish_non_exhaustive()
+    }
+}
+
+/// A standby host. Clones are the same host.
+#[derive(Debug, Clone, Default)]
+pub struct KvmTwinHost {
+    options: TwinHostOptions,
+    twins: Arc<Mutex<BTreeMap<String, Option<Machine>>>>,
+}
+
+impl KvmTwinHost {
+    /// A host without twins.
+    #[must_use]
+    pub fn new(options: TwinHostOptions) -> Self {
+        Self { options, twins: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Machine>>> {
+        self.twins.lock().expect("nobody panics while it holds the twins")
+    }
+
+    /// The names of the twins that are here, activated or not.
+    #[must_use]
+    pub fn twins(&self) -> Vec<String> {
+        self.lock().keys().cloned().collect()
+    }
+
+    /// The machine of an activated twin.
+    #[must_use]
+    pub fn machine(&self, name: &str) -> Option<Machine> {
+        self.lock().get(name).cloned().flatten()
+    }
+}
+
+impl TwinHost for KvmTwinHost {
+    fn prepare(
+        &self,
+        name: &str,
+        recipe: &Recipe,
+        wanted: &Layout,
+        images: &[PathBuf],
+    ) -> Result<Box<dyn Twin>, GuestError> {
+        if recipe.backend != BACKEND {
+            return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
+        }
+        let Body { mut spec, cpuid } = serde_json::from_str(&recipe.body)
+            .map_err(|error| refused("the description of the microVM cannot be read").because(error))?;
+        if layout(spec.memory).as_ref() != Some(wanted) {
+            return Err(refused("the microVM's memory is not what its description says"));
+        }
+        if images.len() != spec.disks.len() {
+            let error =
+                format!("the microVM has {} disks, and {} images are there for it", spec.disks.len(), images.len());
+            return Err(refused(error));
+        }
+        let kvm = super::host()?;
+        let offered = cpuid::supported(&kvm).map_err(|error| refused(error.to_string()).because(error))?;
+        let missing = cpuid::missing(&cpuid, &offered);
+        if !missing.is_empty() {
+            return Err(refused(format!(
+                "this host's processor lacks what the guest was promised: {}",
+                missing.join(", ")
+            ))
+            .advise("choose a standby with the same processor, or start the guest with fewer features"));
+        }
+        for (disk, image) in spec.disks.iter_mut().zip(images) {
+            disk.path.clone_from(image);
+        }
+        name.clone_into(&mut spec.name);
+        let memory = BlockMemory::new(name, wanted)
+            .map_err(|error| refused("there is no memory for the twin").because(error))?;
+        let mut twins = self.lock();
+        if twins.contains_key(name) {
+            return Err(refused(format!("there is a twin called {name} already")));
+        }
+        twins.insert(name.to_owned(), None);
+        Ok(Box::new(KvmTwin { host: self.clone(), kvm, spec, cpuid, memory: Arc::new(memory), end: Arc::default() }))
+    }
+}
+
+/// Whether a twin was ended, shared with its fence.
+#[derive(Debug, Default)]
+struct End {
+    ended: AtomicBool,
+    machine: Mutex<Option<Machine>>,
+}
+
+impl End {
+    fn lock(&self) -> MutexGuard<'_, Option<Machine>> {
+        self.machine.lock().expect("nobody panics while it holds the twin")
+    }
+}
+
+impl Fence for End {
+    fn fence(&self) -> Result<(), GuestError> {
+        // Under the lock, so that it cannot be activated meanwhile.
+        let machine = self.lock();
+        self.ended.store(true, Ordering::SeqCst);
+        machine.as_ref().map_or(Ok(()), |machine| machine.fence().fence())
+    }
+
+    fn ended(&self) -> bool {
+        match self.lock().as_ref() {
+            Some(machine) => machine.fence().ended(),
+            None => self.ended.load(Ordering::SeqCst),
+        }
+    }
+}
+
+struct KvmTwin {
+    host: KvmTwinHost,
+    kvm: Arc<kvm_ioctls::Kvm>,
+    spec: Spec,
+    cpuid: Vec<cpuid::Leaf>,
+    memory: Arc<BlockMemory>,
+    end: Arc<End>,
+}
+
+fn does_not_load(error: super::state::StateError) -> GuestError {
+    GuestError::new(GuestErrorKind::Failed, format!("the microVM's state does not load here: {error}"))
+        .advise("the committed memory is unharmed")
+        .because(error)
+}
+
+impl KvmTwin {
+    /// A machine around the committed memory that stands where `device` says.
+    fn load(&self, device: &[u8], private: bool, wire: Option<OwnedFd>) -> Result<Machine, GuestError> {
+        let memory = self.memory.block(0).expect("a machine has memory");
+        let bounds = self.host.options.bounds;
+        let machine = Machine::make(&self.kvm, self.spec.clone(), &self.cpuid, memory, private, wire, bounds)
+            .map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..error })?;
+        machine.load(device).map_err(does_not_load).inspect_err(|_| machine.end(None))?;
+        Ok(machine)
+    }
+}
+
+impl Twin for KvmTwin {
+    fn memory(&self) -> Arc<dyn TwinMemory> {
+        Arc::<BlockMemory>::clone(&self.memory)
+    }
+
+    fn rehearse(&mut self, device: &[u8]) -> Result<Rehearsal, GuestError> {
+        let start = Instant::now();
+        // Nobody is at the other end, and the scratch machine never runs.
+        let wire = self.spec.net.is_some().then(UnixDatagram::pair).transpose();
+        let wire = wire.map_err(|error| {
+            GuestError::new(GuestErrorKind::Failed, "there is no socket for a rehearsal").because(error)
+        })?;
+        let (wire, _other) = wire.map_or((None, None), |(ours, theirs)| (Some(ours.into()), Some(theirs)));
+        let launch = start.elapsed();
+        let machine = self.load(device, true, wire)?;
+        let load = start.elapsed() - launch;
+        let mut again = Vec::new();
+        let read = machine.save(&mut again).map_err(does_not_load);
+        machine.fence().fence()?;
+        read?;
+        if again.len() != device.len() {
+            return Err(GuestError::new(
+                GuestErrorKind::Failed,
+                "the microVM's state reads otherwise than it was loaded",
+            ));
+        }
+        Ok(Rehearsal { launch, load })
+    }
+
+    fn activate(&mut self, device: &[u8]) -> Result<Activation, GuestError> {
+        let start = Instant::now();
+        let mut end = self.end.lock();
+        if end.is_some() || self.end.ended.load(Ordering::SeqCst) {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the twin has ended or runs already"));
+        }
+        let wire = self.spec.net.as_ref().map(|card| (self.host.options.join)(card)).transpose();
+        let wire = wire.map_err(|error| {
+            GuestError::new(GuestErrorKind::Failed, format!("the twin cannot be joined to the network: {error}"))
+                .advise("the committed memory is unharmed; make the tap interface and try again")
+                .because(error)
+        })?;
+        let machine = self.load(device, false, wire)?;
+        let load = start.elapsed();
+        machine.resume().inspect_err(|_| machine.end(None))?;
+        let resume = start.elapsed() - load;
+        machine.announce();
+        *end = Some(machine.clone());
+        self.host.lock().insert(self.spec.name.clone(), Some(machine));
+        Ok(Activation { load, resume, relaunched: 0 })
+    }
+
+    fn alive(&mut self) -> bool {
+        !self.end.ended()
+    }
+
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::<End>::clone(&self.end)
+    }
+
+    fn destroy(self: Box<Self>) -> Result<(), GuestError> {
+        self.end.fence()?;
+        self.host.lock().remove(&self.spec.name);
+        Ok(())
+    }
+
+    fn release(self: Box<Self>) -> Result<Survivor, GuestError> {
+        let activated = self.end.lock().is_some();
+        if !activated || self.end.ended() {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the twin was not activated or has ended"));
+        }
+        // A machine of this process: it is found by its name.
+        Ok(Survivor { pid: std::process::id(), control: self.spec.name.clone() })
+    }
+}

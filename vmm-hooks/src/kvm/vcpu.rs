@@ -1,0 +1,139 @@
+//! A vCPU's thread, and what its exits ask for.
+//!
+//! A kick makes `KVM_RUN` return only after what the exit before had asked for is finished in the guest's registers, so a vCPU
+//! stands only between two instructions.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use kvm_ioctls::VcpuExit;
+
+use super::machine::Inner;
+use super::pilot::abi::{self, port};
+use crate::guest::GuestEvent;
+
+/// The life of vCPU `number`.
+pub(super) fn run(inner: &Inner, number: usize) {
+    let slot = &inner.slots[number];
+    slot.kick.mine();
+    // How much had happened when this vCPU last waited.
+    let mut seen = 0;
+    while inner.may_run(&slot.kick) {
+        if number == 0 && inner.look.swap(false, Ordering::SeqCst) {
+            inner.look_into_devices();
+        }
+        let mut vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+        loop {
+            let end = match vcpu.fd_mut().run() {
+                Ok(exit) => inner.serve(exit, number, &mut seen),
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => break,
+                Err(error) => {
+                    let why = std::io::Error::from_raw_os_error(error.errno());
+                    Some(died(format!("vCPU {number} cannot be run: {why}")))
+                }
+            };
+            if let Some(event) = end {
+                drop(vcpu);
+                inner.end(Some(event));
+                break;
+            }
+        }
+    }
+    inner.thread_ended();
+}
+
+fn died(how: String) -> GuestEvent {
+    GuestEvent::Died { how }
+}
+
+fn word(bytes: &[u8]) -> u32 {
+    let mut word = [0; 4];
+    word.iter_mut().zip(bytes).for_each(|(to, &from)| *to = from);
+    u32::from_le_bytes(word)
+}
+
+impl Inner {
+    fn look_into_devices(&self) {
+        let memory = self.vm.ram().memory();
+        if let Some(net) = &self.net {
+            net.look(memory);
+        }
+        let mut left = false;
+        for block in &self.blocks {
+            left |= block.look(memory);
+        }
+        if left {
+            self.look.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Does what an exit asks for; how the machine ends, if it does.
+    fn serve(&self, exit: VcpuExit<'_>, cpu: usize, seen: &mut u64) -> Option<GuestEvent> {
+        match exit {
+            VcpuExit::IoOut(port::WAIT, data) => {
+                *seen = self.wake.wait(*seen, Duration::from_micros(word(data).into()));
+            }
+            VcpuExit::IoOut(port::DONE, _) => self.orders.done(),
+            VcpuExit::IoOut(port::EXIT, data) if word(data) == 0 => return Some(GuestEvent::Shutdown),
+            VcpuExit::IoOut(port::EXIT, data) => {
+                return Some(died(format!("the guest ended itself with code {}", word(data))));
+            }
+            VcpuExit::IoOut(port::SERIAL, data) => self.print(data),
+            VcpuExit::IoOut(..) => {}
+            VcpuExit::IoIn(number, data) => {
+                let value = match number {
+                    port::ORDER => self.orders.next(),
+                    port::CLOCK => self.clock.low(cpu),
+                    port::CLOCK_HIGH => self.clock.high(cpu),
+                    // Nobody is there.
+                    _ => u32::MAX,
+                };
+                data.iter_mut().zip(value.to_le_bytes()).for_each(|(to, from)| *to = from);
+            }
+            VcpuExit::MmioRead(address, data) => self.mmio_read(address, data),
+            VcpuExit::MmioWrite(address, data) => self.mmio_write(address, data),
+            VcpuExit::Intr => {}
+            VcpuExit::Shutdown => return Some(died(format!("vCPU {cpu} met a fault that the guest does not handle"))),
+            VcpuExit::InternalError => return Some(died(format!("KVM cannot run what vCPU {cpu} is at"))),
+            VcpuExit::FailEntry(reason, _) => {
+                return Some(died(format!("vCPU {cpu} cannot enter the guest, for the hardware's reason {reason:#x}")));
+            }
+            VcpuExit::Hlt => return Some(died(format!("vCPU {cpu} halted, and nothing can wake it"))),
+            other => {
+                return Some(died(format!("vCPU {cpu} left the guest in a way that is not known here: {other:?}")));
+            }
+        }
+        None
+    }
+
+    /// Which device has `address`, by its place, and where in it that is.
+    fn device(address: u64) -> Option<(usize, u64)> {
+        let offset = address.checked_sub(abi::MMIO)?;
+        Some((usize::try_from(offset / abi::MMIO_STRIDE).ok()?, offset % abi::MMIO_STRIDE))
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        let Some((place, offset)) = Self::device(address) else { return data.fill(0xff) };
+        match (&self.net, place) {
+            (Some(net), 0) => net.read(offset, data),
+            (net, place) => match self.blocks.get(place - usize::from(net.is_some())) {
+                Some(block) => block.read(offset, data),
+                None => data.fill(0xff),
+            },
+        }
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        let Some((place, offset)) = Self::device(address) else { return };
+        let memory = self.vm.ram().memory();
+        match (&self.net, place) {
+            (Some(net), 0) => net.write(offset, data, memory),
+            (net, place) => {
+                let block = self.blocks.get(place - usize::from(net.is_some()));
+                if block.is_some_and(|block| block.write(offset, data, memory)) {
+                    self.look.store(true, Ordering::SeqCst);
+                }
+            }
+        }
+    }
+}
