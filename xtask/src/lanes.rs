@@ -116,6 +116,8 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
             "vmm-hooks",
             "--test",
             "matrix",
+            "--test",
+            "kvm_pause",
             "--package",
             "chaos-tests",
             "--test",

@@ -8,6 +8,7 @@ mod capture;
 mod disks;
 mod fixture;
 mod gate;
+mod kvm;
 mod life;
 mod qemu;
 mod sim;
@@ -18,6 +19,9 @@ macro_rules! contract {
     ($($part:ident::$name:ident: $needs:ident;)*) => {
         mod on_sim {
             $(#[test] fn $name() { super::fixture::hold(&super::sim::Sim, super::fixture::Needs::$needs, super::$part::$name); })*
+        }
+        mod on_kvm {
+            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm, super::fixture::Needs::$needs, super::$part::$name); })*
         }
         mod on_qemu {
             $(#[test] fn $name() { super::fixture::hold(&super::qemu::Qemu, super::fixture::Needs::$needs, super::$part::$name); })*

@@ -1,0 +1,120 @@
+//! What a pause of the microVM costs, in its parts, and that it allocates nothing.
+//!
+//! Alone in its program: every allocation of the process is counted. The figures are printed, not judged: `cargo test` does not have the
+//! machine for itself.
+
+use std::alloc::System;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
+use vmm_hooks::guest::{Capture, Guest, PauseParts};
+use vmm_hooks::kvm::pilot::abi;
+use vmm_hooks::kvm::{GateBounds, KvmGuest, Machine, PilotOptions, Spec, attach, host};
+use vmm_hooks::layout::PAGE_SIZE;
+
+#[global_allocator]
+static ALLOCATIONS: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+const PILOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/pilot/pilot");
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Epochs of each size.
+const EPOCHS: usize = 11;
+/// Dirty pages of an epoch.
+const SIZES: [u32; 2] = [10, 1000];
+/// And with `UNDERSTUDY_LONG`.
+const MORE: [u32; 2] = [100, 10_000];
+/// Most steps of the worker in a millisecond: on few cores it must not be in the way of what is measured.
+const RATE_MAX: u32 = 500;
+
+/// The steps that the worker has done.
+fn done(guest: &mut KvmGuest, page: &mut Vec<u8>) -> u64 {
+    guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + 1], page).expect("it is there");
+    let start = usize::try_from(abi::worker::DONE * 8).expect("inside a page");
+    u64::from_le_bytes(page[start..start + 8].try_into().expect("eight"))
+}
+
+fn median(values: impl Iterator<Item = Duration>) -> Duration {
+    let mut values: Vec<Duration> = values.collect();
+    values.sort_unstable();
+    values[values.len() / 2]
+}
+
+/// Copies so many pages from one place to another.
+fn memcpy(pages: usize) -> Duration {
+    let from = vec![7_u8; pages * PAGE_SIZE];
+    let mut to = vec![0_u8; pages * PAGE_SIZE];
+    median((0..EPOCHS).map(|_| {
+        let start = Instant::now();
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&to);
+        start.elapsed()
+    }))
+}
+
+#[test]
+fn a_pause_allocates_nothing() {
+    let kvm = match host() {
+        Ok(kvm) => kvm,
+        Err(error) => return println!("skipped: no /dev/kvm: {error}"),
+    };
+    if !Path::new(PILOT).exists() {
+        return println!("skipped: the pilot guest is not built; cargo xtask setup");
+    }
+    let more = std::env::var_os("UNDERSTUDY_LONG").is_some();
+    for size in SIZES.into_iter().chain(MORE.into_iter().filter(|_| more)) {
+        let spec = Spec { name: "pause".to_owned(), memory: 128 << 20, cpus: 2, net: None, disks: Vec::new() };
+        let options = PilotOptions::default();
+        let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
+        let machine = machine.expect("this host can");
+        machine.resume().expect("it is new");
+        let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+        let sequential = u32::try_from(abi::SEQUENTIAL).expect("small");
+        let order = [abi::order::WORK, 1, first, size, sequential, size.min(RATE_MAX)];
+        machine.order(&order, PATIENCE).expect("the pilot works");
+        let mut guest = attach(&machine).expect("nobody is attached");
+        guest.pause().expect("it runs");
+        guest.arm().expect("it stands");
+        guest.resume().expect("it stands");
+        let (mut capture, mut page) = (Capture::default(), Vec::new());
+        let mut pauses: Vec<(PauseParts, usize)> = Vec::with_capacity(EPOCHS + 2);
+        // The first two make room.
+        for epoch in 0..EPOCHS + 2 {
+            // Until all pages have been written again.
+            let (before, deadline) = (done(&mut guest, &mut page), Instant::now() + PATIENCE);
+            while done(&mut guest, &mut page) < before + u64::from(size) {
+                assert!(Instant::now() < deadline, "the worker stands; {}", machine.serial());
+                std::thread::yield_now();
+            }
+            let mut parts = PauseParts::default();
+            let counted = Region::new(ALLOCATIONS);
+            let start = Instant::now();
+            guest.pause().expect("it runs");
+            parts.stop = start.elapsed();
+            guest.capture(&mut capture, &mut parts).expect("it stands");
+            let captured = Instant::now();
+            guest.resume().expect("it stands");
+            parts.resume = captured.elapsed();
+            parts.total = start.elapsed();
+            let counted = counted.change();
+            if epoch >= 2 {
+                assert_eq!((counted.allocations, counted.reallocations), (0, 0), "{size} pages, epoch {epoch}");
+                pauses.push((parts, capture.pages.len()));
+            }
+        }
+        let part = |part: fn(&PauseParts) -> Duration| median(pauses.iter().map(|(parts, _)| part(parts)));
+        let pages = pauses.iter().map(|&(_, pages)| pages).max().unwrap_or(0);
+        println!(
+            "{pages} pages: pause {:?} (stop {:?}, harvest {:?}, device {:?}, copy {:?}, resume {:?}), memcpy {:?}, state {} bytes",
+            part(|parts| parts.total),
+            part(|parts| parts.stop),
+            part(|parts| parts.harvest),
+            part(|parts| parts.device),
+            part(|parts| parts.copy),
+            part(|parts| parts.resume),
+            memcpy(pages),
+            capture.device.len(),
+        );
+        machine.fence().fence().expect("it ends");
+    }
+}

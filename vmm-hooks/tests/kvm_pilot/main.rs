@@ -1,0 +1,273 @@
+//! The microVM with its pilot guest, protected by a loop of epochs and killed: every page, every byte of the disk, every answer.
+//!
+//! What is missing here is said: `skipped: ` and why.
+
+mod net;
+mod protect;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use vmm_hooks::guest::{Guest, GuestErrorKind, GuestEvent, TwinHost};
+use vmm_hooks::kvm::pilot::{abi, check_worker, records};
+use vmm_hooks::kvm::twin::Join;
+use vmm_hooks::kvm::{
+    DiskFile, GateBounds, KvmTwinHost, Machine, NetCard, PilotOptions, Spec, TwinHostOptions, attach, host,
+};
+use vmm_hooks::layout::PAGE_SIZE;
+
+use net::Net;
+use protect::Protected;
+
+const PILOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/pilot/pilot");
+/// Far above what anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 9, 2);
+const MAC: [u8; 6] = [2, 0, 0, 0, 9, 2];
+
+/// KVM, if the pilot can be run here.
+fn means() -> Option<Arc<Kvm>> {
+    let kvm = match host() {
+        Ok(kvm) => kvm,
+        Err(error) => {
+            println!("skipped: no /dev/kvm: {error}");
+            return None;
+        }
+    };
+    if !Path::new(PILOT).exists() {
+        println!("skipped: the pilot guest is not built; cargo xtask setup");
+        return None;
+    }
+    Some(kvm)
+}
+
+fn spec(cpus: u64) -> Spec {
+    Spec { name: "pilot".to_owned(), memory: abi::MEMORY_MIN, cpus, net: None, disks: Vec::new() }
+}
+
+fn boot(kvm: &Arc<Kvm>, spec: Spec) -> Machine {
+    let options = PilotOptions::default();
+    let machine = Machine::pilot(kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
+    let machine = machine.expect("this host can");
+    machine.resume().expect("it is new");
+    machine
+}
+
+/// Lets a worker write `pages` pages from `first` free page on.
+fn work(machine: &Machine, cpu: u32, first: u32, pages: u32, pattern: u64, rate: u32) {
+    let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small") + first;
+    let pattern = u32::try_from(pattern).expect("small");
+    let order = [abi::order::WORK, cpu, first, pages, pattern, rate];
+    machine.order(&order, PATIENCE).unwrap_or_else(|error| panic!("{error}; {}", machine.serial()));
+}
+
+/// Checks two workers that write at once.
+fn check_two(page: &mut dyn FnMut(u64) -> Vec<u8>) -> [u64; 2] {
+    let [zero, one] = [0, 1].map(|cpu| check_worker(cpu, &mut *page).unwrap_or_else(|error| panic!("{error}")));
+    assert!(zero.seen <= one.done && one.seen <= zero.done, "memory of two moments: {zero:?}, {one:?}");
+    [zero.done, one.done]
+}
+
+#[test]
+fn a_guest_that_writes_without_pause_is_whole_in_each_epoch_and_goes_on_after_a_kill() {
+    let Some(kvm) = means() else { return };
+    let machine = boot(&kvm, spec(2));
+    work(&machine, 0, 0, 700, abi::SCATTERED, 200);
+    work(&machine, 1, 1000, 500, abi::SEQUENTIAL, 200);
+    let host = KvmTwinHost::default();
+    let mut protected = Protected::begin(&machine, &host, Vec::new());
+    let mut last = [0; 2];
+    for _ in 0..40 {
+        protected.epoch(Duration::from_millis(5));
+        let memory = protected.memory();
+        let done = check_two(&mut |number| {
+            let mut page = vec![0; PAGE_SIZE];
+            memory.read(number, &mut page);
+            page
+        });
+        assert!(done[0] >= last[0] && done[1] >= last[1]);
+        last = done;
+    }
+    assert!(last[0] > 100 && last[1] > 100, "the workers do not work: {last:?}");
+    println!("{}", protected.figures());
+    let (twin, _) = protected.kill();
+    let survivor = host.machine("twin").expect("it was activated");
+    let mut guest = attach(&survivor).expect("nobody is attached");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        guest.pause().expect("it runs");
+        let done = check_two(&mut |number| {
+            let mut page = Vec::new();
+            guest.read_pages(&[number], &mut page).expect("it is there");
+            page
+        });
+        guest.resume().expect("it stands");
+        if done[0] > last[0] + 100 && done[1] > last[1] + 100 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "the survivor's workers stand at {done:?}; {}", survivor.serial());
+    }
+    twin.destroy().expect("it can be ended");
+    assert!(host.twins().is_empty());
+}
+
+#[test]
+fn a_guest_that_ends_itself_is_gone_in_words() {
+    let Some(kvm) = means() else { return };
+    for (code, expected) in [(0, GuestEvent::Shutdown), (7, GuestEvent::Died { how: "code 7".to_owned() })] {
+        let machine = boot(&kvm, spec(2));
+        let mut guest = attach(&machine).expect("nobody is attached");
+        machine.order(&[abi::order::EXIT, code], PATIENCE).expect_err("it ends before it can say that it did");
+        let error = guest.pause().expect_err("it has ended");
+        assert_eq!(error.kind, GuestErrorKind::Gone);
+        match (&guest.events()[..], expected) {
+            ([GuestEvent::Shutdown], GuestEvent::Shutdown) => {}
+            ([GuestEvent::Died { how }], GuestEvent::Died { how: part }) => {
+                assert!(how.contains(&part) && error.message.contains(&part), "{how}; {error}");
+            }
+            other => panic!("{other:?}"),
+        }
+        machine.fence().fence().expect("its threads end");
+    }
+}
+
+/// A client that sets one key after the other; each is counted when it is acknowledged.
+fn client(net: &Net, acknowledged: Arc<AtomicU64>, stop: Arc<AtomicBool>) -> std::thread::JoinHandle<()> {
+    let enter = net.clone();
+    std::thread::spawn(move || {
+        enter.enter();
+        let stream = TcpStream::connect((ADDRESS, 6379)).expect("the pilot listens");
+        stream.set_read_timeout(Some(PATIENCE)).expect("not zero");
+        let mut reader = BufReader::new(stream.try_clone().expect("a descriptor"));
+        let mut stream = stream;
+        while !stop.load(Ordering::SeqCst) {
+            let number = acknowledged.load(Ordering::SeqCst) + 1;
+            let (key, value) = (format!("key{number}"), format!("value{number}"));
+            let request = format!("*3\r\n$3\r\nSET\r\n${}\r\n{key}\r\n${}\r\n{value}\r\n", key.len(), value.len());
+            stream.write_all(request.as_bytes()).expect("the connection lives");
+            let mut answer = String::new();
+            reader.read_line(&mut answer).expect("the connection lives");
+            assert_eq!(answer, "+OK\r\n");
+            acknowledged.store(number, Ordering::SeqCst);
+        }
+        // What was acknowledged is there, also after a failover, on the same connection.
+        let number = acknowledged.load(Ordering::SeqCst);
+        stream.write_all(b"DBSIZE\r\n").expect("the connection lives");
+        let mut answer = String::new();
+        reader.read_line(&mut answer).expect("the connection lives");
+        assert_eq!(answer, format!(":{number}\r\n"));
+        for number in [1, number / 2, number] {
+            stream.write_all(format!("GET key{number}\r\n").as_bytes()).expect("the connection lives");
+            let mut lines = [String::new(), String::new()];
+            for line in &mut lines {
+                reader.read_line(line).expect("the connection lives");
+            }
+            assert_eq!(lines[1], format!("value{number}\r\n"));
+        }
+    })
+}
+
+#[test]
+fn no_acknowledged_write_and_no_connection_is_lost_in_a_failover_and_the_disks_log_tells_the_same() {
+    let Some(kvm) = means() else { return };
+    if let Err(missing) = Net::possible() {
+        println!("skipped: {missing}");
+        return;
+    }
+    let net = Net::make();
+    net.enter();
+    let directory = tempfile::tempdir().expect("a directory");
+    let image = |name: &str| -> PathBuf {
+        let path = directory.path().join(name);
+        fs::File::create(&path).and_then(|file| file.set_len(4 << 20)).expect("room");
+        path
+    };
+    let (primary, standby) = (image("primary"), image("standby"));
+    let spec = Spec {
+        net: Some(NetCard { mac: MAC, tap: "tap0".to_owned() }),
+        disks: vec![DiskFile { name: "log".to_owned(), path: primary }],
+        ..spec(1)
+    };
+    let options = PilotOptions { address: ADDRESS, prefix: 24, gateway: None, log: true };
+    let wire = vmm_hooks::sys::tap::open("tap0").expect("the tap is ours");
+    let bounds = GateBounds::default();
+    let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, Some(wire), bounds).expect("this host can");
+    machine.resume().expect("it is new");
+    let host = KvmTwinHost::new(TwinHostOptions {
+        join: Arc::new(|_| vmm_hooks::sys::tap::open("tap1")),
+        ..TwinHostOptions::default()
+    });
+    let mut protected = Protected::begin(&machine, &host, vec![standby.clone()]);
+    let (acknowledged, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
+    let client = client(&net, Arc::clone(&acknowledged), Arc::clone(&stop));
+    let deadline = Instant::now() + PATIENCE;
+    while acknowledged.load(Ordering::SeqCst) < 200 {
+        protected.epoch(Duration::from_millis(20));
+        assert!(Instant::now() < deadline, "{} writes; {}", acknowledged.load(Ordering::SeqCst), machine.serial());
+        assert!(!client.is_finished(), "the client failed");
+    }
+    println!("{}", protected.figures());
+    let (twin, epoch) = protected.kill();
+    let before = acknowledged.load(Ordering::SeqCst);
+    let survivor = host.machine("twin").expect("it was activated");
+    while acknowledged.load(Ordering::SeqCst) < before + 200 {
+        assert!(Instant::now() < deadline + PATIENCE, "the survivor is not heard; {}", survivor.serial());
+        assert!(!client.is_finished(), "the client failed");
+        std::thread::yield_now();
+    }
+    stop.store(true, Ordering::SeqCst);
+    client.join().expect("no acknowledged write was lost");
+    twin.destroy().expect("it can be ended");
+    let log = records(&fs::read(standby).expect("its image")).expect("a whole log");
+    let acknowledged = acknowledged.load(Ordering::SeqCst);
+    println!("{acknowledged} writes acknowledged over {epoch} epochs and a failover, {} in the log", log.len());
+    assert_eq!(log.len() as u64, acknowledged);
+    for (number, record) in (1..).zip(&log) {
+        assert_eq!(String::from_utf8_lossy(record), format!("key{number}=value{number}"));
+    }
+}
+
+#[test]
+fn a_twin_without_its_network_is_refused_and_can_be_activated_later() {
+    let Some(kvm) = means() else { return };
+    let (ours, _theirs) = std::os::unix::net::UnixDatagram::pair().expect("a pair");
+    let card = NetCard { mac: MAC, tap: "nowhere".to_owned() };
+    let spec = Spec { net: Some(card), ..spec(1) };
+    let options = PilotOptions::default();
+    let bounds = GateBounds::default();
+    let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, Some(ours.into()), bounds);
+    let machine = machine.expect("this host can");
+    machine.resume().expect("it is new");
+    let there = Arc::new(AtomicBool::new(false));
+    let join: Join = {
+        let there = Arc::clone(&there);
+        Arc::new(move |_: &NetCard| {
+            if !there.load(Ordering::SeqCst) {
+                return Err(std::io::Error::other("no such interface"));
+            }
+            std::os::unix::net::UnixDatagram::pair().map(|(ours, _)| ours.into())
+        })
+    };
+    let host = KvmTwinHost::new(TwinHostOptions { join, ..TwinHostOptions::default() });
+    let mut guest = attach(&machine).expect("nobody is attached");
+    let mut twin = host.prepare("twin", guest.recipe(), guest.layout(), &[]).expect("this host can");
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    let (mut capture, mut parts) = Default::default();
+    guest.capture(&mut capture, &mut parts).expect("it stands");
+    protect::copy_all(&mut guest, twin.memory().as_ref());
+    guest.fence().fence().expect("it ends");
+    let error = twin.activate(&capture.device).expect_err("there is no network");
+    assert_eq!(error.kind, GuestErrorKind::Failed);
+    assert!(error.message.contains("no such interface"), "{error}");
+    there.store(true, Ordering::SeqCst);
+    twin.activate(&capture.device).expect("now there is");
+    twin.destroy().expect("it can be ended");
+}
