@@ -14,7 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
-use vmm_hooks::guest::{Guest, GuestErrorKind, GuestEvent, TwinHost};
+use vmm_hooks::disk::DiskChange;
+use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, TwinHost};
 use vmm_hooks::kvm::pilot::{abi, check_worker, records};
 use vmm_hooks::kvm::twin::Join;
 use vmm_hooks::kvm::{
@@ -136,6 +137,54 @@ fn a_guest_that_ends_itself_is_gone_in_words() {
         }
         machine.fence().fence().expect("its threads end");
     }
+}
+
+#[test]
+fn a_capture_that_fails_gives_pages_and_writes_to_the_next_one() {
+    let Some(kvm) = means() else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("disk");
+    fs::write(&path, vec![0; 1 << 20]).expect("room");
+    let disks = vec![DiskFile { name: "disk".to_owned(), path }];
+    let machine = boot(&kvm, Spec { disks, ..spec(2) });
+    let mut guest = attach(&machine).expect("nobody is attached");
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    guest.resume().expect("it stands");
+    // The first copy is not there yet: a capture harvests, saves, copies, and then finds that it is not whole.
+    guest.mirror_disks().expect("it works");
+    let page = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+    let (mut capture, mut parts) = (Capture::default(), PauseParts::default());
+    for (number, byte) in (0..).zip([5, 6]) {
+        machine.order(&[abi::order::FILL, page + number, byte], PATIENCE).expect("the pilot works");
+        machine.order(&[abi::order::WRITE, 0, number, 1, byte], PATIENCE).expect("the pilot works");
+        guest.pause().expect("it runs");
+        let error = guest.capture(&mut capture, &mut parts).expect_err("the disk's first copy is missing");
+        assert_eq!(error.kind, GuestErrorKind::Failed);
+        guest.resume().expect("it stands");
+    }
+    let mut writes = Vec::new();
+    while !guest.mirror_progress().expect("it is whole").ready {
+        guest.take_writes(&mut writes, 1, Duration::ZERO);
+    }
+    guest.pause().expect("it runs");
+    guest.capture(&mut capture, &mut parts).expect("all is there");
+    for (number, byte) in (0..).zip([5, 6]) {
+        let at = capture.pages.binary_search(&u64::from(page + number)).expect("no page is lost");
+        assert!(capture.bytes[at * PAGE_SIZE..][..PAGE_SIZE].iter().all(|&found| found == byte));
+    }
+    writes.append(&mut capture.disk);
+    let mut disk = vec![9; 1 << 20];
+    for write in &writes {
+        let range = usize::try_from(write.offset).expect("small")..;
+        match &write.change {
+            DiskChange::Data(data) => disk[range][..data.len()].copy_from_slice(data),
+            DiskChange::Zero(bytes) => disk[range][..usize::try_from(*bytes).expect("small")].fill(0),
+        }
+    }
+    let truth = fs::read(directory.path().join("disk")).expect("its image");
+    assert!(disk == truth && truth[0] == 5 && truth[512] == 6, "the writes do not make the disk");
+    machine.fence().fence().expect("it ends");
 }
 
 /// A client that sets one key after the other; each is counted when it is acknowledged.
