@@ -8,12 +8,14 @@ use heartbeat_core::time::Time;
 use replicator_core::message::{Durability, PeerMessage, RehearsalResult};
 use replicator_core::pacing::{AutoPacing, Pacing};
 use replicator_core::primary::{self, CaptureReport, Primary, PrimaryConfig};
+use replicator_core::restart::{self, Restart};
 use replicator_core::standby::{self, ActivationResult, Standby, StandbyConfig};
+use replicator_core::state::ProtectionState;
 
 use super::history::State;
-use super::host::{Capture, Guest, node, party};
+use super::host::{Capture, FIRST_WAIT, Guest, node, party};
 use super::network::{Connection, Streamed};
-use super::options::Wiring;
+use super::options::{Fault, Wiring};
 use super::world::{Event, VM, World};
 
 /// How often a capture that waits for output looks for it.
@@ -48,6 +50,7 @@ impl World {
         primary.handle_start(self.now);
         self.hosts[host].primary = Some(primary);
         (self.hosts[host].muted, self.hosts[host].told_shutdown) = (false, false);
+        self.hosts[host].had_guest = true;
         self.note(|_| format!("host {host} protects its guest"));
         for side in 0..2 {
             self.after(Duration::from_millis(1), Event::CheckConnection(side));
@@ -64,11 +67,15 @@ impl World {
             } else if let Some(output) = self.hosts[host].standby.as_mut().and_then(Standby::poll_output) {
                 self.note(|_| format!("host {host} standby: {output:?}"));
                 self.do_standby(host, output);
+            } else if let Some(output) = self.hosts[host].restart.as_mut().and_then(Restart::poll_output) {
+                self.note(|_| format!("host {host} restart: {output:?}"));
+                self.do_restart(host, output);
             } else {
                 break;
             }
         }
         let due = [
+            self.hosts[host].restart.as_ref().and_then(Restart::poll_timeout),
             self.hosts[host].primary.as_ref().and_then(Primary::poll_timeout),
             self.hosts[host].standby.as_ref().and_then(Standby::poll_timeout),
         ];
@@ -88,6 +95,7 @@ impl World {
                     recipe: Vec::new(),
                     layout: Vec::new(),
                     durability: Durability::Disk,
+                    protection: Vec::new(),
                 };
                 self.tell(host, &message);
             }
@@ -141,21 +149,7 @@ impl World {
                     guest.running = true;
                 }
             }
-            Output::Fence => {
-                let owner = self.record().map(|record| record.owner);
-                let elsewhere = match owner {
-                    Some(Owner::Solo { node: winner, activated: true, .. } | Owner::Paired { primary: winner, .. }) => {
-                        winner.node != node(host)
-                    }
-                    Some(Owner::Stopped { .. }) => true,
-                    _ => false,
-                };
-                if !elsewhere {
-                    self.checker.broken(|| format!("host {host} destroyed its guest, and the record says {owner:?}"));
-                }
-                self.counts.fenced += 1;
-                self.end_guest(host);
-            }
+            Output::Fence => self.fence(host),
             Output::Ask(request) => self.ask(host, request),
             Output::Peer(message) => self.tell(host, &message),
             Output::PersistGeneration(generation) => self.persist(host, generation),
@@ -166,7 +160,75 @@ impl World {
                 self.hosts[host].next_epoch = primary.next_epoch();
                 self.hosts[host].capture = None;
                 self.hosts[host].captured.clear();
+                let well = primary.state().0 == ProtectionState::Degraded;
+                self.protect_later(host, well);
             }
+        }
+    }
+
+    fn do_restart(&mut self, host: usize, output: restart::Output) {
+        use restart::Output;
+        match output {
+            Output::Ask(request) => self.ask(host, request),
+            Output::PersistGeneration(generation) => self.persist(host, generation),
+            Output::Free => {
+                self.counts.freed += 1;
+                let shut_down = self.shut_down;
+                let state = &mut self.hosts[host];
+                state.gate = super::host::Gate::default();
+                state.muted = false;
+                if let Some(guest) = &mut state.guest {
+                    guest.running = !shut_down;
+                }
+            }
+            Output::Fence => self.fence(host),
+            Output::State { .. } => {}
+            Output::Finished(end) => {
+                self.hosts[host].restart = None;
+                self.counts.returned += u64::from(end == restart::End::GaveBack);
+                self.protect_later(host, true);
+            }
+        }
+    }
+
+    /// The guest of `host` must not run any more: the record must say so.
+    fn fence(&mut self, host: usize) {
+        let owner = self.record().map(|record| record.owner);
+        let elsewhere = match owner {
+            Some(Owner::Solo { node: winner, activated: true, .. } | Owner::Paired { primary: winner, .. }) => {
+                winner.node != node(host)
+            }
+            Some(Owner::Stopped { .. }) => true,
+            _ => false,
+        };
+        if !elsewhere {
+            self.checker.broken(|| format!("host {host} destroyed its guest, and the record says {owner:?}"));
+        }
+        self.counts.fenced += 1;
+        self.end_guest(host);
+    }
+
+    /// A guest that runs here alone is protected again after a while; ever later as long as nothing comes of it.
+    fn protect_later(&mut self, host: usize, well: bool) {
+        let again = self.options.again;
+        let state = &mut self.hosts[host];
+        if !again || state.guest.is_none() || state.unprotected {
+            return;
+        }
+        state.patience = if well { FIRST_WAIT } else { (state.patience * 2).min(800) };
+        let wait = Duration::from_millis(state.patience);
+        self.after(wait, Event::Again(host));
+    }
+
+    pub(super) fn again(&mut self, host: usize) {
+        let state = &self.hosts[host];
+        let idle = state.primary.is_none() && state.restart.is_none() && state.standby.is_none();
+        if state.guest.is_none() || !idle || state.unprotected || self.shut_down {
+            return;
+        }
+        if self.hosts[1 - host].alive {
+            self.counts.again += 1;
+            self.protect(host);
         }
     }
 
@@ -208,6 +270,9 @@ impl World {
                 // One that fails is found out late: the primary has read of it meanwhile.
                 let wait = self.rng.micros(2_000, if runs { 60_000 } else { 900_000 });
                 self.after(wait, Event::Activated(host, epoch, runs));
+                if self.rng.chance(self.options.restarts) {
+                    self.after(wait / 2, Event::Fault(Fault::RestartAgent(host)));
+                }
             }
             Output::Destroy => {
                 let owner = self.record().map(|record| record.owner);
@@ -228,7 +293,10 @@ impl World {
             }
             Output::Close(_) => self.close(host),
             Output::Release | Output::State { .. } => {}
-            Output::Finished => self.hosts[host].standby = None,
+            Output::Finished => {
+                self.hosts[host].standby = None;
+                self.protect_later(host, true);
+            }
         }
     }
 
@@ -386,7 +454,9 @@ impl World {
 
     fn prepare(&mut self, host: usize, generation: Generation) {
         // A copy of an earlier session that is kept for nobody makes room; a guest that still has to be fenced does not.
-        let busy = self.hosts[host].primary.is_some() || self.hosts[host].guest.is_some() || self.is_activating(host);
+        let state = &self.hosts[host];
+        let busy =
+            state.primary.is_some() || state.restart.is_some() || state.guest.is_some() || self.is_activating(host);
         if busy {
             self.tell(host, &PeerMessage::Refused { reason: "another copy is here".into() });
             return;
@@ -399,6 +469,7 @@ impl World {
         config.ownership.generation = self.hosts[host].generation;
         config.ownership.first_request = self.hosts[host].take_requests();
         self.hosts[host].standby = Some(Standby::new(config));
+        self.hosts[host].had_guest = false;
         let wait = self.rng.micros(1_000, 50_000);
         self.after(wait, Event::Prepared(host));
     }
@@ -451,11 +522,15 @@ impl World {
         if let Some(standby) = &mut state.standby {
             standby.handle_generation_persisted(now, generation);
         }
+        if let Some(restart) = &mut state.restart {
+            restart.handle_generation_persisted(now, generation);
+        }
         self.pump(host);
     }
 
     pub(super) fn marked(&mut self, host: usize, generation: Generation) {
         let now = self.now;
+        self.hosts[host].marked = Some(generation);
         if let Some(standby) = &mut self.hosts[host].standby {
             standby.handle_marked(now, generation);
         }
@@ -471,6 +546,7 @@ impl World {
             self.counts.activations += 1;
             self.hosts[host].guest = Some(Guest::running(state));
             self.hosts[host].gate = super::host::Gate::default();
+            self.hosts[host].had_guest = true;
             ActivationResult::Runs { load: Duration::from_millis(2), resume: Duration::from_millis(1) }
         } else {
             self.failed_activation = true;
@@ -518,6 +594,12 @@ impl World {
         let heard = self.last_heard + quiet >= self.options.end && self.last_heard > Time::ZERO;
         if expected && !heard {
             self.checker.broken(|| format!("nobody runs, and the record says {owner:?}"));
+        }
+        // Both hosts are there, one of them runs the VM alone, and nobody wants it so: it must have found its standby.
+        let alone = matches!(owner, Some(Owner::Solo { .. }));
+        let wanted = self.options.again && self.hosts.iter().all(|host| host.alive && !host.unprotected);
+        if expected && alone && wanted && self.was_protected {
+            self.checker.broken(|| format!("the VM was not protected again, and the record says {owner:?}"));
         }
     }
 

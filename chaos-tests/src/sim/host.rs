@@ -7,9 +7,13 @@ use heartbeat_core::ids::{Epoch, Generation, Incarnation, NodeId, Party};
 use heartbeat_core::time::Time;
 use replicator_core::pacing::Window;
 use replicator_core::primary::Primary;
+use replicator_core::restart::Restart;
 use replicator_core::standby::Standby;
 
 use super::history::State;
+
+/// The first wait before a guest is protected again, in milliseconds.
+pub(super) const FIRST_WAIT: u64 = 50;
 
 /// A virtual machine.
 #[derive(Debug)]
@@ -67,6 +71,16 @@ pub(super) struct Host {
     pub(super) gate: Gate,
     pub(super) primary: Option<Primary>,
     pub(super) standby: Option<Standby>,
+    /// Of a new life of the agent, until it knows what it may do with what it found.
+    pub(super) restart: Option<Restart>,
+    /// Durable: the last grant by which a twin may have been let run.
+    pub(super) marked: Option<Generation>,
+    /// Durable: this host ran the VM last, or was its primary.
+    pub(super) had_guest: bool,
+    /// The operator ended the protection: it is not taken up again.
+    pub(super) unprotected: bool,
+    /// How long the next try to protect the guest again waits, in milliseconds.
+    pub(super) patience: u64,
     /// The first request id of the next machine.
     pub(super) next_request: u64,
     pub(super) next_epoch: Epoch,
@@ -98,6 +112,11 @@ impl Host {
             gate: Gate::default(),
             primary: None,
             standby: None,
+            restart: None,
+            marked: None,
+            had_guest: false,
+            unprotected: false,
+            patience: FIRST_WAIT,
             next_request: 1,
             next_epoch: Epoch(1),
             generation: Generation(0),

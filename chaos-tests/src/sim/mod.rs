@@ -13,6 +13,7 @@ pub mod options;
 pub mod rng;
 #[cfg(test)]
 mod tests;
+mod trouble;
 mod world;
 
 use std::fmt;
@@ -42,11 +43,25 @@ pub struct Outcome {
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Counts { epochs, pairings, activations, fenced, opened, muted, given_back, rehearsed, latched, frozen } =
-            self.counts;
+        let Counts {
+            epochs,
+            pairings,
+            activations,
+            fenced,
+            opened,
+            muted,
+            given_back,
+            rehearsed,
+            latched,
+            frozen,
+            restarts,
+            freed,
+            returned,
+            again,
+        } = self.counts;
         write!(
             f,
-            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen}",
+            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen} restarts={restarts} freed={freed} returned={returned} again={again}",
             self.seed,
             self.violation.as_deref().unwrap_or("ok"),
             self.heard
@@ -88,6 +103,10 @@ pub fn run_many(first: u64, seeds: u64, wiring: Wiring) -> (Counts, Option<Outco
         sums.rehearsed += outcome.counts.rehearsed;
         sums.latched += outcome.counts.latched;
         sums.frozen += outcome.counts.frozen;
+        sums.restarts += outcome.counts.restarts;
+        sums.freed += outcome.counts.freed;
+        sums.returned += outcome.counts.returned;
+        sums.again += outcome.counts.again;
     }
     (sums, None)
 }

@@ -27,6 +27,10 @@ pub enum Wiring {
     SilenceIsGrant,
     /// The witness answers before its record is durable, and loses it.
     WitnessForgets,
+    /// A new life of an agent frees the guest that it finds before it has read whose that is.
+    FreeUnread,
+    /// A new life of a standby's agent gives a grant back without a look at its mark.
+    ForgetMark,
 }
 
 /// What goes wrong, or is asked for.
@@ -46,6 +50,8 @@ pub enum Fault {
     BreakConnection,
     /// The standby's agent restarts and has forgotten everything.
     RestartStandby,
+    /// An agent restarts; its guest, if it has one, lives on without it.
+    RestartAgent(usize),
     /// The guest's process dies.
     GuestDies,
     /// The guest shuts down; its process ends too if true.
@@ -83,12 +89,16 @@ pub struct Options {
     pub capture_failures: u64,
     /// Activations that fail, of 1000.
     pub activation_failures: u64,
+    /// Activations that the agent does not live to see the end of, of 1000: another life of it begins meanwhile.
+    pub restarts: u64,
     /// The witness's writes that fail, of 1000. It answers nothing more then, until it restarts.
     pub disk_failures: u64,
     /// The longest delay of an ordinary message, in microseconds.
     pub delay: u64,
     /// Epochs by `auto`, not fixed.
     pub auto: bool,
+    /// What was protected is protected again by itself.
+    pub again: bool,
     /// How long the replication connection lives without a sign of the other side.
     pub connection_timeout: Duration,
     /// When what goes wrong.
@@ -108,6 +118,7 @@ impl Options {
         let mut dial = |most: u64| if rng.chance(500) { 0 } else { rng.below(most + 1) };
         let (loss, doubled, straggle) = (dial(200), dial(200), dial(100));
         let (capture_failures, disk_failures, some) = (dial(30), dial(150), dial(900));
+        let restarts = dial(500);
         // In some runs no activation goes well.
         let activation_failures = if rng.chance(250) { 1_000 } else { some };
         let mut faults = Vec::new();
@@ -116,7 +127,7 @@ impl Options {
             let at = Time::from_start(rng.micros(100_000, 2_200_000));
             let host = rng.index(2);
             let long = rng.micros(10_000, 1_500_000);
-            let fault = match rng.below(28) {
+            let fault = match rng.below(31) {
                 0..=2 if !killed => {
                     killed = true;
                     Fault::Kill(host)
@@ -138,6 +149,7 @@ impl Options {
                 22 | 23 => Fault::PauseGuest(long),
                 24 => Fault::GuestShutsDownAndEnds,
                 25 | 26 => Fault::GuestFreezes(long),
+                27..=29 => Fault::RestartAgent(host),
                 _ => Fault::Protect,
             };
             faults.push((at, fault));
@@ -157,9 +169,11 @@ impl Options {
             straggle,
             capture_failures,
             activation_failures,
+            restarts,
             disk_failures,
             delay: if rng.chance(800) { 3_000 } else { 40_000 },
             auto: rng.chance(500),
+            again: rng.chance(700),
             connection_timeout: rng.micros(100_000, 2_000_000),
             faults,
             healed: Time::from_start(Duration::from_millis(2_800)),

@@ -30,6 +30,7 @@ fn five_hundred_seeds_hold_and_meet_what_they_should() {
     assert!(sums.activations > 50 && sums.fenced > 30 && sums.opened > 100, "{sums:?}");
     assert!(sums.muted > 30 && sums.given_back > 5, "{sums:?}");
     assert!(sums.rehearsed > 400 && sums.latched > 20 && sums.frozen > 10, "{sums:?}");
+    assert!(sums.restarts > 50 && sums.freed > 10 && sums.returned > 0 && sums.again > 50, "{sums:?}");
 }
 
 #[test]
@@ -96,4 +97,14 @@ fn finds_a_primary_that_holds_one_epoch_too_late() {
 #[test]
 fn finds_a_standby_that_activates_an_epoch_it_did_not_acknowledge_last() {
     found(Wiring::ActivateOlder, "two audible copies");
+}
+
+#[test]
+fn finds_an_agent_that_frees_what_it_finds_unread() {
+    found(Wiring::FreeUnread, "");
+}
+
+#[test]
+fn finds_an_agent_that_gives_back_what_may_have_run() {
+    found(Wiring::ForgetMark, "two audible copies");
 }

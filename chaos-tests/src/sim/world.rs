@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::time::Duration;
 
-use heartbeat_core::detector::{Arrival, Detector, DetectorConfig};
+use heartbeat_core::detector::Arrival;
 use heartbeat_core::ids::{Epoch, Generation, StoreId, VmId};
 use heartbeat_core::record::{Owner, Record};
 use heartbeat_core::store::{StoreOp, StoreRequest};
@@ -12,7 +12,7 @@ use heartbeat_core::time::Time;
 use heartbeat_core::wire::{self, MAX_STORE_MESSAGE};
 use heartbeat_core::witness::{Witness, WitnessOutput};
 use replicator_core::message::PeerMessage;
-use replicator_core::primary::{GuestEvent, Operator};
+use replicator_core::primary::GuestEvent;
 use replicator_core::standby::Suspicion;
 
 use super::history::{Checker, Histories, State, may_only_run_on};
@@ -22,7 +22,7 @@ use super::options::{Fault, Options, Wiring};
 use super::rng::Rng;
 
 pub(super) const VM: VmId = VmId([9; 16]);
-const STORE: StoreId = StoreId([5; 16]);
+pub(super) const STORE: StoreId = StoreId([5; 16]);
 const HEARTBEAT: Duration = Duration::from_millis(20);
 /// How long a stream that cannot pass waits before it is tried again.
 const RETRANSMIT: Duration = Duration::from_millis(15);
@@ -56,6 +56,7 @@ pub(super) enum Event {
     GuestEnds(usize),
     GuestSays(usize, GuestEvent),
     Lose(usize),
+    Again(usize),
     Fault(Fault),
     Healed,
 }
@@ -81,6 +82,7 @@ fn target(event: &Event) -> Option<(usize, bool)> {
         | Event::GenerationDurable(host, _)
         | Event::Marked(host, _)
         | Event::GuestSays(host, _)
+        | Event::Again(host)
         | Event::Lose(host) => Some((host, true)),
         Event::RecordDurable(_)
         | Event::RecordFailed(..)
@@ -91,10 +93,10 @@ fn target(event: &Event) -> Option<(usize, bool)> {
 }
 
 #[derive(Debug)]
-struct Queued {
+pub(super) struct Queued {
     at: Time,
     number: u64,
-    event: Event,
+    pub(super) event: Event,
 }
 
 impl PartialEq for Queued {
@@ -137,6 +139,14 @@ pub struct Counts {
     pub latched: u64,
     /// Guests that were found frozen.
     pub frozen: u64,
+    /// Agents that restarted.
+    pub restarts: u64,
+    /// Guests that a new life of an agent freed.
+    pub freed: u64,
+    /// Grants that a new life of an agent gave back.
+    pub returned: u64,
+    /// Times that a guest was to be protected again by itself.
+    pub again: u64,
 }
 
 pub(super) struct World {
@@ -154,14 +164,16 @@ pub(super) struct World {
     pub(super) shut_down: bool,
     /// The copy on this host failed to activate.
     pub(super) failed_activation: bool,
+    /// A record named a pair.
+    pub(super) was_protected: bool,
     /// A frame was heard at this time last.
     pub(super) last_heard: Time,
     pub(super) trace: Option<Vec<String>>,
-    cuts: Cuts,
-    witness: Witness,
+    pub(super) cuts: Cuts,
+    pub(super) witness: Witness,
     /// What a witness whose write failed will find when it restarts.
-    on_disk: Option<Option<Record>>,
-    events: BinaryHeap<Reverse<Queued>>,
+    pub(super) on_disk: Option<Option<Record>>,
+    pub(super) events: BinaryHeap<Reverse<Queued>>,
     number: u64,
 }
 
@@ -183,6 +195,7 @@ impl World {
             counts: Counts::default(),
             shut_down: false,
             failed_activation: false,
+            was_protected: false,
             last_heard: Time::ZERO,
             trace: traced.then(Vec::new),
             cuts: Cuts::default(),
@@ -297,6 +310,7 @@ impl World {
             Event::GuestEnds(host) => {
                 if self.hosts[host].guest.is_some() {
                     self.end_guest(host);
+                    self.guest_is_gone(host);
                     self.guest_event(host, GuestEvent::Died { how: "it ended after its shutdown".into() });
                 }
             }
@@ -309,6 +323,7 @@ impl World {
                 self.pump(host);
             }
             Event::Lose(host) => self.lose_connection(host, "broke"),
+            Event::Again(host) => self.again(host),
             Event::Fault(fault) => self.fault(fault),
             Event::Healed => self.healed(),
         }
@@ -387,6 +402,9 @@ impl World {
                 if let Some(standby) = &mut self.hosts[to].standby {
                     standby.handle_answer(now, &answer);
                 }
+                if let Some(restart) = &mut self.hosts[to].restart {
+                    restart.handle_answer(now, &answer);
+                }
                 self.pump(to);
             }
         }
@@ -423,6 +441,7 @@ impl World {
                     self.note(|_| format!("witness writes {:?}", record.owner));
                     if let Owner::Paired { .. } = record.owner {
                         self.counts.pairings += 1;
+                        self.was_protected = true;
                     }
                     let wait = self.rng.micros(50, 9_000);
                     let fails = self.rng.chance(self.options.disk_failures);
@@ -448,7 +467,10 @@ impl World {
                 if let Some(primary) = &mut state.primary {
                     primary.handle_peer_restarted(now, incarnation);
                 }
-                if let Some(standby) = &mut state.standby {
+                // A session that the new life began is not over by that.
+                if let Some(standby) =
+                    state.standby.as_mut().filter(|standby| standby.config().primary.incarnation < incarnation)
+                {
                     standby.handle_suspected(now, Suspicion::Restarted);
                 }
             }
@@ -578,179 +600,12 @@ impl World {
         {
             standby.handle_timeout(now);
         }
+        if let Some(restart) =
+            state.restart.as_mut().filter(|restart| restart.poll_timeout().is_some_and(|at| at <= now))
+        {
+            restart.handle_timeout(now);
+        }
         self.pump(host);
-    }
-
-    // --- trouble ---
-
-    fn fault(&mut self, fault: Fault) {
-        self.note(|_| format!("fault: {fault:?}"));
-        let now = self.now;
-        // The host that protects a guest, or runs one.
-        let runs = |world: &Self| (0..2).find(|&host| world.hosts[host].alive && world.hosts[host].guest.is_some());
-        match fault {
-            Fault::Kill(host) => {
-                self.hosts[host].alive = false;
-                self.hosts[host].guest = None;
-            }
-            Fault::PauseHost(host, long) => self.hosts[host].frozen_until = now + long,
-            Fault::PauseAgent(host, long) => self.hosts[host].agent_frozen_until = now + long,
-            Fault::Cut(from, to, long) => self.cuts.cut(from, to, now + long),
-            Fault::CutBoth(one, other, long) => {
-                self.cuts.cut(one, other, now + long);
-                self.cuts.cut(other, one, now + long);
-            }
-            Fault::BreakConnection => {
-                for host in 0..2 {
-                    let wait = self.rng.micros(10, 90_000);
-                    self.after(wait, Event::Lose(host));
-                }
-            }
-            Fault::RestartStandby => {
-                let host = (0..2).find(|&host| self.hosts[host].standby.is_some() && self.hosts[host].alive);
-                // One that activates or activated is the business of the restart rules.
-                if let Some(host) = host.filter(|&host| self.hosts[host].guest.is_none() && !self.is_activating(host)) {
-                    self.restart(host);
-                }
-            }
-            Fault::GuestDies => {
-                if let Some(host) = runs(self) {
-                    self.end_guest(host);
-                    self.guest_event(host, GuestEvent::Died { how: "killed".into() });
-                }
-            }
-            Fault::GuestShutsDown(gone) => {
-                // A guest that is paused cannot shut down.
-                let host = runs(self).filter(|&host| self.guest_runs_now(host));
-                if let Some(host) = host {
-                    self.shut_down = true;
-                    self.hosts[host].guest.as_mut().expect("it runs").running = false;
-                    if gone {
-                        self.end_guest(host);
-                    }
-                    self.guest_event(host, GuestEvent::Shutdown { gone });
-                }
-            }
-            Fault::GuestShutsDownAndEnds => {
-                let host = runs(self).filter(|&host| self.guest_runs_now(host));
-                if let Some(host) = host {
-                    self.shut_down = true;
-                    self.hosts[host].guest.as_mut().expect("it runs").running = false;
-                    self.guest_event(host, GuestEvent::Shutdown { gone: false });
-                    let wait = self.rng.micros(0, 60_000);
-                    self.after(wait, Event::GuestEnds(host));
-                }
-            }
-            Fault::PauseGuest(long) => {
-                if let Some(host) = runs(self) {
-                    self.hosts[host].guest.as_mut().expect("it runs").stopped = true;
-                    self.guest_event(host, GuestEvent::Paused);
-                    self.after(long, Event::GuestGoesOn(host));
-                }
-            }
-            Fault::GuestFreezes(long) => {
-                if let Some(guest) = runs(self).and_then(|host| self.hosts[host].guest.as_mut()) {
-                    guest.frozen_until = now + long;
-                }
-            }
-            Fault::Rehearse => {
-                for host in 0..2 {
-                    let Some(acting) = self.acting(host) else { continue };
-                    if let Some(primary) = &mut acting.primary {
-                        let answer = primary.handle_operator(now, Operator::Rehearse);
-                        self.note(|_| format!("host {host}: rehearse: {answer:?}"));
-                    } else if let Some(standby) = &mut acting.standby {
-                        let answer = standby.handle_operator_rehearse(now);
-                        self.note(|_| format!("host {host}: rehearse: {answer:?}"));
-                    }
-                    self.pump(host);
-                }
-            }
-            Fault::GuestChanged => {
-                if let Some(host) = runs(self) {
-                    self.guest_event(host, GuestEvent::Changed { what: "a device was added".into() });
-                }
-            }
-            Fault::Unprotect | Fault::Planned => {
-                let ask = if fault == Fault::Planned { Operator::Failover } else { Operator::Unprotect };
-                for host in 0..2 {
-                    if let Some(primary) = self.acting(host).and_then(|host| host.primary.as_mut()) {
-                        let answer = primary.handle_operator(now, ask);
-                        self.note(|_| format!("host {host}: {ask:?}: {answer:?}"));
-                        self.pump(host);
-                    }
-                }
-            }
-            Fault::TakeOver => {
-                for host in 0..2 {
-                    if let Some(standby) = self.acting(host).and_then(|host| host.standby.as_mut()) {
-                        let answer = standby.handle_operator_failover(now);
-                        self.note(|_| format!("host {host}: take over: {answer:?}"));
-                        self.pump(host);
-                    }
-                }
-            }
-            Fault::Protect => {
-                if let Some(host) =
-                    runs(self).filter(|&host| self.acting(host).is_some_and(|host| host.primary.is_none()))
-                {
-                    self.protect(host);
-                }
-            }
-        }
-    }
-
-    fn guest_event(&mut self, host: usize, event: GuestEvent) {
-        let wait = self.rng.micros(10, 5_000);
-        self.after(wait, Event::GuestSays(host, event));
-    }
-
-    fn guest_runs_now(&self, host: usize) -> bool {
-        self.hosts[host].guest.as_ref().is_some_and(|guest| guest.runs(self.now))
-    }
-
-    /// A witness whose write failed finds what the disk kept.
-    fn restart_witness(&mut self) {
-        if let Some(record) = self.on_disk.take() {
-            self.note(|_| format!("witness restarts with {:?}", record.map(|record| record.owner)));
-            self.witness = Witness::new(STORE, record.map(|record| (VM, record)));
-        }
-    }
-
-    /// A host whose agent can be talked to.
-    fn acting(&mut self, host: usize) -> Option<&mut Host> {
-        let now = self.now;
-        let state = &mut self.hosts[host];
-        (state.alive && state.frozen_until.max(state.agent_frozen_until) <= now).then_some(state)
-    }
-
-    fn restart(&mut self, host: usize) {
-        let state = &mut self.hosts[host];
-        state.standby = None;
-        state.staged.clear();
-        state.incarnation = state.incarnation.next();
-        state.detector = Detector::new(DetectorConfig::default());
-        (state.suspects, state.checks) = (false, false);
-        if let Some(connection) = &mut self.connection {
-            connection.lost[host] = true;
-        }
-    }
-
-    fn healed(&mut self) {
-        self.note(|_| "healed".into());
-        self.cuts.heal();
-        (self.options.loss, self.options.doubled, self.options.straggle) = (0, 0, 0);
-        (self.options.capture_failures, self.options.activation_failures) = (0, 0);
-        self.options.delay = self.options.delay.min(3_000);
-        self.options.disk_failures = 0;
-        self.restart_witness();
-        for host in &mut self.hosts {
-            if let Some(guest) = &mut host.guest {
-                guest.frozen_until = guest.frozen_until.min(self.now);
-            }
-            host.frozen_until = host.frozen_until.min(self.now);
-            host.agent_frozen_until = host.agent_frozen_until.min(self.now);
-        }
     }
 
     /// One control message, as its receiver sees it: it went over the wire.

@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use replicator::control::api::VmStatus;
-use replicator::demo::lab::{Host, Machine};
+use replicator::demo::lab::{Host, Machine, VM};
 use replicator::demo::worker::Written;
 
 use crate::stage::{SOON, Stage, play, play_long};
@@ -47,6 +47,34 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
         let copies = stage.power_off(&survivor).await?;
         ensure!(copies.len() == 1, "{copies:?}");
         is_whole(&copies[0], "p", &written)
+    });
+}
+
+#[test]
+fn a_vm_with_a_disk_goes_back_to_its_first_host() {
+    play_long("failover, protected again, failback, with a disk", async |stage| {
+        stage.set_with_disk(DISK_MIB).await?;
+        stage.protect_for_good().await?;
+        let mut client = stage.writer("h").await?;
+        stage.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        let old = stage.lab.vm_dir().join("disk.raw");
+        let left = fs::read(&old)?;
+        stage.lab.raise_host_a().await?;
+        stage.until_state(Host::B, "protected").await?;
+        client.goes_on().await?;
+        stage.lab.understudy(Host::B, &["failback", VM], SOON).await?;
+        let home = stage.until_state(Host::A, "protected").await?;
+        client.goes_on().await?;
+        let written = stage.nothing_lost(client).await?;
+        let pid = home.survivor.as_ref().context("it runs from its copy")?.pid;
+        stage.shut_the_guest_down()?;
+        stage.until_ended(pid).await?;
+        let copies = images(&stage.lab.state_dir(Host::A))?;
+        ensure!(copies.len() == 1, "{copies:?}");
+        is_whole(&copies[0], "h", &written)?;
+        ensure!(fs::read(&old)? == left, "somebody wrote to the image that the VM left behind");
+        Ok(())
     });
 }
 

@@ -158,6 +158,8 @@ fn request(vm: &str) -> replicator::control::api::ProtectRequest {
         shadow: None,
         durability: replicator::control::api::DurabilityPolicy::Disk,
         witness: None,
+        standbys: Vec::new(),
+        once: true,
     }
 }
 

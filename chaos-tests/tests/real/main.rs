@@ -5,6 +5,7 @@
 //! a time, also beside those of another process. Those that take long say the same unless `UNDERSTUDY_LONG=1` is set. `UNDERSTUDY_BIN` names the program if it is not the one that was built
 //! beside the tests; `UNDERSTUDY_LOG` sets the daemons' log level, whose ends are shown when a scenario fails.
 
+mod again;
 mod disks;
 mod ends;
 mod fails;

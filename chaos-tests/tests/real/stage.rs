@@ -165,9 +165,20 @@ impl Stage {
         Ok(self.lab.vm_pid()?.to_string())
     }
 
-    /// `understudy protect` on host A, to its end.
+    /// `understudy protect` on host A, to its end: once, so that what a failure leaves can be looked at.
     pub(crate) async fn protect(&self) -> Result<()> {
-        self.lab.understudy(Host::A, &["protect", &self.vm()?, "--to", Host::B.name()], PROTECT).await?;
+        self.protect_with(&["--once"]).await
+    }
+
+    /// The same, as operators do: what ends by a failure begins again by itself.
+    pub(crate) async fn protect_for_good(&self) -> Result<()> {
+        self.protect_with(&[]).await
+    }
+
+    async fn protect_with(&self, more: &[&str]) -> Result<()> {
+        let vm = self.vm()?;
+        let words = [["protect", &vm, "--to", Host::B.name()].as_slice(), more].concat();
+        self.lab.understudy(Host::A, &words, PROTECT).await?;
         let status = self.status(Host::A).await?;
         ensure!(status.state == ProtectionState::Protected, "protect returned while the VM is {status:?}");
         self.until_state(Host::B, "protected").await?;

@@ -126,8 +126,16 @@ fn slow(stage: &Stage, on: bool) -> Result<()> {
 /// Begins to protect, and returns when pages are copied.
 async fn begin_sync(stage: &Stage) -> Result<()> {
     let (vm, to) = (stage.vm()?, Host::B.name().to_owned());
-    let request =
-        ProtectRequest { vm, to, epoch: None, shadow: None, durability: DurabilityPolicy::Disk, witness: None };
+    let request = ProtectRequest {
+        vm,
+        to,
+        epoch: None,
+        shadow: None,
+        durability: DurabilityPolicy::Disk,
+        witness: None,
+        standbys: Vec::new(),
+        once: true,
+    };
     stage.lab.client(Host::A).protect(&request).await?;
     let copies =
         |status: &VmStatus| matches!(status.state, ProtectionState::Syncing(progress) if progress.done_pages > 0);
@@ -208,8 +216,16 @@ fn an_agent_killed_at_any_moment_of_protecting_and_unprotecting() {
         for moment in MOMENTS_MS {
             let vm = stage.vm()?;
             let to = Host::B.name().to_owned();
-            let request =
-                ProtectRequest { vm, to, epoch: None, shadow: None, durability: DurabilityPolicy::Disk, witness: None };
+            let request = ProtectRequest {
+                vm,
+                to,
+                epoch: None,
+                shadow: None,
+                durability: DurabilityPolicy::Disk,
+                witness: None,
+                standbys: Vec::new(),
+                once: true,
+            };
             let client_of_a = stage.lab.client(Host::A);
             // The order itself may be what is cut off.
             let _ = tokio::time::timeout(Duration::from_millis(moment), async {
@@ -260,8 +276,9 @@ async fn freed(stage: &mut Stage) -> Result<Freed> {
             return Ok(Ok(Freed::Succeeded));
         }
         let ended = stage.lab.try_understudy(Host::A, &["unprotect", VM], COMMAND).await?;
-        // One that was never begun is not known.
-        Ok(if matches!(ended.code, Some(0 | 5)) { Ok(Freed::Here) } else { Err(ended.err) })
+        // One that was never begun is not known. Neither is one that was ended because the standby has it.
+        let here = matches!(ended.code, Some(0 | 5)) && stage.run_state().is_ok();
+        Ok(if here { Ok(Freed::Here) } else { Err(ended.err) })
     })
     .await?;
     if freed == Freed::Here {

@@ -224,6 +224,12 @@ impl Ownership {
         self.drive(now);
     }
 
+    /// How it asks.
+    #[must_use]
+    pub fn config(&self) -> &OwnershipConfig {
+        &self.config
+    }
+
     /// What is wanted now.
     #[must_use]
     pub fn wanted(&self) -> Want {
@@ -419,7 +425,10 @@ impl Ownership {
             (Want::Pair { .. }, _) => Step::Poll,
 
             (Want::Solo { activated }, None) => Step::Change(Owner::Solo { node: me, activated, other: None }),
-            (Want::Solo { activated }, Some(Owner::Paired { primary, standby })) if primary == me => {
+            // Also where a former life of this node was the primary: the guest is here all the same.
+            (Want::Solo { activated }, Some(Owner::Paired { primary, standby }))
+                if primary.node == me.node && primary.incarnation <= me.incarnation =>
+            {
                 Step::Change(Owner::Solo { node: me, activated, other: Some(standby) })
             }
             (Want::Solo { .. }, Some(Owner::Paired { primary, standby })) if standby == me => {

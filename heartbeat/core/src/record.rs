@@ -82,7 +82,8 @@ pub enum Refusal {
 ///
 /// A node may pair itself as primary where no record is or where it is the solo or stopped owner; make itself solo where no record
 /// is, or as either party of a pair, or as the owner; give back what it has not activated to the other party; and
-/// mark stopped what it owns. A node that owns alone may do so in a later incarnation; a party of a pair may not.
+/// mark stopped what it owns. A node that owns alone may do so in a later incarnation. So may the primary of a pair make itself solo: the
+/// guest that everything was heard of is on its host, whichever life of its agent serves it. A standby's later life holds nothing.
 ///
 /// # Errors
 /// [`Refusal`] says why not.
@@ -105,7 +106,7 @@ pub fn permitted(asker: Party, old: Option<&Owner>, new: &Owner) -> Result<(), R
         Owner::Solo { node, activated, other } if node == asker => match old {
             None => Ok(()),
             Some(&Owner::Paired { primary, standby }) => {
-                let lost = if asker == primary {
+                let lost = if asker.node == primary.node && asker.incarnation >= primary.incarnation {
                     standby
                 } else if asker == standby && !activated {
                     primary
@@ -184,17 +185,15 @@ mod tests {
                     }
                     allowed += 1;
                     match old {
-                        // Only the exact parties end a pair, and never for another.
+                        // Only the exact parties end a pair, or the primary's later life, and never for another.
                         Owner::Paired { primary, standby } => {
-                            assert!(asker == primary || asker == standby);
+                            let own = asker.node == primary.node && asker.incarnation >= primary.incarnation;
+                            assert!(own || asker == standby);
                             match new {
                                 Owner::Solo { node, activated, other } => {
                                     assert_eq!(node, asker);
-                                    assert!(other == Some(if asker == primary { standby } else { primary }));
-                                    assert!(
-                                        asker == primary || !activated,
-                                        "a standby cannot have run before its grant"
-                                    );
+                                    assert!(other == Some(if own { standby } else { primary }));
+                                    assert!(own || !activated, "a standby cannot have run before its grant");
                                 }
                                 Owner::Stopped { node } => assert!(node == asker && asker == primary),
                                 Owner::Paired { .. } => panic!("a pair replaced a pair"),

@@ -11,6 +11,7 @@ pub mod message;
 pub mod pacing;
 pub mod primary;
 pub mod release;
+pub mod restart;
 pub mod standby;
 pub mod state;
 pub mod stats;

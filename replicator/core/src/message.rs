@@ -16,14 +16,16 @@ use crate::state::ProtectionState;
 pub const MAX_MESSAGE: usize = 1 << 20;
 /// Bound on an opaque part ([`PeerMessage::Prepare`]'s recipe or layout), in bytes.
 pub const MAX_OPAQUE: usize = 400 << 10;
+/// Bound on [`PeerMessage::Prepare`]'s `protection`, in bytes.
+pub const MAX_PROTECTION: usize = 16 << 10;
 /// Bound on a text (a name, a reason), in bytes. Longer ones are cut by [`clip`].
 pub const MAX_TEXT: usize = 1024;
 /// Bound on a version offer.
 pub const MAX_VERSIONS: usize = 16;
 /// Versions of this protocol that we speak, newest first. 0 is invalid.
-pub const VERSIONS: [u16; 1] = [1];
+pub const VERSIONS: [u16; 1] = [2];
 
-const _: () = assert!(2 * MAX_OPAQUE + 8 * MAX_TEXT < MAX_MESSAGE, "the longest Prepare fits");
+const _: () = assert!(2 * MAX_OPAQUE + MAX_PROTECTION + 8 * MAX_TEXT < MAX_MESSAGE, "the longest Prepare fits");
 
 /// How a rehearsal on the standby went.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
@@ -80,6 +82,8 @@ pub enum PeerMessage {
         layout: Vec<u8>,
         /// What an acknowledgement promises of disk writes.
         durability: Durability,
+        /// How whoever survives protects the VM again, opaque here.
+        protection: Vec<u8>,
     },
     /// To the primary: the twin waits.
     Prepared,
@@ -262,14 +266,15 @@ mod tests {
         prop_oneof![
             (prop::collection::vec(any::<u16>(), 0..MAX_VERSIONS), party(), any::<[u8; 16]>())
                 .prop_map(|(versions, party, vm)| PeerMessage::Hello { versions, party, vm: VmId(vm) }),
-            (any::<[u8; 16]>(), ".{0,40}", any::<u64>(), opaque(), opaque(), any::<bool>()).prop_map(
-                |(vm, name, generation, recipe, layout, disk)| PeerMessage::Prepare {
+            (any::<[u8; 16]>(), ".{0,40}", any::<u64>(), opaque(), opaque(), any::<bool>(), opaque()).prop_map(
+                |(vm, name, generation, recipe, layout, disk, protection)| PeerMessage::Prepare {
                     vm: VmId(vm),
                     name,
                     generation: Generation(generation),
                     recipe,
                     layout,
                     durability: if disk { Durability::Disk } else { Durability::Memory },
+                    protection,
                 }
             ),
             Just(PeerMessage::Prepared),
@@ -347,6 +352,7 @@ mod tests {
             recipe: vec![1; opaque],
             layout: vec![2; opaque],
             durability: Durability::Disk,
+            protection: vec![3; MAX_PROTECTION],
         };
         let bytes = prepare(MAX_OPAQUE).encode().expect("fits");
         assert_eq!(PeerMessage::decode(&bytes), Ok(prepare(MAX_OPAQUE)));
@@ -359,7 +365,7 @@ mod tests {
         assert_eq!(newest_common(&[3, 2, 1], &[2, 1]), Some(2));
         assert_eq!(newest_common(&[1], &[2]), None);
         assert_eq!(newest_common(&[0], &[0]), None);
-        assert_eq!(newest_common(&VERSIONS, &VERSIONS), Some(1));
+        assert_eq!(newest_common(&VERSIONS, &VERSIONS), Some(2));
     }
 
     #[test]

@@ -13,8 +13,8 @@ use super::{Agent, Request, STOP_WITHIN, events};
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
-    PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, RehearsalReport, Suspicion, VmEvent,
-    VmRequest, VmStatus,
+    PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, ProtectionState, RehearsalReport, Role,
+    Suspicion, VmEvent, VmRequest, VmStatus,
 };
 use crate::control::doctor;
 
@@ -59,6 +59,28 @@ impl Agent {
             tokio::time::sleep(ENDING_LOOK).await;
         }
         self.forget_ended(name);
+    }
+
+    /// Only a VM that is protected on the host that it came from goes back there.
+    fn check_way_back(&self, name: &str) -> Result<(), ErrorBody> {
+        let status = self.vms().get(name).map(|vm| vm.view.status()).ok_or_else(|| not_known(name))?;
+        let refused = |message: String| Err(ErrorBody::new(ErrorKind::Refused, message));
+        let Some(home) = status.hosts.first() else {
+            return refused(format!("it is not known where {name} came from; use `understudy failover --planned`"));
+        };
+        if status.role == Role::Standby {
+            return refused(format!("{name} does not run here; ask {} for it", status.peer));
+        }
+        if *home == self.identity.name() {
+            return refused(format!("{name} runs on its first host already, which is this one"));
+        }
+        if status.state != ProtectionState::Protected || status.peer != *home {
+            let now = if status.reason.is_empty() { String::new() } else { format!(": {}", status.reason) };
+            let message = format!("{name} cannot go back to {home} now: it is {}{now}", status.state);
+            return Err(ErrorBody::new(ErrorKind::Refused, message)
+                .advise(format!("it runs on here; ask again when it is protected with {home}")));
+        }
+        Ok(())
     }
 
     fn peer_status(&self, peer: Peer) -> PeerStatus {
@@ -127,6 +149,7 @@ impl AgentApi for Agent {
 
     async fn unprotect(&self, request: VmRequest) -> Result<VmStatus, ErrorBody> {
         let name = request.vm;
+        self.settled(&name).await;
         // A protection that has ended by itself, because this node went alone, has nothing left to end.
         self.forget_ended(&name);
         if !self.vms().contains_key(&name) {
@@ -143,6 +166,9 @@ impl AgentApi for Agent {
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {
+        if request.back {
+            self.check_way_back(&request.vm)?;
+        }
         let planned = request.planned;
         self.ask(&request.vm, |reply| Request::Failover { planned, reply }).await?;
         Ok(Accepted { vm: request.vm })

@@ -41,6 +41,15 @@ impl Beats {
         receiver
     }
 
+    /// Events of any of these nodes from now on.
+    pub(super) fn subscribe_all(&self, nodes: &[NodeId]) -> mpsc::UnboundedReceiver<Beat> {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        for node in nodes {
+            self.lock().entry(*node).or_default().push(sender.clone());
+        }
+        receiver
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Vec<mpsc::UnboundedSender<Beat>>>> {
         self.subscribers.lock().unwrap_or_else(PoisonError::into_inner)
     }

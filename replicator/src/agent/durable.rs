@@ -1,7 +1,8 @@
 //! What a host remembers of a VM over restarts: one small file each, on the disk before the caller goes on.
 //!
 //! It holds what docs/protocol.md wants durable on a node: the VM's identity, the store it is recorded in, the highest
-//! generation seen, and the mark "activating this generation at this epoch".
+//! generation seen, and the mark "activating this generation at this epoch". And what a later life of the agent needs to take up
+//! its work: how the VM is to be protected, and which process is its guest here.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use std::path::{Path, PathBuf};
 use heartbeat::files;
 use heartbeat_core::ids::VmId;
 use serde::{Deserialize, Serialize};
+
+use super::protection::Protection;
 
 /// Numbers of two sessions of a VM differ by this much: more epochs than a session can use in thirty years.
 const SESSION_NUMBERS: u64 = 1_000_000_000_000;
@@ -27,6 +30,9 @@ pub(super) struct Numbers {
 #[serde(deny_unknown_fields)]
 struct Text {
     vm: String,
+    /// What the VM is called.
+    #[serde(default)]
+    name: String,
     #[serde(default)]
     store: Option<String>,
     #[serde(default)]
@@ -35,6 +41,27 @@ struct Text {
     sessions: u64,
     #[serde(default)]
     mark: Option<Mark>,
+    #[serde(default)]
+    guest: Option<GuestAt>,
+    #[serde(default)]
+    protection: Option<Protection>,
+}
+
+/// Which process is the VM's guest on this host. Only one that an agent attached to, or activated, is noted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct GuestAt {
+    /// The VM's name.
+    pub(super) name: String,
+    /// Its process.
+    pub(super) pid: u32,
+    /// When that started, in the kernel's clock ticks since boot: a pid is used again.
+    pub(super) started: u64,
+    /// Its QMP socket, if it was named by that.
+    #[serde(default)]
+    pub(super) control: Option<PathBuf>,
+    /// The agent is attached to it, and so may have left it paused and with things of ours in it.
+    pub(super) attached: bool,
 }
 
 /// A copy that was about to be activated, or was.
@@ -45,6 +72,13 @@ pub(super) struct Mark {
     pub(super) generation: u64,
     /// It goes on from.
     pub(super) epoch: u64,
+}
+
+impl Text {
+    fn fresh(vm: VmId, name: String) -> Self {
+        let (store, mark, guest, protection) = (None, None, None, None);
+        Self { vm: vm.to_string(), name, store, generation: 0, sessions: 0, mark, guest, protection }
+    }
 }
 
 /// The memory of one VM on this host. Errors latch: after a failed write it refuses all further ones, because nobody knows
@@ -81,16 +115,41 @@ impl Durable {
     pub(super) fn open(state_dir: &Path, name: &str, fresh: VmId) -> io::Result<Self> {
         files::make_dir(&state_dir.join("vms"))?;
         let path = Self::path(state_dir, name);
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => toml::from_str(&text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?,
+        match Self::read(path.clone()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let text = Text { vm: fresh.to_string(), store: None, generation: 0, sessions: 0, mark: None };
+                let text = Text::fresh(fresh, name.to_owned());
                 write(&path, &text)?;
-                text
+                Ok(Self { path, text, vm: fresh, failed: false })
             }
-            Err(error) => return Err(error),
-        };
-        let vm = text.vm.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            read => read,
+        }
+    }
+
+    /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected. What cannot be
+    /// read is said in the log and left.
+    pub(super) fn with_parts(state_dir: &Path) -> Vec<Self> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|extension| extension != "toml") {
+                continue;
+            }
+            match Self::read(path.clone()) {
+                Ok(durable) if durable.text.guest.is_some() || durable.text.protection.is_some() => found.push(durable),
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "what this host remembers of a VM cannot be used");
+                }
+            }
+        }
+        found
+    }
+
+    fn read(path: PathBuf) -> io::Result<Self> {
+        let invalid =
+            |error: Box<dyn std::error::Error + Send + Sync>| io::Error::new(io::ErrorKind::InvalidData, error);
+        let text: Text = toml::from_str(&std::fs::read_to_string(&path)?).map_err(|error| invalid(error.into()))?;
+        let vm = text.vm.parse().map_err(|error: heartbeat_core::ids::ParseIdError| invalid(error.into()))?;
         Ok(Self { path, text, vm, failed: false })
     }
 
@@ -130,7 +189,8 @@ impl Durable {
     pub(super) fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
         self.change(|text| {
             if text.vm != vm.to_string() {
-                *text = Text { vm: vm.to_string(), store: None, generation: 0, sessions: text.sessions, mark: None };
+                let sessions = text.sessions;
+                *text = Text { sessions, ..Text::fresh(vm, std::mem::take(&mut text.name)) };
             }
         })?;
         self.vm = vm;
@@ -153,6 +213,36 @@ impl Durable {
             text.mark = Some(mark);
             text.generation = text.generation.max(mark.generation);
         })
+    }
+
+    /// How the VM is to be protected, if it is.
+    pub(super) fn protection(&self) -> Option<&Protection> {
+        self.text.protection.as_ref()
+    }
+
+    /// Remembers how it is to be protected, or that it is not any more.
+    pub(super) fn set_protection(&mut self, protection: Option<Protection>) -> io::Result<()> {
+        self.change(|text| text.protection = protection)
+    }
+
+    /// Which process is its guest here, as far as it was noted.
+    pub(super) fn guest(&self) -> Option<&GuestAt> {
+        self.text.guest.as_ref()
+    }
+
+    /// What the VM is called.
+    pub(super) fn name(&self) -> &str {
+        &self.text.name
+    }
+
+    /// Remembers which process is its guest here, or that none is.
+    pub(super) fn set_guest(&mut self, guest: Option<GuestAt>) -> io::Result<()> {
+        self.change(|text| text.guest = guest)
+    }
+
+    /// The activation that was about to happen, or happened.
+    pub(super) fn mark(&self) -> Option<Mark> {
+        self.text.mark
     }
 
     /// Begins a session: its numbers are higher than any of an earlier session.

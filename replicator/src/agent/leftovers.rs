@@ -81,6 +81,8 @@ impl Agent {
         match found.record.map(|record| record.owner) {
             None => {}
             Some(Owner::Solo { node, .. } | Owner::Stopped { node }) if node.node == me.node => {}
+            // Nothing of it was ever here, or is any more.
+            Some(_) if durable.guest().is_none() => return Err(super::api::not_known(name)),
             Some(owner) => {
                 return Err(ErrorBody::new(
                     ErrorKind::Refused,

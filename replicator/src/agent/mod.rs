@@ -11,7 +11,8 @@
 //! | `durable` | what a host remembers of a VM |
 //! | `view` | what operators see |
 //! | `api`, `sessions` | the control API; protections that begin |
-//! | `leftovers` | what a former life of the agent left in a VM |
+//! | `protection`, `reprotect` | how a VM is to be protected, and a standby that is looked for again and again |
+//! | `found`, `leftovers` | what a former life of the agent left |
 
 mod api;
 mod asker;
@@ -21,12 +22,15 @@ mod disks;
 mod durable;
 mod encoder;
 mod events;
+mod found;
 mod intake;
 mod lag;
 mod leftovers;
 mod link;
 mod pause;
 mod primary;
+mod protection;
+mod reprotect;
 mod sessions;
 mod standby;
 mod twin;
@@ -35,7 +39,7 @@ mod witnesses;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use heartbeat::beat::{Beat, BeatOptions, DetectorConfig};
@@ -43,7 +47,7 @@ use heartbeat::quic::{Endpoint, EndpointOptions, Profile, Purpose, close};
 use heartbeat::trust::{Card, Identity, Peers, Role};
 use heartbeat_core::ids::Party;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use vmm_hooks::guest::TwinHost;
 use vmm_hooks::qemu::{QemuTwinHost, TwinHostOptions};
@@ -61,6 +65,11 @@ use crate::metrics::{Metrics, MetricsServer};
 const REQUESTS: usize = 8;
 /// How long a stopping agent waits for its protections to end.
 const STOP_WITHIN: Duration = Duration::from_secs(15);
+/// How long who asks for a VM of a former life waits until it is known whose that is.
+const SETTLE_WITHIN: Duration = Duration::from_secs(5);
+/// How often, and how many times at most, it is looked whether such a task has ended then.
+const ENDING_LOOK: Duration = Duration::from_millis(2);
+const ENDING_LOOKS: u32 = 25;
 /// How often the heartbeats' figures go to the metrics and the views.
 const LOOK: Duration = Duration::from_millis(500);
 
@@ -69,6 +78,8 @@ const LOOK: Duration = Duration::from_millis(500);
 enum Request {
     /// End the protection; answered when that is done.
     Unprotect(oneshot::Sender<Result<(), ErrorBody>>),
+    /// The same, because the agent stops: a later life of it protects the VM again.
+    Stop(oneshot::Sender<Result<(), ErrorBody>>),
     /// Prove that the copy loads; answered when that is done.
     Rehearse(oneshot::Sender<Result<RehearsalReport, ErrorBody>>),
     /// Change hands; answered when that has begun.
@@ -86,6 +97,8 @@ struct Vm {
     view: Arc<View>,
     requests: mpsc::Sender<Request>,
     task: JoinHandle<()>,
+    /// Of what a former life of the agent had: `true` once it is known whose it is.
+    settled: Option<watch::Receiver<bool>>,
 }
 
 /// The agent, as its parts share it.
@@ -102,6 +115,8 @@ struct Agent {
     twins: Arc<dyn TwinHost>,
     vms: Mutex<BTreeMap<String, Vm>>,
     window: PairingWindow,
+    /// Itself, for tasks that outlive a request.
+    own: Weak<Agent>,
 }
 
 /// Why an agent cannot start.
@@ -182,13 +197,14 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     // Twins of a former life that never ran hold memory and taps, and nobody can activate them any more.
     let swept = tokio::task::spawn_blocking(move || {
         let removed = twins.remove_leftovers();
-        (twins, removed)
+        let survivors = twins.survivors();
+        (twins, removed, survivors)
     });
-    let (twins, removed) = swept.await.map_err(std::io::Error::other)?;
+    let (twins, removed, survivors) = swept.await.map_err(std::io::Error::other)?;
     if !removed.is_empty() {
         tracing::warn!(?removed, "removed twins that a former life of this agent had left waiting");
     }
-    let agent = Arc::new(Agent {
+    let agent = Arc::new_cyclic(|own| Agent {
         config,
         identity,
         peers,
@@ -200,12 +216,15 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         twins: Arc::new(twins),
         vms: Mutex::new(BTreeMap::new()),
         window: PairingWindow::default(),
+        own: own.clone(),
     });
     tracing::info!(name = agent.identity.name(), node = %agent.identity.node(), "the agent runs");
     let told = Arc::clone(&agent);
     tokio::spawn(async move { told.beats.run(events).await });
     tokio::spawn(Arc::clone(&agent).look());
     tokio::spawn(Arc::clone(&agent).look_for_witnesses());
+    // Before anybody can ask for anything: what was left behind decides what may be asked.
+    agent.take_up(survivors);
     tokio::spawn(Arc::clone(&agent).accept());
     let stop = async move {
         tokio::select! {
@@ -227,6 +246,26 @@ fn wrong_side(name: &str) -> ErrorBody {
 impl Agent {
     fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Vm>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn own(&self) -> Arc<Self> {
+        self.own.upgrade().expect("whoever calls this holds it")
+    }
+
+    /// Waits, for a bounded time, until it is known whose a VM is that a former life of this agent had.
+    async fn settled(&self, name: &str) {
+        let settled = self.vms().get(name).and_then(|vm| vm.settled.clone());
+        if let Some(mut settled) = settled {
+            // One whose task has ended is settled, too.
+            let _ = tokio::time::timeout(SETTLE_WITHIN, settled.wait_for(|settled| *settled)).await;
+            // One that is over leaves its place a moment later.
+            for _ in 0..ENDING_LOOKS {
+                if self.vms().get(name).is_none_or(|vm| vm.task.is_finished()) {
+                    break;
+                }
+                tokio::time::sleep(ENDING_LOOK).await;
+            }
+        }
     }
 
     /// Who this agent is, in this life.
@@ -287,7 +326,7 @@ impl Agent {
         let vms = std::mem::take(&mut *self.vms());
         for (name, vm) in vms {
             let (reply, answer) = oneshot::channel();
-            if vm.requests.send(Request::Unprotect(reply)).await.is_ok() {
+            if vm.requests.send(Request::Stop(reply)).await.is_ok() {
                 match tokio::time::timeout(STOP_WITHIN, answer).await {
                     Ok(Ok(Ok(()))) => {}
                     Ok(Ok(Err(error))) => tracing::warn!(vm = name, %error, "left as it is"),

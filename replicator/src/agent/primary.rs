@@ -58,8 +58,8 @@ pub(super) struct Setup {
     pub(super) vitals: Arc<heartbeat::beat::Beat>,
     /// What the failure detector says of the standby's node.
     pub(super) beats: mpsc::UnboundedReceiver<Beat>,
-    /// What operators ask.
-    pub(super) requests: mpsc::Receiver<Request>,
+    /// How the VM is to be protected, as the standby is told.
+    pub(super) protection: Vec<u8>,
     /// What this host remembers of the VM.
     pub(super) durable: Durable,
     /// What operators see.
@@ -70,6 +70,22 @@ impl std::fmt::Debug for Setup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Setup").field("name", &self.name).finish_non_exhaustive()
     }
+}
+
+/// How a protection ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Nothing is to be done here any more: the guest was destroyed, or has ended, or cannot be protected by this node.
+    Over,
+    /// An operator ended it; the guest runs, as it was found.
+    Asked,
+    /// The agent stops; the guest runs, as it was found, and is to be protected again by a later life of the agent.
+    Stopped,
+    /// The guest runs here, as it was found, and nobody stands by.
+    Alone {
+        /// It was protected before.
+        was_protected: bool,
+    },
 }
 
 /// A captured epoch on its way to its acknowledgement.
@@ -91,6 +107,7 @@ struct Task {
     core: Primary,
     /// Recipe and layout, as the standby reads them.
     prepare: (Vec<u8>, Vec<u8>),
+    protection: Vec<u8>,
     durability: Durability,
     commands: Sender<Command>,
     gate: Arc<dyn Gate>,
@@ -108,6 +125,9 @@ struct Task {
     detached: Option<Result<(), GuestError>>,
     detaching: bool,
     fencing: bool,
+    /// Somebody asked for the end, and how that ends.
+    told: Option<Left>,
+    was_protected: bool,
     finished: bool,
 }
 
@@ -115,7 +135,7 @@ struct Task {
 ///
 /// # Errors
 /// If a thread cannot be started; the guest is left as it was found then.
-pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
+pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) -> Result<Left, ErrorBody> {
     let Setup {
         name,
         guest,
@@ -127,7 +147,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         asker,
         vitals,
         mut beats,
-        mut requests,
+        protection,
         durable,
         view,
     } = setup;
@@ -177,6 +197,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         name,
         core: Primary::new(config),
         prepare,
+        protection,
         durability,
         commands,
         gate,
@@ -194,6 +215,8 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
         detached: None,
         detaching: false,
         fencing: false,
+        told: None,
+        was_protected: false,
         finished: false,
     };
     task.vitals.report(config.ownership.vm, GuestStatus::Running);
@@ -218,8 +241,7 @@ pub(super) async fn run(setup: Setup) -> Result<(), ErrorBody> {
             () = wait_until(deadline) => task.core.handle_timeout(clock::now()),
         }
     }
-    task.end();
-    Ok(())
+    Ok(task.end())
 }
 
 /// Waits until the core's deadline; for ever if there is none.
@@ -287,6 +309,7 @@ impl Task {
                     self.command(Command::Detach);
                 }
                 Output::State { state, reason } => {
+                    self.was_protected |= state == replicator_core::state::ProtectionState::Protected;
                     if state == replicator_core::state::ProtectionState::FailingOver {
                         // Unless something else was seen before, it is the age of the oldest epoch.
                         self.view.failover_began(FailoverCause::Unacknowledged, None);
@@ -309,6 +332,7 @@ impl Task {
             recipe,
             layout,
             durability: self.durability,
+            protection: self.protection.clone(),
         });
     }
 
@@ -566,10 +590,8 @@ impl Task {
         let now = clock::now();
         let refused = |message: String| ErrorBody::new(ErrorKind::Refused, message);
         match request {
-            Request::Unprotect(reply) => match self.core.handle_operator(now, Operator::Unprotect) {
-                Ok(()) => self.ending.push(reply),
-                Err(why) => drop(reply.send(Err(refused(why)))),
-            },
+            Request::Unprotect(reply) => self.unprotect(now, reply, Left::Asked),
+            Request::Stop(reply) => self.unprotect(now, reply, Left::Stopped),
             Request::Failover { planned: true, reply } => {
                 let answer = self.core.handle_operator(now, Operator::Failover);
                 if answer.is_ok() {
@@ -590,8 +612,36 @@ impl Task {
         }
     }
 
+    fn unprotect(&mut self, now: Time, reply: oneshot::Sender<Result<(), ErrorBody>>, end: Left) {
+        if let Err(why) = self.core.handle_operator(now, Operator::Unprotect) {
+            let _ = reply.send(Err(ErrorBody::new(ErrorKind::Refused, why)));
+            return;
+        }
+        self.told = self.told.or(Some(end));
+        self.ending.push(reply);
+        // A later life of this agent must not take up what its operator ended.
+        if end == Left::Asked
+            && let Err(error) = self.durable.set_protection(None)
+        {
+            tracing::error!(vm = self.name, %error, "it could not be noted that the protection was ended");
+        }
+    }
+
+    /// How it ended, for who would protect the guest again.
+    fn left(&self) -> Left {
+        let state = self.view.status().state;
+        match (self.told, state) {
+            _ if self.fencing || self.fence.ended() => Left::Over,
+            (Some(told), _) => told,
+            (None, ProtectionState::Degraded | ProtectionState::Unprotected) if self.detaching => {
+                Left::Alone { was_protected: self.was_protected }
+            }
+            _ => Left::Over,
+        }
+    }
+
     /// The guest was left, lost or destroyed: tell who waits, and end the threads.
-    fn end(mut self) {
+    fn end(mut self) -> Left {
         self.view.set_gate(None);
         self.vitals.forget(self.core.config().ownership.vm);
         let result = match self.detached.take() {
@@ -605,8 +655,9 @@ impl Task {
             let _ = reply.send(result.clone());
         }
         self.command(Command::Quit);
-        let standby = self.core.config().standby.node;
-        tracing::info!(vm = self.name, %standby, "protection ended");
+        let (standby, left) = (self.core.config().standby.node, self.left());
+        tracing::info!(vm = self.name, %standby, ?left, "protection ended");
+        left
     }
 }
 

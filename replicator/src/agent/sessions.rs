@@ -19,15 +19,19 @@ use vmm_hooks::disk::{DiskSpec, MAX_DISKS};
 use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions};
+use vmm_hooks::sys::process::PidFd;
 
 use super::asker::Asker;
 use super::disks::StandbyDisks;
-use super::durable::Durable;
+use super::durable::{Durable, GuestAt};
 use super::encoder::Session;
 use super::events::EventLog;
 use super::link::{self, Link};
+use super::primary::Left;
+use super::protection::{HostRef, Protection};
+use super::reprotect::Life;
 use super::view::View;
-use super::{Agent, REQUESTS, Request, Vm, primary, standby};
+use super::{Agent, REQUESTS, Request, Vm, primary, protection, standby};
 use crate::control::api::{
     Accepted, DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, Role as VmRole, ShadowPolicy,
 };
@@ -41,37 +45,89 @@ fn failed(message: impl Into<String>, cause: &dyn std::error::Error) -> ErrorBod
 }
 
 impl Agent {
+    /// What is shown and kept of a VM from now on.
+    pub(super) fn new_view(&self, name: &str, vm: VmId, role: VmRole) -> Arc<View> {
+        let events = EventLog::new(&self.config.state_dir, name);
+        Arc::new(View::new(name, vm, role, self.metrics.vm(name), events))
+    }
+
     /// Starts to protect a VM; returns when its task runs.
     pub(super) async fn protect_vm(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
-        let peer =
-            self.peers.by_name(&request.to).map_err(|error| ErrorBody::new(ErrorKind::NotFound, error.to_string()))?;
-        if peer.role != Role::Agent {
-            return Err(ErrorBody::new(ErrorKind::Refused, format!("{} is a witness, not a host", peer.name)));
-        }
+        let peer = protection::host(&self.peers, &request.to)?;
         let witness = self.witness(request.witness.as_deref())?;
-        let options = AttachOptions {
-            held_bytes_max: usize::try_from(self.config.gate.bytes).unwrap_or(usize::MAX),
-            held_age_max: self.config.gate.age,
-            tracker: self.config.tracker,
-        };
+        let me = HostRef { node: self.me().node.to_string(), name: self.identity.name().to_owned() };
+        let protection = Protection::asked(&request, me, &peer, &witness, &self.peers)?;
+        let options = self.attach_options();
         let asked = request.vm.clone();
         let target = blocking(move || qemu::resolve(&asked)).await??;
         let name = vm_name(&request.vm, &target);
+        self.settled(&name).await;
         self.forget_ended(&name);
         if self.vms().contains_key(&name) {
             return Err(ErrorBody::new(ErrorKind::Busy, format!("{name} is protected already, or stands by here"))
                 .advise("see `understudy status`"));
         }
-        let guest = blocking(move || qemu::attach(&target, &options)).await??;
-        match self.begin(&name, &request, &peer, &witness, Box::new(guest)).await {
-            Ok(()) => Ok(Accepted { vm: name }),
-            Err((guest, error)) => {
-                if let Some(guest) = guest {
-                    blocking(move || guest.detach()).await??;
-                }
-                Err(error)
+        let control = match &target {
+            qemu::Target::QmpSocket(path) => Some(path.clone()),
+            qemu::Target::Pid(_) => None,
+        };
+        let (guest, started) = blocking(move || {
+            let guest = qemu::attach(&target, &options)?;
+            match PidFd::open(guest.pid()) {
+                Ok(process) => Ok((guest, process.start_time())),
+                Err(error) => Box::new(guest).detach().and(Err(error.into())),
+            }
+        })
+        .await??;
+        let at = GuestAt { name: name.clone(), pid: guest.pid(), started, control, attached: false };
+        let (guest, error) = match self.session(&at, &protection, &peer, None, Box::new(guest), None).await {
+            Ok((setup, view)) => match self.start_life(at, protection, setup, view) {
+                Ok(()) => return Ok(Accepted { vm: name }),
+                Err(refused) => refused,
+            },
+            Err(refused) => refused,
+        };
+        blocking(move || guest.detach()).await??;
+        Err(error)
+    }
+
+    /// The task of a VM whose first session is ready. If its place was taken meanwhile the guest comes back.
+    fn start_life(
+        &self,
+        at: GuestAt,
+        protection: Protection,
+        setup: primary::Setup,
+        view: Arc<View>,
+    ) -> Result<(), (Box<dyn Guest>, ErrorBody)> {
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        match self.vms().entry(at.name.clone()) {
+            Entry::Occupied(_) => {
+                let body = ErrorBody::new(ErrorKind::Busy, format!("{} is being protected already", at.name));
+                Err((setup.guest, body))
+            }
+            Entry::Vacant(place) => {
+                let (vm, life_view) = (setup.durable.vm(), Arc::clone(&view));
+                let life = Life { agent: self.own(), vm, at, protection, view: life_view, requests };
+                let task = tokio::spawn(life.protect(setup));
+                place.insert(Vm { view, requests: sender, task, settled: None });
+                Ok(())
             }
         }
+    }
+
+    /// How this agent attaches to guests.
+    pub(super) fn attach_options(&self) -> AttachOptions {
+        AttachOptions {
+            held_bytes_max: usize::try_from(self.config.gate.bytes).unwrap_or(usize::MAX),
+            held_age_max: self.config.gate.age,
+            tracker: self.config.tracker,
+        }
+    }
+
+    /// The witness that a protection names; this agent's own if it names none that this agent knows.
+    pub(super) fn witness_of(&self, protection: &Protection) -> Result<Peer, ErrorBody> {
+        let named = protection.witness.parse().ok().and_then(|node| self.peers.by_node(node));
+        named.filter(|peer| peer.role == Role::Witness).map_or_else(|| self.witness(None), Ok)
     }
 
     pub(super) fn witness(&self, name: Option<&str>) -> Result<Peer, ErrorBody> {
@@ -85,7 +141,7 @@ impl Agent {
         })
     }
 
-    fn asker(&self, witness: &Peer) -> (Asker, mpsc::UnboundedReceiver<StoreAnswer>) {
+    pub(super) fn asker(&self, witness: &Peer) -> (Asker, mpsc::UnboundedReceiver<StoreAnswer>) {
         Asker::new(Arc::new(self.store(witness)), self.metrics.witness(&witness.name))
     }
 
@@ -117,83 +173,79 @@ impl Agent {
         }
     }
 
-    /// Everything after attaching. On error the guest comes back, to be left as it was.
-    async fn begin(
+    /// Everything of a session between attaching and its first step. `connection` is one that was greeted, `view` that of the
+    /// sessions before. On error the guest comes back, to be left as it was.
+    pub(super) async fn session(
         &self,
-        name: &str,
-        request: &ProtectRequest,
+        at: &GuestAt,
+        protection: &Protection,
         peer: &Peer,
-        witness: &Peer,
+        connection: Option<Connection>,
         guest: Box<dyn Guest>,
-    ) -> Result<(), (Option<Box<dyn Guest>>, ErrorBody)> {
+        view: Option<&Arc<View>>,
+    ) -> Result<(primary::Setup, Arc<View>), (Box<dyn Guest>, ErrorBody)> {
+        let name = at.name.as_str();
         let opened = self.open_durable(name, VmId(*uuid::Uuid::new_v4().as_bytes()), false);
-        let (durable, ownership, first_epoch) = match opened {
-            Ok(opened) => opened,
-            Err(error) => return Err((Some(guest), error)),
+        let (witness, (mut durable, ownership, first_epoch)) = match (self.witness_of(protection), opened) {
+            (Ok(witness), Ok(opened)) => (witness, opened),
+            (Err(error), _) | (_, Err(error)) => return Err((guest, error)),
         };
-        let connection = match self.bulk.connect(peer.node, Purpose::Replication).await {
-            Ok(mut connection) => match link::greet(&mut connection, self.me(), durable.vm(), true).await {
-                Ok(_) => connection,
-                Err(error) => return Err((Some(guest), failed(format!("{} does not take part", peer.name), &error))),
+        let connection = match connection {
+            Some(connection) => connection,
+            None => match self.reach(peer, durable.vm()).await {
+                Ok(connection) => connection,
+                Err(error) => return Err((guest, error)),
             },
-            Err(error) => {
-                let body = ErrorBody::new(ErrorKind::Unavailable, format!("{} cannot be reached", peer.name));
-                return Err((Some(guest), body.because(&error)));
-            }
         };
+        // A later life of this agent takes it up from here.
+        let noted = durable
+            .set_guest(Some(GuestAt { attached: true, ..at.clone() }))
+            .and_then(|()| durable.set_protection(Some(protection.clone())));
+        if let Err(error) = noted {
+            return Err((guest, failed(format!("this host cannot remember that it protects {name}"), &error)));
+        }
         let defaults = PrimaryConfig::new(durable.vm(), self.me(), primary::standby_party(&connection));
         let config = PrimaryConfig {
             first_epoch,
-            pacing: self.pacing(request.epoch.unwrap_or(self.config.epoch.policy)),
+            pacing: self.pacing(protection.epoch.unwrap_or(self.config.epoch.policy)),
             pipeline: usize::try_from(self.config.epoch.pipeline).expect("bounded by the configuration"),
             acknowledge_within: self.config.heartbeat.unacknowledged
-                + syncing(&guest.recipe().disks, request.durability),
+                + syncing(&guest.recipe().disks, protection.durability),
             ownership,
             frozen_after: defaults.frozen_after + copying(guest.layout().pages()),
             ..defaults
         };
-        let view = Arc::new(View::new(
-            name,
-            durable.vm(),
-            VmRole::Primary,
-            self.metrics.vm(name),
-            EventLog::new(&self.config.state_dir, name),
-        ));
-        view.set(|status| {
-            status.peer.clone_from(&peer.name);
-            status.warnings = guest.warnings();
-        });
-        let (sender, requests) = mpsc::channel(REQUESTS);
+        let view = view.cloned().unwrap_or_else(|| self.new_view(name, durable.vm(), VmRole::Primary));
+        view.begin(VmRole::Primary, &peer.name, guest.warnings());
+        view.set(|status| status.hosts = protection.names());
         let Connection { send, recv, quic, .. } = connection;
         let setup = primary::Setup {
             name: name.to_owned(),
             guest,
             config,
-            shadow: shadow(request.shadow.unwrap_or(self.config.epoch.shadow)),
-            durability: durability(request.durability),
+            shadow: shadow(protection.shadow.unwrap_or(self.config.epoch.shadow)),
+            durability: durability(protection.durability),
             link: Link::start(quic.clone(), send, recv),
             connection: quic,
-            asker: self.asker(witness),
+            asker: self.asker(&witness),
             vitals: Arc::clone(&self.beat),
             beats: self.beats.subscribe(peer.node),
-            requests,
+            protection: protection.encode(),
             durable,
             view: Arc::clone(&view),
         };
-        let mut vms = self.vms();
-        if vms.contains_key(name) {
-            let body = ErrorBody::new(ErrorKind::Busy, format!("{name} is being protected already"));
-            return Err((Some(setup.guest), body));
-        }
-        let task = tokio::spawn(async move {
-            let (name, view) = (setup.name.clone(), Arc::clone(&setup.view));
-            if let Err(error) = primary::run(setup).await {
-                tracing::error!(vm = name, %error, "the protection could not begin");
-                view.set_state(crate::control::api::ProtectionState::Error, &error.message);
-            }
-        });
-        vms.insert(name.to_owned(), Vm { view, requests: sender, task });
-        Ok(())
+        Ok((setup, view))
+    }
+
+    /// A greeted connection to a host, for a VM.
+    async fn reach(&self, peer: &Peer, vm: VmId) -> Result<Connection, ErrorBody> {
+        let mut connection = self.bulk.connect(peer.node, Purpose::Replication).await.map_err(|error| {
+            ErrorBody::new(ErrorKind::Unavailable, format!("{} cannot be reached", peer.name)).because(&error)
+        })?;
+        link::greet(&mut connection, self.me(), vm, true)
+            .await
+            .map_err(|error| failed(format!("{} does not take part", peer.name), &error))?;
+        Ok(connection)
     }
 
     /// What this host remembers of a VM, how its core asks, and the session's first epoch. A VM that is not remembered gets
@@ -238,7 +290,7 @@ impl Agent {
             return;
         }
         let message = read_message(&mut connection.recv, MAX_MESSAGE);
-        let Ok(Ok(PeerMessage::Prepare { vm, name, generation, recipe, layout, durability })) =
+        let Ok(Ok(PeerMessage::Prepare { vm, name, generation, recipe, layout, durability, protection })) =
             tokio::time::timeout(PREPARE_WITHIN, message).await
         else {
             tracing::warn!(from, "a replication connection did not say what it is for");
@@ -248,7 +300,7 @@ impl Agent {
         let primary = primary::standby_party(&connection);
         let Connection { send, recv, quic, .. } = connection;
         let link = Link::start(quic.clone(), send, recv);
-        let asked = Asked { vm, name, generation, recipe, layout, durability, primary };
+        let asked = Asked { vm, name, generation, recipe, layout, durability, protection, primary };
         match self.prepare(asked, &from, &link).await {
             Ok(prepared) => self.start_standby(prepared, link, quic, &from).await,
             Err(error) => {
@@ -265,11 +317,13 @@ impl Agent {
     }
 
     async fn prepare(&self, asked: Asked, from: &str, link: &Link) -> Result<Prepared, ErrorBody> {
-        let Asked { vm, name, generation, recipe, layout, durability, primary } = asked;
+        let Asked { vm, name, generation, recipe, layout, durability, protection, primary } = asked;
         let unreadable = |error: serde_json::Error| failed("the description of the VM cannot be read", &error);
         let recipe: Recipe = serde_json::from_slice(&recipe).map_err(unreadable)?;
         let layout: Layout = serde_json::from_slice(&layout).map_err(unreadable)?;
-        let witness = self.witness(None)?;
+        let protection = Protection::decode(&protection).map_err(unreadable)?;
+        let witness = self.witness_of(&protection)?;
+        self.settled(&name).await;
         self.forget_ended(&name);
         self.make_way(&name, vm).await;
         if self.vms().contains_key(&name) {
@@ -277,7 +331,13 @@ impl Agent {
                 .advise("see `understudy status` on this host"));
         }
         tracing::info!(vm = name, from, rtt = ?link.rtt(), pages = layout.pages(), "prepares a twin");
-        let (durable, ownership, _) = self.open_durable(&name, vm, true)?;
+        let (mut durable, ownership, _) = self.open_durable(&name, vm, true)?;
+        if let Some(guest) = durable.guest().filter(|guest| !guest.is_gone()) {
+            let message = format!("process {} on this host is an earlier copy of {name}", guest.pid);
+            return Err(ErrorBody::new(ErrorKind::Busy, message).advise("it must end first; nothing was changed"));
+        }
+        let noted = durable.set_guest(None).and_then(|()| durable.set_protection(Some(protection.clone())));
+        noted.map_err(|error| failed(format!("this host cannot remember that it stands by for {name}"), &error))?;
         let pages = layout.pages();
         let (twins, twin_name) = (Arc::clone(&self.twins), name.clone());
         let images = self.config.standby.images.clone();
@@ -304,19 +364,16 @@ impl Agent {
         })
         .await??;
         let config = StandbyConfig { ownership, ..StandbyConfig::new(vm, self.me(), primary, generation) };
-        Ok(Prepared { name, config, pages, sizes, twin, disks, witness, durable })
+        Ok(Prepared { name, config, pages, sizes, twin, disks, witness, durable, protection })
     }
 
     async fn start_standby(&self, prepared: Prepared, link: Link, connection: quinn::Connection, from: &str) {
-        let Prepared { name, config, pages, sizes, twin, disks, witness, durable } = prepared;
-        let view = Arc::new(View::new(
-            &name,
-            durable.vm(),
-            VmRole::Standby,
-            self.metrics.vm(&name),
-            EventLog::new(&self.config.state_dir, &name),
-        ));
-        view.set(|status| from.clone_into(&mut status.peer));
+        let Prepared { name, config, pages, sizes, twin, disks, witness, durable, protection } = prepared;
+        let view = self.new_view(&name, durable.vm(), VmRole::Standby);
+        view.set(|status| {
+            from.clone_into(&mut status.peer);
+            status.hosts = protection.names();
+        });
         view.set_generation(config.generation.0);
         let (sender, requests) = mpsc::channel(REQUESTS);
         let session = Session {
@@ -337,15 +394,14 @@ impl Agent {
             staging: self.config.standby.staging,
             asker: self.asker(&witness),
             beats: self.beats.subscribe(config.primary.node),
-            requests,
             durable,
             view: Arc::clone(&view),
         };
         let spare = match self.vms().entry(name) {
             Entry::Occupied(_) => Some(setup),
             Entry::Vacant(place) => {
-                let task = tokio::spawn(standby::run(setup));
-                place.insert(Vm { view, requests: sender, task });
+                let task = tokio::spawn(self.own().stand_and_survive(setup, protection, requests));
+                place.insert(Vm { view, requests: sender, task, settled: None });
                 None
             }
         };
@@ -366,6 +422,31 @@ impl Agent {
     }
 }
 
+impl Agent {
+    /// Stands by, and if the VM comes to run here looks for its next standby.
+    async fn stand_and_survive(
+        self: Arc<Self>,
+        setup: standby::Setup,
+        protection: Protection,
+        mut requests: mpsc::Receiver<Request>,
+    ) {
+        let (name, view, vm) = (setup.name.clone(), Arc::clone(&setup.view), setup.config.ownership.vm);
+        let survivor = standby::run(setup, &mut requests).await;
+        let at = survivor.and_then(|survivor| GuestAt::of(&name, &survivor));
+        let Some(at) = at else {
+            // Nothing is here any more that a later life of this agent could take up.
+            let forgotten = Durable::find(&self.config.state_dir, &name)
+                .and_then(|durable| durable.map_or(Ok(()), |mut durable| durable.set_protection(None)));
+            if let Err(error) = forgotten {
+                tracing::warn!(vm = name, %error, "it could not be noted that the copy is gone");
+            }
+            return;
+        };
+        let life = Life { agent: self, vm, at, protection, view, requests };
+        life.go_on(Left::Alone { was_protected: true }, true).await;
+    }
+}
+
 /// How long an old copy may take to make way.
 const MAKE_WAY_WITHIN: Duration = Duration::from_secs(10);
 /// How long a dialer may take to say what its connection is for.
@@ -379,6 +460,7 @@ struct Asked {
     recipe: Vec<u8>,
     layout: Vec<u8>,
     durability: Durability,
+    protection: Vec<u8>,
     primary: Party,
 }
 
@@ -393,6 +475,7 @@ struct Prepared {
     disks: Option<StandbyDisks>,
     witness: Peer,
     durable: Durable,
+    protection: Protection,
 }
 
 /// How much later an acknowledgement may come that waits for a disk: a busy one may take so long for a sync, and its host

@@ -14,7 +14,7 @@ use replicator_core::message::{CloseCode, PeerMessage, RehearsalResult, clip};
 use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle};
-use vmm_hooks::guest::{Fence, GuestError, Twin};
+use vmm_hooks::guest::{Fence, GuestError, Survivor, Twin};
 
 use super::asker::Asker;
 use super::beats::Beat;
@@ -54,8 +54,6 @@ pub(super) struct Setup {
     pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
     /// What the failure detector says of the primary's node.
     pub(super) beats: mpsc::UnboundedReceiver<Beat>,
-    /// What operators ask.
-    pub(super) requests: mpsc::Receiver<Request>,
     /// What this host remembers of the VM.
     pub(super) durable: Durable,
     /// What operators see.
@@ -91,26 +89,14 @@ struct Task {
     died: bool,
     gone: bool,
     leaving: bool,
+    survivor: Option<Survivor>,
     finished: bool,
 }
 
-/// Runs a standby to its end: its twin was released as the survivor, or destroyed.
-pub(super) async fn run(setup: Setup) {
-    let Setup {
-        name,
-        config,
-        twin,
-        disks,
-        link,
-        connection,
-        session,
-        staging,
-        asker,
-        mut beats,
-        mut requests,
-        durable,
-        view,
-    } = setup;
+/// Runs a standby to its end: its twin was released as the survivor, which is returned, or destroyed.
+pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) -> Option<Survivor> {
+    let Setup { name, config, twin, disks, link, connection, session, staging, asker, mut beats, durable, view } =
+        setup;
     let (asker, mut answers) = asker;
     let fence = twin.fence();
     let (reports, mut twin_reports) = mpsc::unbounded_channel();
@@ -148,6 +134,7 @@ pub(super) async fn run(setup: Setup) {
         died: false,
         gone: false,
         leaving: false,
+        survivor: None,
         finished: false,
     };
     match started.and_then(|()| TwinThread::start(twin, threads, reports)) {
@@ -189,6 +176,7 @@ pub(super) async fn run(setup: Setup) {
     }
     intake.abort();
     tracing::info!(vm = task.name, "the standby's part has ended");
+    task.survivor
 }
 
 fn told(error: &GuestError) -> String {
@@ -369,7 +357,8 @@ impl Task {
                 self.core.handle_activated(now, ActivationResult::Fails { reason: told(&error) });
             }
             twin::Report::Released(Ok(survivor)) => {
-                self.view.set_survivor(SurvivorAt { control: survivor.control, pid: survivor.pid });
+                self.view.set_survivor(SurvivorAt { control: survivor.control.clone(), pid: survivor.pid });
+                self.survivor = Some(survivor);
                 self.gone = true;
             }
             twin::Report::Released(Err(error)) | twin::Report::Destroyed(Err(error)) => {
@@ -462,7 +451,7 @@ impl Task {
                 let _ = reply.send(answer.map_err(refused));
             }
             Request::Failover { planned: true, reply } => drop(reply.send(Err(wrong_side(&self.name)))),
-            Request::Unprotect(reply) => match self.core.handle_operator_discard(now) {
+            Request::Unprotect(reply) | Request::Stop(reply) => match self.core.handle_operator_discard(now) {
                 Ok(()) => drop(reply.send(Ok(()))),
                 Err(why) => drop(reply.send(Err(refused(why)))),
             },

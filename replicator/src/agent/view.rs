@@ -111,6 +111,19 @@ impl View {
         self.lock().status.peer.clone()
     }
 
+    /// Another protection of the same VM begins here. What the last failover was stays to be seen.
+    pub(super) fn begin(&self, role: Role, peer: &str, warnings: Vec<String>) {
+        let mut inner = self.lock();
+        (inner.epochs, inner.captured, inner.gate, inner.failing) = (EpochStats::new(), None, None, None);
+        let status = &mut inner.status;
+        (status.role, status.warnings, status.suspicion) = (role, warnings, None);
+        peer.clone_into(&mut status.peer);
+        status.advice.clear();
+        drop(inner);
+        self.metrics.set_role(role);
+        self.metrics.set_held(&HeldOutput::default());
+    }
+
     /// Changes the plain fields.
     pub(super) fn set(&self, change: impl FnOnce(&mut VmStatus)) {
         change(&mut self.lock().status);
@@ -131,6 +144,7 @@ impl View {
             inner.status.state = state;
         }
         inner.status.reason = reason.to_owned();
+        inner.status.advice.clear();
         self.metrics.set_state(&inner.status.state);
     }
 

@@ -66,6 +66,8 @@ pub enum AskCommand {
     Rehearse(VmArgs),
     /// Let the other host go on with a VM
     Failover(FailoverArgs),
+    /// Move a VM back to the host that it was first protected on, without loss; on the host that runs it
+    Failback(VmArgs),
     /// End the protection of a VM and leave it as it was found, running
     Unprotect(VmArgs),
 }
@@ -182,6 +184,15 @@ pub struct ProtectArgs {
     /// The witness, by the name it was paired as [default: the agent's]
     #[arg(long, value_name = "NAME")]
     pub witness: Option<String>,
+    /// One more host that may stand by later, by the name it was paired as; may be given again, best first
+    ///
+    /// After a failure whoever runs the VM protects it again by itself: with the host of --to, with one of these, or with the
+    /// first host when it is back.
+    #[arg(long = "standby", value_name = "HOST")]
+    pub standbys: Vec<String>,
+    /// Protect it once: after a failure nobody looks for another standby
+    #[arg(long)]
+    pub once: bool,
 }
 
 /// `understudy status`

@@ -31,6 +31,7 @@ pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result
         AskCommand::Events(args) => events(args, &client(control)).await,
         AskCommand::Rehearse(args) => rehearse(args, &client(control)).await,
         AskCommand::Failover(args) => failover(args, &client(control)).await,
+        AskCommand::Failback(args) => failback(args, &client(control)).await,
         AskCommand::Unprotect(args) => unprotect(args, &client(control)).await,
     }
 }
@@ -117,6 +118,8 @@ async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
         shadow: args.shadow,
         durability: args.durability,
         witness: args.witness,
+        standbys: args.standbys,
+        once: args.once,
     };
     let accepted = client.protect(&request).await?;
     let status = follow(client, &accepted.vm, Goal::Protected).await?;
@@ -173,7 +176,15 @@ async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
 }
 
 async fn failover(args: FailoverArgs, client: &Client) -> Result<Exit, CliError> {
-    let accepted = client.failover(&FailoverRequest { vm: args.vm, planned: args.planned }).await?;
+    hand_over(&FailoverRequest { vm: args.vm, planned: args.planned, back: false }, client).await
+}
+
+async fn failback(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
+    hand_over(&FailoverRequest { vm: args.vm, planned: true, back: true }, client).await
+}
+
+async fn hand_over(request: &FailoverRequest, client: &Client) -> Result<Exit, CliError> {
+    let accepted = client.failover(request).await?;
     let status = follow(client, &accepted.vm, Goal::HandedOver).await?;
     let here = status.role == Role::Survivor;
     print(&match (here, status.peer.as_str()) {

@@ -147,6 +147,9 @@ pub struct VmStatus {
     /// Where the survivor runs, once this agent activated it.
     #[serde(default)]
     pub survivor: Option<SurvivorAt>,
+    /// The hosts that may hold it, by name: the one that it was first protected on, then those that may stand by, best first.
+    #[serde(default)]
+    pub hosts: Vec<String>,
 }
 
 impl VmStatus {
@@ -171,6 +174,7 @@ impl VmStatus {
             warnings: Vec::new(),
             failover: None,
             survivor: None,
+            hosts: Vec::new(),
         }
     }
 }
@@ -496,6 +500,13 @@ pub struct ProtectRequest {
     /// The witness's name; the agent's default if absent.
     #[serde(default)]
     pub witness: Option<String>,
+    /// More hosts that may stand by later, as paired, best first: whoever runs the VM protects it again with one of them, with
+    /// `to` or with this host.
+    #[serde(default)]
+    pub standbys: Vec<String>,
+    /// Protect it once: when the protection ends by a failure, nobody looks for another standby.
+    #[serde(default)]
+    pub once: bool,
 }
 
 /// What kind of thing happened.
@@ -549,6 +560,9 @@ pub struct FailoverRequest {
     /// standby asks for ownership at once, as if the primary were silent.
     #[serde(default)]
     pub planned: bool,
+    /// Only to the VM's first host: refused, with nothing changed, unless the VM is protected there now.
+    #[serde(default)]
+    pub back: bool,
 }
 
 /// `POST /v1/pair/open`: let one node pair with this one.

@@ -178,11 +178,13 @@ async fn every_request_arrives_and_is_answered() {
         shadow: Some(ShadowPolicy::Off),
         durability: crate::control::policy::DurabilityPolicy::Memory,
         witness: None,
+        standbys: vec!["host-c".into()],
+        once: false,
     };
     assert_eq!(client.protect(&request).await.unwrap().vm, "/run/web.qmp");
     assert_eq!(
         fixture.agent.asked.lock().unwrap()[0],
-        r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","durability":"memory","witness":null}"#
+        r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","durability":"memory","witness":null,"standbys":["host-c"],"once":false}"#
     );
     assert_eq!(client.vm_events("web 1/ä", 7).await.unwrap(), [event()]);
     assert_eq!(fixture.agent.asked.lock().unwrap()[1], "7 events of web 1/ä");
@@ -199,7 +201,8 @@ async fn errors_keep_their_kind_advice_and_causes() {
     let fixture = Fixture::new();
     let missing = refused(fixture.client.vm_status("web-2")).await;
     assert_eq!((missing.kind, missing.advice.as_str()), (ErrorKind::NotFound, "See `understudy status`."));
-    let busy = refused(fixture.client.failover(&FailoverRequest { vm: "web-1".into(), planned: true })).await;
+    let busy =
+        refused(fixture.client.failover(&FailoverRequest { vm: "web-1".into(), planned: true, back: false })).await;
     assert_eq!((busy.kind, busy.causes), (ErrorKind::Busy, vec!["the disk is full".to_owned()]));
     let ended = refused(fixture.client.rehearse(&VmRequest { vm: "web-1".into() })).await;
     assert_eq!(ended.kind, ErrorKind::Failed, "a panic is answered, and the server lives: {ended:?}");

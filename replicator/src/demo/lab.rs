@@ -328,6 +328,21 @@ impl Lab {
         agent.ended(END).await.map(drop)
     }
 
+    /// Kills every agent at once.
+    ///
+    /// # Errors
+    /// If one does not end.
+    pub async fn kill_agents(&mut self) -> Result<()> {
+        for (_, agent) in &mut self.agents {
+            agent.check()?;
+            agent.kill();
+        }
+        for (_, mut agent) in self.agents.drain(..) {
+            agent.ended(END).await?;
+        }
+        Ok(())
+    }
+
     /// Kills the witness.
     ///
     /// # Errors
@@ -519,6 +534,29 @@ impl Lab {
         ip(&format!("-n {} link set to-a down", self.namespace("s")))?;
         kill_all(&self.namespace("a"))?;
         Ok(Death { begun_ns, over_ns })
+    }
+
+    /// Host A is back after its death: its link, and its agent. Nothing of what ran there is.
+    ///
+    /// # Errors
+    /// If the agent does not answer within a bound.
+    pub async fn raise_host_a(&mut self) -> Result<()> {
+        self.agents.retain(|(host, _)| *host != Host::A);
+        self.set_link(Host::A, true)?;
+        self.start_agent(Host::A).await
+    }
+
+    /// Ends a host's agent in good order, as for an upgrade.
+    ///
+    /// # Errors
+    /// If it does not run, or does not end.
+    pub async fn stop_agent(&mut self, host: Host) -> Result<()> {
+        let at = self.agents.iter().position(|(its, _)| *its == host);
+        let (_, mut agent) = self.agents.swap_remove(at.with_context(|| format!("{} runs no agent", host.name()))?);
+        agent.check()?;
+        let pid = agent.pid().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).context("no process")?;
+        kill_process(pid, Signal::TERM)?;
+        agent.ended(COMMAND).await.map(drop)
     }
 
     /// An error if a process that should run has ended.

@@ -1,4 +1,4 @@
-//! One round of the demo: boot, measure, protect, measure, write, kill, check.
+//! One round of the demo: boot, measure, protect, measure, write, kill, check, and back to where it began.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use super::lab::{COMMAND, Death, Host, Lab, Machine, REDIS, VM};
 use super::process::Helper;
 use super::wait::{ms_between, now_ns, until};
 use super::worker::{Checked, FIRST_REPLY, FirstReply, Loaded, Started, Ticked, WRITE_ANSWER, Written};
-use crate::control::api::{EpochSummary, FailoverReport, VmStatus};
+use crate::control::api::{EpochSummary, FailoverReport, Role, VmStatus};
 
 /// Connections of the throughput measurement.
 const CONNECTIONS: &str = "50";
@@ -78,6 +78,7 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
     if checked.lost > 0 {
         println!("  LOST WRITES: {} of {}, the first: {:?}", checked.lost, run.written.acked, checked.first_lost);
     }
+    let home = go_home(lab, plan).await.context("on the way back to host-a")?;
     let activation = report.activation_ms.context("the survivor's agent reports no activation")?;
     let stall = Duration::from_nanos(run.written.longest_gap_after(run.death.begun_ns));
     let figures = Figures {
@@ -92,9 +93,9 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
         activation_ms: activation.total,
         failover_ms: ms_between(run.death.begun_ns, run.first_reply_ns),
         client_stall_ms: stall.as_secs_f64() * 1e3,
-        acked_writes: run.written.acked,
-        lost_writes: checked.lost,
-        connections_broken: u64::from(run.written.broken.is_some()),
+        acked_writes: run.written.acked + home.written.acked,
+        lost_writes: checked.lost + home.lost,
+        connections_broken: u64::from(run.written.broken.is_some()) + u64::from(home.written.broken.is_some()),
         clock_lost_idle_percent: idle.lost_percent,
         clock_lost_busy_percent: busy.lost_percent,
         unprotected_ops_per_s: unprotected.ops_per_s,
@@ -172,6 +173,64 @@ async fn write_and_kill(lab: &mut Lab, plan: &Plan) -> Result<Run> {
     Ok(Run { before, death, first_reply_ns: reply, written })
 }
 
+/// What a client saw of the way back.
+struct Home {
+    written: Written,
+    lost: u64,
+}
+
+/// Host A comes back, the survivor protects itself with it, and the VM goes home.
+async fn go_home(lab: &mut Lab, plan: &Plan) -> Result<Home> {
+    let mut writer =
+        lab.helper("the writing client", &["write", "--to", &REDIS.to_string(), "--tag", &home_tag(plan)])?;
+    writer.answer::<Started>(WRITE_ANSWER).await?;
+    let begun = now_ns();
+    lab.raise_host_a().await?;
+    println!("  host-a is back");
+    until_protected(lab, Host::B).await?;
+    println!("  protected again, on host-b, {:.1} s later", ms_between(begun, now_ns()) / 1e3);
+    let asked = now_ns();
+    println!("  understudy failback {VM}");
+    lab.understudy(Host::B, &["failback", VM], PROTECT).await?;
+    let moved = now_ns();
+    until_protected(lab, Host::A).await?;
+    println!(
+        "  back on host-a after {:.1} s, protected after {:.1} s",
+        ms_between(asked, moved) / 1e3,
+        ms_between(asked, now_ns()) / 1e3
+    );
+    // It goes on there.
+    writer.tell("").await?;
+    writer.answer::<Started>(WRITE_ANSWER).await?;
+    writer.end();
+    let written: Written = writer.answer(WRITE_ANSWER + COMMAND).await?;
+    let gap = Duration::from_nanos(written.longest_gap_after(asked));
+    let lost = check_tag(lab, &home_tag(plan), written.acked).await?.lost;
+    println!(
+        "  the client waited {:.0} ms at the longest; {lost} of {} writes are lost",
+        gap.as_secs_f64() * 1e3,
+        written.acked
+    );
+    if let Some(why) = &written.broken {
+        println!("  BROKEN CONNECTION: {why}");
+    }
+    Ok(Home { written, lost })
+}
+
+/// Waits until a host's agent runs the VM and says that it is protected.
+async fn until_protected(lab: &Lab, host: Host) -> Result<()> {
+    let client = lab.client(host);
+    until(&format!("the VM to be protected on {}", host.name()), PROTECT, async || {
+        Ok(match client.vm_status(VM).await {
+            Ok(status) if status.state.word() == "protected" && status.role == Role::Primary => Ok(()),
+            Ok(status) => Err(format!("{} as {}: {}", status.state, status.role.word(), status.reason)),
+            // Not known yet.
+            Err(error) => Err(error.to_string()),
+        })
+    })
+    .await
+}
+
 /// When the first reply to a probe came that was sent after `after_ns`.
 async fn first_reply(prober: &mut Helper, after_ns: u64) -> Result<u64> {
     prober.tell(&after_ns.to_string()).await?;
@@ -191,11 +250,19 @@ async fn failover_report(lab: &Lab) -> Result<FailoverReport> {
 }
 
 async fn check(lab: &Lab, plan: &Plan, acked: u64) -> Result<Checked> {
+    check_tag(lab, &tag(plan), acked).await
+}
+
+async fn check_tag(lab: &Lab, tag: &str, acked: u64) -> Result<Checked> {
     let (to, acked) = (REDIS.to_string(), acked.to_string());
-    let args = ["check", "--to", &to, "--tag", &tag(plan), "--acked", &acked];
+    let args = ["check", "--to", &to, "--tag", tag, "--acked", &acked];
     lab.helper("the comparison of what was acknowledged with what is there", &args)?.answer(WRITE_ANSWER).await
 }
 
 fn tag(plan: &Plan) -> String {
     format!("r{}", plan.number)
+}
+
+fn home_tag(plan: &Plan) -> String {
+    format!("h{}", plan.number)
 }

@@ -49,7 +49,7 @@ use crate::guest::GuestError;
 
 pub use filters::remove_leftovers;
 pub use guest::{QemuGuest, attach};
-pub use runstate::run_state;
+pub use runstate::{let_run, run_state};
 pub use target::{Target, resolve, running};
 pub use twin::{QemuTwinHost, TwinHostOptions};
 

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use super::QemuTwinHost;
 use super::machine::{KILL_TIMEOUT, LAUNCH_TIMEOUT, RETRY};
-use crate::guest::{GuestError, GuestErrorKind};
+use crate::guest::{GuestError, GuestErrorKind, Survivor};
 use crate::qemu::Target;
 use crate::qemu::cmdline::qmp_path;
 use crate::qemu::discover;
@@ -43,6 +43,22 @@ impl QemuTwinHost {
             }
         };
         directories(&self.options.run_dir).into_iter().filter(removed).collect()
+    }
+}
+
+impl QemuTwinHost {
+    /// The twins of a former life of the agent that run: by the VM's name, where each can be attached to.
+    #[must_use]
+    pub fn survivors(&self) -> Vec<(String, Survivor)> {
+        let survivor = |path: PathBuf| {
+            let process = noted_process(&path)?;
+            let (control, argv) = (qmp_path(&path), process.command_line().ok()?);
+            let runs = run_state(&Target::QmpSocket(control.clone())).ok()? == "running";
+            let name = crate::qemu::target::vm_name(&argv)?;
+            let survivor = Survivor { pid: process.pid(), control: control.to_string_lossy().into_owned() };
+            (runs && !process.has_exited()).then_some((name, survivor))
+        };
+        directories(&self.options.run_dir).into_iter().filter_map(survivor).collect()
     }
 }
 

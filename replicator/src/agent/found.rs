@@ -1,0 +1,278 @@
+//! VMs that a former life of this agent had a part in: each is taken up before anybody asks for anything.
+//!
+//! While an agent is gone its protected guests are mute: the sockets of their gates went with it. What becomes of one is for
+//! [`replicator_core::restart::Restart`] to say, out of what is found here and what the record says; this task does it.
+//!
+//! Promise: a guest is ended, or heard, only when that machine says so; its end is confirmed. One that is this node's is
+//! protected again.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use heartbeat_core::ids::{Generation, NodeId};
+use heartbeat_core::ownership::OwnershipConfig;
+use heartbeat_core::store::StoreAnswer;
+use replicator_core::restart::{End, Here, Output, Restart};
+use tokio::sync::{mpsc, watch};
+use vmm_hooks::guest::{GuestError, Survivor};
+use vmm_hooks::qemu;
+use vmm_hooks::sys::process::{PidFd, ProcessError};
+
+use super::asker::Asker;
+use super::durable::{Durable, GuestAt};
+use super::primary::{Left, wait_until};
+use super::reprotect::Life;
+use super::sessions::blocking;
+use super::view::api_state;
+use super::{Agent, REQUESTS, Request, Vm, clock};
+use crate::control::api::{ErrorBody, ErrorKind, ProtectionState, Role};
+
+/// How long a killed guest may take to end.
+const KILL_WITHIN: Duration = Duration::from_secs(10);
+/// How often it is looked whether the guest is still there.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// A VM that waits for its record.
+struct Found {
+    life: Life,
+    core: Restart,
+    durable: Durable,
+    asker: Asker,
+    answers: mpsc::UnboundedReceiver<StoreAnswer>,
+    /// Its guest, if it has one.
+    process: Option<PidFd>,
+    /// A former life had it in its hands, and may have left it paused.
+    attached: bool,
+    end: Option<End>,
+    settled: watch::Sender<bool>,
+}
+
+impl Agent {
+    /// Gives each VM of a former life a task. `survivors`: twins that run, by name.
+    pub(super) fn take_up(&self, survivors: Vec<(String, Survivor)>) {
+        let survivors: BTreeMap<String, Survivor> = survivors.into_iter().collect();
+        for durable in Durable::with_parts(&self.config.state_dir) {
+            let name = durable.name().to_owned();
+            if let Err(error) = self.find(durable, survivors.get(&name)) {
+                tracing::error!(vm = name, %error, causes = ?error.causes, "what a former life of this agent had is left as it is");
+            }
+        }
+    }
+
+    fn find(&self, mut durable: Durable, survivor: Option<&Survivor>) -> Result<(), ErrorBody> {
+        let name = durable.name().to_owned();
+        let unwritten = |error: std::io::Error| {
+            ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
+        };
+        // One that was activated a moment before the former life ended is not noted yet.
+        let at = durable.guest().cloned().or_else(|| survivor.and_then(|survivor| GuestAt::of(&name, survivor)));
+        let process = at.as_ref().map(|at| PidFd::open_same(at.pid, at.started));
+        let (here, process) = match process {
+            None => (Here::Copy { marked: durable.mark().map(|mark| Generation(mark.generation)) }, None),
+            Some(Ok(process)) => (Here::Guest, Some(process)),
+            Some(Err(ProcessError::Gone { .. } | ProcessError::Reused { .. })) => (Here::Gone, None),
+            Some(Err(error)) => return Err(ErrorBody::new(ErrorKind::Failed, error.to_string())),
+        };
+        let at = at.unwrap_or(GuestAt { name: name.clone(), pid: 0, started: 0, control: None, attached: false });
+        tracing::warn!(
+            vm = name,
+            ?here,
+            pid = at.pid,
+            attached = at.attached,
+            "takes up what a former life of this agent had"
+        );
+        let protection = durable.protection().cloned().unwrap_or_default();
+        let (asker, answers) = self.asker(&self.witness_of(&protection)?);
+        let numbers = durable.begin_session().map_err(unwritten)?;
+        let ownership = OwnershipConfig {
+            store: durable.store().and_then(|store| store.parse().ok()),
+            generation: Generation(durable.generation()),
+            first_request: numbers.first_request,
+            ..OwnershipConfig::new(durable.vm(), self.me())
+        };
+        let role = if let Here::Copy { .. } = here { Role::Standby } else { Role::Primary };
+        let view = self.new_view(&name, durable.vm(), role);
+        view.set(|status| status.hosts = protection.names());
+        view.set_generation(durable.generation());
+        let (sender, requests) = mpsc::channel(REQUESTS);
+        let (attached, vm) = (at.attached, durable.vm());
+        let life = Life { agent: self.own(), vm, at, protection, view: Arc::clone(&view), requests };
+        let core = Restart::new(ownership, here);
+        let (tell, settled) = watch::channel(false);
+        let found = Found { life, core, durable, asker, answers, process, attached, end: None, settled: tell };
+        let task = tokio::spawn(found.settle());
+        // Also one of which nothing is left: until that is settled no session of it may begin here.
+        self.vms().insert(name, Vm { view, requests: sender, task, settled: Some(settled) });
+        Ok(())
+    }
+}
+
+impl Found {
+    /// Goes on as the record says.
+    async fn settle(mut self) {
+        self.core.handle_start(clock::now());
+        let mut look = tokio::time::interval(LOOK);
+        loop {
+            while let Some(output) = self.core.poll_output() {
+                tracing::trace!(vm = self.life.at.name, ?output, "restart");
+                if let Err(error) = self.act(output).await {
+                    tracing::error!(vm = self.life.at.name, %error, advice = error.advice, causes = ?error.causes, "the guest of a former life is left as it is");
+                    self.life.view.set_state(ProtectionState::Error, &error.message);
+                    self.life.view.set(|status| status.advice.clone_from(&error.advice));
+                    return;
+                }
+            }
+            if let Some(end) = self.end {
+                return self.over(end).await;
+            }
+            let deadline = self.core.poll_timeout();
+            let guest = self.process.is_some();
+            tokio::select! {
+                Some(answer) = self.answers.recv() => self.answer(&answer),
+                request = self.life.requests.recv() => if self.request(request) {
+                    return;
+                },
+                _ = look.tick(), if guest => if self.process.as_ref().is_some_and(PidFd::has_exited) {
+                    self.process = None;
+                    self.life.view.set_state(ProtectionState::FailingOver, "its process has ended");
+                    self.core.handle_gone(clock::now());
+                },
+                () = wait_until(deadline) => self.core.handle_timeout(clock::now()),
+            }
+        }
+    }
+
+    async fn act(&mut self, output: Output) -> Result<(), ErrorBody> {
+        match output {
+            Output::Ask(request) => self.asker.ask(request),
+            Output::PersistGeneration(generation) => {
+                self.durable.set_generation(generation.0).map_err(|error| {
+                    ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
+                })?;
+                self.life.view.set_generation(generation.0);
+                self.core.handle_generation_persisted(clock::now(), generation);
+            }
+            Output::State { state, reason } => {
+                let reason = self.named(reason);
+                self.life.view.set_state(api_state(state), &reason);
+                if state == replicator_core::state::ProtectionState::FailingOver {
+                    let advice = "nothing is lost; if that host does not answer either, bring it back".to_owned();
+                    self.life.view.set(|status| status.advice = advice);
+                }
+            }
+            Output::Free => self.free_guest().await?,
+            Output::Fence => self.fence().await?,
+            Output::Finished(end) => self.end = Some(end),
+        }
+        Ok(())
+    }
+
+    /// The core's words, with the peer's name in place of its identity.
+    fn named(&self, reason: String) -> String {
+        let called = |node: NodeId| Some((node, self.life.agent.peers.by_node(node)?.name));
+        match self.core.other().and_then(called) {
+            Some((node, name)) => reason.replace(&format!("host {node}"), &name),
+            None => reason,
+        }
+    }
+
+    fn answer(&mut self, answer: &StoreAnswer) {
+        if self.durable.store().is_none()
+            && let Err(error) = self.durable.set_store(&answer.store.to_string())
+        {
+            tracing::error!(vm = self.life.at.name, %error, "the store's identity could not be made durable");
+            return;
+        }
+        self.core.handle_answer(clock::now(), answer);
+    }
+
+    /// Takes out what the former life left, and lets the guest run.
+    async fn free_guest(&mut self) -> Result<(), ErrorBody> {
+        let (target, attached) = (self.life.at.target(), self.attached);
+        let removed = blocking(move || {
+            let mut removed = qemu::remove_leftovers(&target)?;
+            if attached && qemu::let_run(&target)? {
+                removed.push("a pause: the guest runs again".to_owned());
+            }
+            Ok::<_, GuestError>(removed)
+        })
+        .await??;
+        let reason = if removed.is_empty() {
+            "this agent was started again".to_owned()
+        } else {
+            format!("this agent was started again, and removed what its former life had left: {}", removed.join(", "))
+        };
+        self.life.view.set_state(ProtectionState::Degraded, &reason);
+        Ok(())
+    }
+
+    /// Kills the guest and confirms its end.
+    async fn fence(&mut self) -> Result<(), ErrorBody> {
+        let Some(process) = self.process.take() else { return Ok(()) };
+        match blocking(move || process.kill_confirmed(KILL_WITHIN)).await? {
+            Ok(()) | Err(ProcessError::Gone { .. }) => {
+                tracing::warn!(vm = self.life.at.name, "this copy was destroyed: the VM runs elsewhere");
+                Ok(())
+            }
+            Err(error) => Err(ErrorBody::new(ErrorKind::Failed, "this copy could not be ended; it is mute")
+                .advise(format!("end process {} by hand", self.life.at.pid))
+                .because(&error)),
+        }
+    }
+
+    /// Whether that was the last one.
+    fn request(&self, request: Option<Request>) -> bool {
+        let status = self.life.view.status();
+        let not_yet = || {
+            ErrorBody::new(ErrorKind::Busy, format!("it is not known yet who runs {}: {}", status.name, status.reason))
+                .advise(status.advice.clone())
+        };
+        // An operator who left does not wait for the answer.
+        match request {
+            None => return true,
+            Some(Request::Stop(reply)) => {
+                let _ = reply.send(Ok(()));
+                return true;
+            }
+            Some(Request::Unprotect(reply)) => drop(reply.send(Err(not_yet()))),
+            Some(Request::Rehearse(reply)) => drop(reply.send(Err(not_yet()))),
+            Some(Request::Failover { reply, .. }) => drop(reply.send(Err(not_yet()))),
+        }
+        false
+    }
+
+    async fn over(mut self, end: End) {
+        tracing::info!(vm = self.life.at.name, ?end, "what a former life of this agent had is settled");
+        match end {
+            End::Ours => {
+                if self.life.protection.once || self.life.protection.hosts.is_empty() {
+                    let reason = self.life.view.status().reason;
+                    self.life.view.set_state(ProtectionState::Unprotected, &reason);
+                }
+                let Self { life, settled, .. } = self;
+                // Nobody may be there to hear it.
+                let _ = settled.send(true);
+                return life.go_on(Left::Alone { was_protected: true }, true).await;
+            }
+            End::Stopped => self.life.view.set_state(ProtectionState::Unprotected, "the guest shut down"),
+            End::Theirs if self.life.view.status().state == ProtectionState::Fenced => {}
+            End::Theirs => {
+                self.life.view.set_state(
+                    ProtectionState::Unprotected,
+                    "this agent was started again, and has no copy of it any more",
+                );
+            }
+            End::GaveBack => {
+                self.life.view.set_state(
+                    ProtectionState::Unprotected,
+                    "this agent was started again, and gave it back to the host that has it",
+                );
+            }
+        }
+        let forgotten = self.durable.set_guest(None).and_then(|()| self.durable.set_protection(None));
+        if let Err(error) = forgotten {
+            tracing::error!(vm = self.life.at.name, %error, "that it is settled could not be noted");
+        }
+    }
+}
