@@ -118,6 +118,8 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
             "matrix",
             "--test",
             "kvm_pause",
+            "--test",
+            "kvm_pilot",
             "--package",
             "chaos-tests",
             "--test",

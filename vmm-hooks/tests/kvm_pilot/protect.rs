@@ -39,10 +39,10 @@ pub(crate) struct Protected {
 }
 
 impl Protected {
-    /// Holds the machine's output, mirrors its disks and copies all of it.
-    pub(crate) fn begin(machine: &Machine, host: &KvmTwinHost, images: Vec<PathBuf>) -> Self {
+    /// Holds the machine's output, mirrors its disks and copies all of it to a twin called `name`.
+    pub(crate) fn begin(machine: &Machine, host: &KvmTwinHost, name: &str, images: Vec<PathBuf>) -> Self {
         let mut guest = attach(machine).expect("nobody is attached");
-        let twin = host.prepare("twin", guest.recipe(), guest.layout(), &images).expect("this host can");
+        let twin = host.prepare(name, guest.recipe(), guest.layout(), &images).expect("this host can");
         let open = |path: &PathBuf| OpenOptions::new().write(true).open(path).expect("its image");
         let images: Vec<File> = images.iter().map(open).collect();
         guest.mirror_disks().expect("it works");
@@ -125,7 +125,7 @@ impl Protected {
         )
     }
 
-    /// Ends the machine in the middle of an epoch, and lets the twin go on. The last epoch's number.
+    /// Ends the machine in the middle of an epoch, and lets the twin go on. How many epochs there were.
     pub(crate) fn kill(mut self) -> (Box<dyn Twin>, u64) {
         self.guest.gate().shut();
         self.guest.fence().fence().expect("it ends");
