@@ -88,6 +88,8 @@ struct Run {
     standing: usize,
     /// vCPU threads that have not ended.
     alive: usize,
+    /// The guest has shut itself down: it stands for good, whole.
+    off: bool,
     /// How it ended.
     end: Option<GuestEvent>,
     events: Vec<GuestEvent>,
@@ -250,7 +252,7 @@ impl Machine {
             look: AtomicBool::new(true),
             serial: Mutex::default(),
             attached: AtomicBool::new(false),
-            run: Mutex::new(Run { want: Want::Stand, standing: 0, alive, end: None, events: Vec::new() }),
+            run: Mutex::new(Run { want: Want::Stand, standing: 0, alive, off: false, end: None, events: Vec::new() }),
             go: Condvar::new(),
             stood: Condvar::new(),
             spec,
@@ -336,7 +338,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Lets it run.
+    /// Lets it run. A machine whose guest has shut itself down stays off, which is no error.
     ///
     /// # Errors
     /// [`GuestErrorKind::Gone`] if it has ended.
@@ -345,6 +347,9 @@ impl Machine {
         let mut run = inner.run();
         if run.end.is_some() {
             return Err(inner.gone(&run));
+        }
+        if run.off {
+            return Ok(());
         }
         inner.halt.store(false, Ordering::SeqCst);
         inner.log.stop(false);
@@ -478,7 +483,6 @@ impl Inner {
     fn gone(&self, run: &Run) -> GuestError {
         let how = match &run.end {
             Some(GuestEvent::Died { how }) => format!(": {how}"),
-            Some(GuestEvent::Shutdown) => ": it shut itself down".to_owned(),
             _ => String::new(),
         };
         GuestError::new(GuestErrorKind::Gone, format!("the microVM {} has ended{how}", self.spec.name))
@@ -490,6 +494,21 @@ impl Inner {
         self.log.stop(true);
         self.wake.all();
         self.slots.iter().for_each(|slot| slot.kick.kick());
+    }
+
+    /// For a vCPU's thread: the guest shuts itself down. It stands from now on, so that its last output and writes can be committed.
+    pub(super) fn shut_down(&self) {
+        let mut run = self.run();
+        if run.want != Want::End && !run.off {
+            tracing::info!(name = self.spec.name, "the microVM's guest has shut itself down");
+            run.off = true;
+            run.want = Want::Stand;
+            run.events.push(GuestEvent::Shutdown);
+        }
+        drop(run);
+        self.orders.end();
+        // The caller's vCPU, too: it finishes its instruction and stands.
+        self.interrupt();
     }
 
     pub(super) fn end(&self, event: Option<GuestEvent>) {

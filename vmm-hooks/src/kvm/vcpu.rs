@@ -74,7 +74,7 @@ impl Inner {
                 *seen = self.wake.wait(*seen, Duration::from_micros(word(data).into()));
             }
             VcpuExit::IoOut(port::DONE, _) => self.orders.done(),
-            VcpuExit::IoOut(port::EXIT, data) if word(data) == 0 => return Some(GuestEvent::Shutdown),
+            VcpuExit::IoOut(port::EXIT, data) if word(data) == 0 => self.shut_down(),
             VcpuExit::IoOut(port::EXIT, data) => {
                 return Some(died(format!("the guest ended itself with code {}", word(data))));
             }

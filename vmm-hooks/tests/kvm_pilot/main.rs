@@ -124,21 +124,39 @@ fn a_guest_that_writes_without_pause_is_whole_in_each_epoch_and_goes_on_after_a_
 #[test]
 fn a_guest_that_ends_itself_is_gone_in_words() {
     let Some(kvm) = means() else { return };
-    for (code, expected) in [(0, GuestEvent::Shutdown), (7, GuestEvent::Died { how: "code 7".to_owned() })] {
-        let machine = boot(&kvm, spec(2));
-        let mut guest = attach(&machine).expect("nobody is attached");
-        machine.order(&[abi::order::EXIT, code], PATIENCE).expect_err("it ends before it can say that it did");
-        let error = guest.pause().expect_err("it has ended");
-        assert_eq!(error.kind, GuestErrorKind::Gone);
-        match (&guest.events()[..], expected) {
-            ([GuestEvent::Shutdown], GuestEvent::Shutdown) => {}
-            ([GuestEvent::Died { how }], GuestEvent::Died { how: part }) => {
-                assert!(how.contains(&part) && error.message.contains(&part), "{how}; {error}");
-            }
-            other => panic!("{other:?}"),
-        }
-        machine.fence().fence().expect("its threads end");
-    }
+    let machine = boot(&kvm, spec(2));
+    let mut guest = attach(&machine).expect("nobody is attached");
+    machine.order(&[abi::order::EXIT, 7], PATIENCE).expect_err("it ends before it can say that it did");
+    let error = guest.pause().expect_err("it has ended");
+    assert_eq!(error.kind, GuestErrorKind::Gone);
+    assert!(error.message.contains("code 7"), "{error}");
+    let events = guest.events();
+    let [GuestEvent::Died { how }] = &events[..] else { panic!("{events:?}") };
+    assert!(how.contains("code 7"), "{how}");
+    machine.fence().fence().expect("its threads end");
+}
+
+#[test]
+fn a_guest_that_shuts_itself_down_stands_and_can_be_captured_a_last_time() {
+    let Some(kvm) = means() else { return };
+    let machine = boot(&kvm, spec(2));
+    let mut guest = attach(&machine).expect("nobody is attached");
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    guest.resume().expect("it stands");
+    let page = abi::FREE / PAGE_SIZE as u64;
+    let fill = [abi::order::FILL, u32::try_from(page).expect("small"), 3];
+    machine.order(&fill, PATIENCE).expect("the pilot works");
+    machine.order(&[abi::order::EXIT, 0], PATIENCE).expect_err("it is off before it can say that it is");
+    assert_eq!(guest.events(), [GuestEvent::Shutdown]);
+    assert!(!machine.is_running() && !guest.fence().ended());
+    guest.pause().expect("it stands already");
+    let (mut capture, mut parts) = (Capture::default(), PauseParts::default());
+    guest.capture(&mut capture, &mut parts).expect("it is whole");
+    assert!(capture.pages.contains(&page), "what it wrote last is there");
+    Box::new(guest).detach().expect("there is nothing to leave");
+    assert!(!machine.is_running(), "what is off stays off");
+    machine.fence().fence().expect("its threads end");
 }
 
 #[test]
