@@ -51,6 +51,7 @@ impl World {
         self.hosts[host].primary = Some(primary);
         (self.hosts[host].muted, self.hosts[host].told_shutdown) = (false, false);
         self.hosts[host].had_guest = true;
+        self.hosts[host].activated_from = None;
         self.note(|_| format!("host {host} protects its guest"));
         for side in 0..2 {
             self.after(Duration::from_millis(1), Event::CheckConnection(side));
@@ -142,6 +143,9 @@ impl World {
                 if self.rng.chance(500) {
                     self.hosts[host].gate.held.clear();
                 }
+                if self.wiring == Wiring::DestroyEarly {
+                    self.fence(host);
+                }
             }
             Output::Resume => {
                 self.counts.given_back += u64::from(std::mem::replace(&mut self.hosts[host].muted, false));
@@ -189,23 +193,6 @@ impl World {
                 self.protect_later(host, true);
             }
         }
-    }
-
-    /// The guest of `host` must not run any more: the record must say so.
-    fn fence(&mut self, host: usize) {
-        let owner = self.record().map(|record| record.owner);
-        let elsewhere = match owner {
-            Some(Owner::Solo { node: winner, activated: true, .. } | Owner::Paired { primary: winner, .. }) => {
-                winner.node != node(host)
-            }
-            Some(Owner::Stopped { .. }) => true,
-            _ => false,
-        };
-        if !elsewhere {
-            self.checker.broken(|| format!("host {host} destroyed its guest, and the record says {owner:?}"));
-        }
-        self.counts.fenced += 1;
-        self.end_guest(host);
     }
 
     /// A guest that runs here alone is protected again after a while; ever later as long as nothing comes of it.
@@ -462,6 +449,7 @@ impl World {
             return;
         }
         self.hosts[host].staged.clear();
+        self.hosts[host].destroyed = false;
         self.checker.holds(host, None);
         let me = party(host, self.hosts[host].incarnation);
         let peer = party(1 - host, self.hosts[1 - host].incarnation);
@@ -545,11 +533,13 @@ impl World {
         let result = if runs {
             self.counts.activations += 1;
             self.hosts[host].guest = Some(Guest::running(state));
+            (self.hosts[host].activated_from, self.hosts[host].destroyed) = (Some(state), false);
             self.hosts[host].gate = super::host::Gate::default();
             self.hosts[host].had_guest = true;
             ActivationResult::Runs { load: Duration::from_millis(2), resume: Duration::from_millis(1) }
         } else {
             self.failed_activation = true;
+            self.cannot_run(host);
             ActivationResult::Fails { reason: "it did not load".into() }
         };
         if let Some(standby) = &mut self.hosts[host].standby {

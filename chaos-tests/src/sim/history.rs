@@ -2,9 +2,9 @@
 //!
 //! Checker one (`docs/protocol.md` P3), never two audible copies: all frames that were ever heard lie on one history, and so does
 //! whoever runs at the end. Checker two (P1), no output before commit: when a frame is heard, either another host holds a copy with the frame in
-//! its history, or the durable record does not let any other host run.
+//! its history, or the durable record does not let any other host run. Beside them: the witness knows after a restart what it showed (P8).
 
-use heartbeat_core::record::Owner;
+use heartbeat_core::record::{Owner, Record};
 
 use super::rng::mix;
 
@@ -77,6 +77,8 @@ pub struct Checker {
     newest: Option<State>,
     /// The state that each host held a whole copy of last. A host that died held it all the same: it was safe to be heard.
     held: [Option<State>; 2],
+    /// The newest record that the witness showed anybody.
+    shown: Option<Record>,
     /// What was broken first.
     pub violation: Option<String>,
     /// Frames heard.
@@ -122,6 +124,22 @@ impl Checker {
                 });
             }
             _ => self.newest = Some(state),
+        }
+    }
+
+    /// The witness tells somebody of this record.
+    pub fn shows(&mut self, record: Option<Record>) {
+        if record.map(|record| record.revision) > self.shown.map(|record| record.revision) {
+            self.shown = record;
+        }
+    }
+
+    /// The witness restarted and found this record (`docs/protocol.md` P8).
+    pub fn found(&mut self, record: Option<Record>) {
+        let shown = self.shown;
+        let newer = record.map(|record| record.revision) > shown.map(|record| record.revision);
+        if !newer && record != shown {
+            self.broken(|| format!("the witness forgot: it showed {shown:?} and has {record:?}"));
         }
     }
 

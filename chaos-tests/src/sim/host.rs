@@ -97,8 +97,13 @@ pub(super) struct Host {
     pub(super) muted: bool,
     /// The primary's machine was told that its guest shut down.
     pub(super) told_shutdown: bool,
+    /// The state that its running copy began from.
+    pub(super) activated_from: Option<State>,
+    /// It destroyed its guest itself.
+    pub(super) destroyed: bool,
     /// Only the wiring's mutants look at these.
     pub(super) asking_since: Option<Time>,
+    pub(super) asked: u64,
 }
 
 impl Host {
@@ -128,7 +133,10 @@ impl Host {
             staged: BTreeMap::new(),
             muted: false,
             told_shutdown: false,
+            activated_from: None,
+            destroyed: false,
             asking_since: None,
+            asked: 0,
         }
     }
 

@@ -8,6 +8,7 @@
 mod driver;
 pub mod history;
 mod host;
+mod mistakes;
 mod network;
 pub mod options;
 pub mod rng;

@@ -31,6 +31,14 @@ pub enum Wiring {
     FreeUnread,
     /// A new life of a standby's agent gives a grant back without a look at its mark.
     ForgetMark,
+    /// The witness shows a record to a reader while it is being written, and writes slowly.
+    ReadUndurable,
+    /// The primary's driver takes a refused ask for its defeat and destroys its guest.
+    RefusalIsDefeat,
+    /// The loser's driver destroys its guest when it falls mute.
+    DestroyEarly,
+    /// An agent that restarts loads the copy that it had activated once more.
+    ActivateTwice,
 }
 
 /// What goes wrong, or is asked for.

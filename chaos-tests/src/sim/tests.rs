@@ -108,3 +108,23 @@ fn finds_an_agent_that_frees_what_it_finds_unread() {
 fn finds_an_agent_that_gives_back_what_may_have_run() {
     found(Wiring::ForgetMark, "two audible copies");
 }
+
+#[test]
+fn finds_a_witness_that_shows_what_is_not_durable() {
+    found(Wiring::ReadUndurable, "");
+}
+
+#[test]
+fn finds_a_driver_that_takes_a_refusal_for_defeat() {
+    found(Wiring::RefusalIsDefeat, "host ");
+}
+
+#[test]
+fn finds_a_loser_that_is_destroyed_before_the_winner_runs() {
+    found(Wiring::DestroyEarly, "no copy is left");
+}
+
+#[test]
+fn finds_an_agent_that_activates_twice() {
+    found(Wiring::ActivateTwice, "two audible copies");
+}

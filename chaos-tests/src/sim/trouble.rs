@@ -160,6 +160,7 @@ impl World {
         if let Some(record) = self.on_disk.take() {
             self.note(|_| format!("witness restarts with {:?}", record.map(|record| record.owner)));
             self.witness = Witness::new(STORE, record.map(|record| (VM, record)));
+            self.checker.found(record);
         }
     }
 
@@ -208,6 +209,7 @@ impl World {
                 0 | 1 => {
                     self.counts.activations += 1;
                     self.hosts[host].guest = Some(Guest::running(state));
+                    (self.hosts[host].activated_from, self.hosts[host].destroyed) = (Some(state), false);
                     self.hosts[host].gate = super::host::Gate::default();
                     self.hosts[host].had_guest = true;
                 }
@@ -220,6 +222,7 @@ impl World {
                 _ => {}
             }
         }
+        self.activated_twice_by_mistake(host);
         let state = &mut self.hosts[host];
         (state.primary, state.standby, state.capture) = (None, None, None);
         state.staged.clear();

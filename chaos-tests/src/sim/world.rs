@@ -171,6 +171,8 @@ pub(super) struct World {
     pub(super) trace: Option<Vec<String>>,
     pub(super) cuts: Cuts,
     pub(super) witness: Witness,
+    /// What the witness is making durable.
+    pub(super) writing: Option<Record>,
     /// What a witness whose write failed will find when it restarts.
     pub(super) on_disk: Option<Option<Record>>,
     pub(super) events: BinaryHeap<Reverse<Queued>>,
@@ -200,6 +202,7 @@ impl World {
             trace: traced.then(Vec::new),
             cuts: Cuts::default(),
             witness: Witness::new(STORE, []),
+            writing: None,
             on_disk: None,
             events: BinaryHeap::new(),
             number: 0,
@@ -289,12 +292,14 @@ impl World {
             Event::GenerationDurable(host, generation) => self.generation_durable(host, generation),
             Event::Marked(host, generation) => self.marked(host, generation),
             Event::RecordDurable(token) => {
+                self.writing = None;
                 self.witness.handle_persisted(token);
                 self.pump_witness();
             }
             Event::RecordFailed(token, record) => {
                 let old = self.witness.record(VM).copied();
                 self.on_disk = Some(if self.rng.chance(500) { Some(record) } else { old });
+                self.writing = None;
                 self.witness.handle_persist_failed(token);
                 self.counts.latched += 1;
                 let wait = self.rng.micros(10_000, 900_000);
@@ -380,8 +385,7 @@ impl World {
         match datagram {
             Datagram::Heartbeat(incarnation) => self.heartbeat(to, incarnation),
             Datagram::Request { from, request } => {
-                if self.wiring == Wiring::WitnessForgets && self.rng.chance(100) {
-                    self.forgetful_answer(from, &request);
+                if self.answered_by_mistake(from, &request) {
                     return;
                 }
                 self.witness.handle_request(node(from), from as u64, request);
@@ -395,6 +399,7 @@ impl World {
                         self.open_gate(to);
                     }
                 }
+                self.defeated_by_mistake(to, &answer);
                 let now = self.now;
                 if let Some(primary) = &mut self.hosts[to].primary {
                     primary.handle_answer(now, &answer);
@@ -410,23 +415,12 @@ impl World {
         }
     }
 
-    /// [`Wiring::WitnessForgets`]: says that it did what it did not do.
-    fn forgetful_answer(&mut self, from: usize, request: &StoreRequest) {
-        let StoreOp::Change { owner, .. } = request.op else { return };
-        let record = Record::changed(self.witness.store(), self.record(), owner);
-        let answer = heartbeat_core::store::StoreAnswer {
-            id: request.id,
-            vm: VM,
-            store: self.witness.store(),
-            record: Some(record),
-            applied: true,
-        };
-        self.datagram(WITNESS, from, Datagram::Answer(answer));
-    }
-
     pub(super) fn ask(&mut self, host: usize, request: StoreRequest) {
         let bytes = wire::encode::<MAX_STORE_MESSAGE, _>(&request).expect("a request fits");
         assert_eq!(wire::decode::<MAX_STORE_MESSAGE, StoreRequest>(&bytes), Ok(request));
+        if let StoreOp::Change { .. } = request.op {
+            self.hosts[host].asked = request.id;
+        }
         let own_cause = matches!(request.op, StoreOp::Change { owner: Owner::Solo { .. }, .. });
         if own_cause && self.hosts[host].asking_since.is_none() {
             self.hosts[host].asking_since = Some(self.now);
@@ -443,7 +437,9 @@ impl World {
                         self.counts.pairings += 1;
                         self.was_protected = true;
                     }
-                    let wait = self.rng.micros(50, 9_000);
+                    self.writing = Some(record);
+                    let slow = self.wiring == Wiring::ReadUndurable;
+                    let wait = self.rng.micros(50, if slow { 700_000 } else { 9_000 });
                     let fails = self.rng.chance(self.options.disk_failures);
                     self.after(
                         wait,
@@ -452,6 +448,7 @@ impl World {
                 }
                 WitnessOutput::Answer { tag, answer, .. } => {
                     let to = usize::try_from(tag).expect("a host");
+                    self.checker.shows(answer.record);
                     self.datagram(WITNESS, to, Datagram::Answer(answer));
                 }
             }
