@@ -14,6 +14,7 @@ use heartbeat_core::wire::MAX_STORE_MESSAGE;
 use tokio::sync::Mutex;
 use tokio::time::Instant;
 
+use crate::etcd::EtcdError;
 use crate::quic::{Connection, Endpoint, MessageError, Purpose, QuicError, close, read_message, write_message};
 
 /// Pause before the second dial of one request; it doubles.
@@ -47,6 +48,9 @@ pub enum StoreError {
         "the witness refuses this VM because its record is damaged; see the witness's log, restore the record there, and restart it"
     )]
     Latched,
+    /// etcd gave no answer that counts.
+    #[error("etcd gave no answer that counts")]
+    Etcd(#[source] EtcdError),
     /// The store's answer is not to this request.
     #[error("the ownership store answered another question")]
     Mixed,

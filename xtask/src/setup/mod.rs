@@ -22,7 +22,8 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("mkfs.ext4", "e2fsprogs"),
 ];
 /// Programs that single tests call, which say `skipped` without them.
-const FOR_TESTS: [(&str, &str); 2] = [("prometheus", "prometheus"), ("promtool", "prometheus")];
+const FOR_TESTS: [(&str, &str); 4] =
+    [("prometheus", "prometheus"), ("promtool", "prometheus"), ("etcd", "etcd-server"), ("etcdctl", "etcd-client")];
 
 /// What this machine can do, after the set-up.
 #[derive(Debug)]
@@ -64,11 +65,13 @@ impl Means {
 pub(crate) fn run(refresh: bool) -> Result<Means> {
     let mut apt = apt::Apt::new();
     let missing = programs(&mut apt, &PROGRAMS);
-    if shell::find("prometheus").is_none() {
-        println!("setup: where systemd runs, Debian also starts its Prometheus (systemctl disable --now prometheus)");
+    for (program, service) in [("prometheus", "prometheus"), ("etcd", "etcd")] {
+        if shell::find(program).is_none() {
+            println!("setup: where systemd runs, Debian also starts its {program} (systemctl disable --now {service})");
+        }
     }
     for what in programs(&mut apt, &FOR_TESTS) {
-        println!("setup: the tests of dashboards and alerts will be skipped here in part: {what}");
+        println!("setup: the tests of dashboards and alerts, or of etcd, will be skipped here in part: {what}");
     }
     pilot::build()?;
     let guest = guest::build(&mut apt, refresh)?;
