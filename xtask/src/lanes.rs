@@ -131,6 +131,10 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Err(why) => Outcome::Skipped(why),
     });
     if all {
+        lane("model checker, large bounds", &|| {
+            let mut command = shell::cargo();
+            outcome(shell::run(command.args(["run", "--release", "--quiet", "-p", "chaos-model", "--", "--large"])))
+        });
         lane("simulator, 20000 seeds", &|| {
             let mut command = shell::cargo();
             command.args(["run", "--release", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]);

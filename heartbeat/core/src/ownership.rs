@@ -4,6 +4,7 @@
 //! applied is never taken for one that failed; a generation is durable here before anything is done about it.
 
 use alloc::collections::VecDeque;
+use core::hash::{Hash, Hasher};
 use core::time::Duration;
 
 use crate::ids::{Generation, Party, Revision, StoreId, VmId};
@@ -12,7 +13,7 @@ use crate::store::{StoreAnswer, StoreOp, StoreRequest};
 use crate::time::Time;
 
 /// How an [`Ownership`] asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OwnershipConfig {
     /// Whose record.
     pub vm: VmId,
@@ -48,7 +49,7 @@ impl OwnershipConfig {
 }
 
 /// What a node wants of a record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Want {
     /// Nothing: no request is sent.
     Nothing,
@@ -112,7 +113,7 @@ pub enum Verdict {
 }
 
 /// What the driver must do, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OwnershipOutput {
     /// Send it to the store.
     Ask(StoreRequest),
@@ -121,7 +122,7 @@ pub enum OwnershipOutput {
 }
 
 /// What a node read last.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Known {
     Nothing,
     Absent,
@@ -164,7 +165,7 @@ enum Step {
 /// The stricter rule (`docs/protocol.md` P6): a change that was sent and whose answer was lost may still be applied, long after; any number of
 /// reads that show the record as it was prove nothing. Only a record of a *newer revision* ends that. Hence
 /// [`Ownership::may_run_alone`], and not the verdict, decides whether output may leave unacknowledged.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Ownership {
     config: OwnershipConfig,
     want: Want,
@@ -193,6 +194,16 @@ pub struct OwnershipStats {
     pub rejected: u64,
     /// When the last answer was taken in.
     pub last_answer: Option<Time>,
+}
+
+/// What decides how it goes on; counters are left out. For checkers that explore states.
+impl Hash for Ownership {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { config, want, seen, acted, exposed, persisting, in_flight, next_id, not_before, outputs, stats } =
+            self;
+        (config, want, seen, acted, exposed, persisting).hash(state);
+        (in_flight, next_id, not_before, outputs, stats.last_answer).hash(state);
+    }
 }
 
 impl Ownership {

@@ -9,7 +9,7 @@ use crate::ids::{Party, Revision, StoreId, VmId};
 use crate::record::{Owner, Record};
 
 /// A request to an ownership store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub struct StoreRequest {
     /// Chosen by the asker; comes back in the answer.
     pub id: u64,
@@ -22,7 +22,7 @@ pub struct StoreRequest {
 }
 
 /// What can be asked of a store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum StoreOp {
     /// A linearizable read.
     Read,
@@ -36,7 +36,7 @@ pub enum StoreOp {
 }
 
 /// A store's answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub struct StoreAnswer {
     /// The request's.
     pub id: u64,

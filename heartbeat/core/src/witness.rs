@@ -6,6 +6,7 @@
 
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
+use core::hash::{Hash, Hasher};
 
 use crate::ids::{NodeId, StoreId, VmId};
 use crate::record::{Record, Refusal, permitted};
@@ -18,7 +19,7 @@ pub const MAX_VMS: usize = 4096;
 pub const MAX_WAITING: usize = 64;
 
 /// What the driver must do, in order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WitnessOutput {
     /// Make the record durable (write, fsync, fsync of the directory where it is new), then call
     /// [`Witness::handle_persisted`] or [`Witness::handle_persist_failed`] with the token.
@@ -56,7 +57,7 @@ pub struct WitnessStats {
     pub dropped: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 struct Waiting {
     from: NodeId,
     tag: u64,
@@ -64,20 +65,20 @@ struct Waiting {
 }
 
 /// What is being made durable, and for whom.
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Write {
     next: Record,
     asker: Waiting,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 enum Disk {
     Idle,
     Writing { token: u64, write: Box<Write> },
     Failed,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 struct Slot {
     durable: Option<Record>,
     disk: Disk,
@@ -85,13 +86,21 @@ struct Slot {
 }
 
 /// The machine. Call `handle_*` as things happen, then [`Witness::poll_output`] until it is `None`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Witness {
     store: StoreId,
     slots: BTreeMap<VmId, Slot>,
     outputs: VecDeque<WitnessOutput>,
     next_token: u64,
     stats: WitnessStats,
+}
+
+/// What decides how it goes on; counters are left out. For checkers that explore states.
+impl Hash for Witness {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { store, slots, outputs, next_token, stats: _ } = self;
+        (store, slots, outputs, next_token).hash(state);
+    }
 }
 
 impl Witness {

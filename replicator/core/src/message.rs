@@ -28,7 +28,7 @@ pub const VERSIONS: [u16; 1] = [2];
 const _: () = assert!(2 * MAX_OPAQUE + MAX_PROTECTION + 8 * MAX_TEXT < MAX_MESSAGE, "the longest Prepare fits");
 
 /// How a rehearsal on the standby went.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum RehearsalResult {
     /// The state loads.
     Loads {
@@ -47,7 +47,7 @@ pub enum RehearsalResult {
 }
 
 /// When a standby may acknowledge an epoch's disk writes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum Durability {
     /// When they are on stable storage: they survive the loss of power on both hosts.
     #[default]
@@ -57,7 +57,7 @@ pub enum Durability {
 }
 
 /// What the two sides of a replication connection tell each other.
-#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Encode, Decode)]
 pub enum PeerMessage {
     /// Both ways, first. The newest version in both offers is spoken.
     Hello {

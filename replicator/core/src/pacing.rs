@@ -31,7 +31,7 @@ const RECENT: usize = 15;
 const GATHER_STEP: Duration = Duration::from_micros(100);
 
 /// The policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pacing {
     /// A capture each `every`, counted from the end of the last pause; later if pauses would take more than [`FIXED_SHARE`].
     Fixed {
@@ -43,7 +43,7 @@ pub enum Pacing {
 }
 
 /// Bounds of [`Pacing::Auto`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AutoPacing {
     /// Bound on the share of time spent paused while output waits, in percent (1..=90).
     pub busy_share: u8,
@@ -70,7 +70,7 @@ impl Default for AutoPacing {
 }
 
 /// When the next capture is to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Window {
     /// Not before this.
     pub earliest: Time,
@@ -81,7 +81,7 @@ pub struct Window {
 }
 
 /// How waiting output ends an epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OnOutput {
     /// The oldest of it has waited this long.
     pub gather: Duration,
@@ -90,7 +90,7 @@ pub struct OnOutput {
 }
 
 /// Follows the pauses and says when the next one may be.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct Pacer {
     policy: Pacing,
     /// The last pauses, the next to be replaced at `oldest` once there are [`RECENT`].

@@ -5,7 +5,7 @@
 
 use heartbeat_core::ids::Epoch;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Mode {
     Open,
     Held { through: Epoch },
@@ -13,7 +13,7 @@ enum Mode {
 }
 
 /// The rule for one guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ReleaseRule {
     mode: Mode,
 }

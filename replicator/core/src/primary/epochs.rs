@@ -12,7 +12,7 @@ use super::io::CaptureReport;
 const RETRY_AFTER: Duration = Duration::from_millis(10);
 
 /// A capture under way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 pub(super) struct Capturing {
     pub(super) epoch: Epoch,
     pub(super) hold: bool,
@@ -22,7 +22,7 @@ pub(super) struct Capturing {
     latest: Time,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 struct InFlight {
     epoch: Epoch,
     captured_at: Time,
@@ -37,7 +37,7 @@ pub(super) struct Acknowledged {
     pub(super) commit: Duration,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Epochs {
     /// The epoch that the guest is in.
     next: Epoch,

@@ -13,7 +13,7 @@ use crate::pacing::{Pacing, Window};
 use crate::state::ProtectionState;
 
 /// How a [`Primary`] works.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PrimaryConfig {
     /// The VM, this node, and how the store is asked.
     pub ownership: OwnershipConfig,
@@ -63,7 +63,7 @@ impl PrimaryConfig {
 }
 
 /// What a capture brought.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CaptureReport {
     /// Which epoch was captured.
     pub epoch: Epoch,
@@ -82,7 +82,7 @@ pub struct CaptureReport {
 }
 
 /// What the guest did.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GuestEvent {
     /// It shut itself down. `gone`: its process has ended too, nothing can be captured.
     Shutdown {
@@ -108,7 +108,7 @@ pub enum GuestEvent {
 }
 
 /// What an operator asks of a protection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operator {
     /// End the protection and leave the guest as it was found.
     Unprotect,
@@ -119,7 +119,7 @@ pub enum Operator {
 }
 
 /// What the driver must do, in order. An output is done before the next one is begun, but for what says that it goes on by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
     /// Send [`PeerMessage::Prepare`] with this generation and the recipe, layout and name that the driver knows.
     Prepare {

@@ -13,6 +13,7 @@ mod tests;
 
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
+use core::hash::{Hash, Hasher};
 use core::time::Duration;
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
@@ -34,7 +35,7 @@ use crate::stats::PrimaryStats;
 const REHEARSAL_EXCUSES: Duration = Duration::from_secs(5);
 
 /// A rehearsal on demand, from the word that it begins until its result.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 struct Rehearsal {
     /// What it is called between us and the standby.
     epoch: Epoch,
@@ -46,7 +47,7 @@ struct Rehearsal {
 /// Order of calls: [`Primary::handle_start`] first; then any `handle_*` as things happen, each with a `now` that never goes back; after each,
 /// [`Primary::poll_output`] until it is `None`, doing what it says in order; then arrange for [`Primary::handle_timeout`] at
 /// [`Primary::poll_timeout`]. After [`Output::Finished`] inputs are ignored.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Primary {
     config: PrimaryConfig,
     ownership: Ownership,
@@ -82,6 +83,31 @@ pub struct Primary {
     over: bool,
     shown: (ProtectionState, String),
     stats: PrimaryStats,
+}
+
+/// What decides how it goes on; counters and what is shown are left out. For checkers that explore states.
+impl Hash for Primary {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self {
+            config,
+            ownership,
+            phase,
+            epochs,
+            pacer,
+            rule,
+            base,
+            connected,
+            prepared,
+            silent,
+            late,
+            rehearsal,
+            ..
+        } = self;
+        (config, ownership, phase, epochs, pacer, rule, base).hash(state);
+        (connected, prepared, silent, late, rehearsal).hash(state);
+        let Self { paused, paused_by_other, ended, shut_down, was_protected, broken, outputs, over, .. } = self;
+        (paused, paused_by_other, ended, shut_down, was_protected, broken, outputs, over).hash(state);
+    }
 }
 
 impl Primary {

@@ -25,7 +25,7 @@ const REHEARSE_AGAIN_AFTER: Duration = Duration::from_millis(200);
 const REHEARSE_AGAIN_AT_MOST: u32 = 50;
 
 /// What follows once this node owns the VM alone.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum After {
     /// Go on without protection, for this reason.
     Degrade(String),
@@ -34,7 +34,7 @@ pub(super) enum After {
 }
 
 /// The last steps.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Leaving {
     pub(super) state: ProtectionState,
     pub(super) reason: String,
@@ -44,7 +44,7 @@ pub(super) struct Leaving {
     pub(super) owned: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum Stopping {
     /// The last epoch is captured (then `last` is known) and waits for its acknowledgement.
     Draining { last: Option<Epoch> },
@@ -52,7 +52,7 @@ pub(super) enum Stopping {
     Marking,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum Planned {
     /// As for [`Stopping::Draining`].
     Draining { last: Option<Epoch> },
@@ -60,7 +60,7 @@ pub(super) enum Planned {
     Told { until: Time },
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) enum Phase {
     Idle,
     /// Who owns the VM?

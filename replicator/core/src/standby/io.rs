@@ -11,7 +11,7 @@ use crate::message::{CloseCode, PeerMessage};
 use crate::state::ProtectionState;
 
 /// How a [`Standby`] works.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StandbyConfig {
     /// The VM, this node, and how the store is asked.
     pub ownership: OwnershipConfig,
@@ -30,7 +30,7 @@ impl StandbyConfig {
 }
 
 /// What the driver must do, in order. An output is done before the next one is begun, but for what says that it goes on by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
     /// Mark the staged epoch as committed; applying it goes on in the background, in order, and waits while a rehearsal runs.
     Commit {
@@ -92,7 +92,7 @@ pub enum Output {
 }
 
 /// How an activation went, as the driver reports it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ActivationResult {
     /// The guest runs here.
     Runs {
@@ -109,7 +109,7 @@ pub enum ActivationResult {
 }
 
 /// Why the standby suspects its primary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Suspicion {
     /// No heartbeats.
     Silent,

@@ -11,6 +11,7 @@ mod tests;
 use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::{String, ToString};
+use core::hash::{Hash, Hasher};
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation, Party};
 use heartbeat_core::ownership::{Ownership, OwnershipOutput, Verdict, Want};
@@ -23,7 +24,7 @@ use crate::message::{CloseCode, PeerMessage, RehearsalResult, clip};
 use crate::state::ProtectionState;
 use crate::stats::StandbyStats;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     /// The driver builds the twin.
     Preparing,
@@ -54,7 +55,7 @@ enum Phase {
 /// Order of calls: the driver builds the twin and reports [`Standby::handle_prepared`]; then any `handle_*` as things happen, each with a `now`
 /// that never goes back; after each, [`Standby::poll_output`] until it is `None`, doing what it says in order; then arrange for
 /// [`Standby::handle_timeout`] at [`Standby::poll_timeout`]. After [`Output::Finished`] inputs are ignored.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Standby {
     config: StandbyConfig,
     ownership: Ownership,
@@ -84,10 +85,20 @@ pub struct Standby {
     stats: StandbyStats,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Hash)]
 struct Rehearsing {
     /// What the primary calls it.
     epoch: Epoch,
+}
+
+/// What decides how it goes on; counters and what is shown are left out. For checkers that explore states.
+impl Hash for Standby {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { config, ownership, phase, binding, acknowledged, connected, lost_at, silent, .. } = self;
+        (config, ownership, phase, binding, acknowledged, connected, lost_at, silent).hash(state);
+        let Self { told_unprotect, failed, asked, finished, rehearsing, rehearsed, outputs, over, .. } = self;
+        (told_unprotect, failed, asked, finished, rehearsing, rehearsed, outputs, over).hash(state);
+    }
 }
 
 impl Standby {

@@ -1,0 +1,47 @@
+//! Deliberate mistakes: what the checker must find.
+
+/// How the cores are joined to the world. All but the first are wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Wiring {
+    /// As it should be.
+    Faithful,
+    /// The primary releases an epoch's output when the epoch is sent (`docs/protocol.md` P1).
+    ReleaseOnSent,
+    /// The standby goes on acknowledging after its grant (P4).
+    AcknowledgeAfterGrant,
+    /// The primary opens its output when it asks to go alone, not when it was granted (P2, P3).
+    AloneWithoutGrant,
+    /// The witness answers a change before it is durable (P8).
+    WitnessForgets,
+    /// The witness shows a record to a reader while it is being made durable (P6, P8).
+    ReadUndurable,
+    /// The primary takes a refused ask for its defeat and destroys its guest (P6).
+    RefusalIsDefeat,
+    /// The loser destroys its guest when it falls mute, before the winner is known to run (P5).
+    DestroyEarly,
+    /// Output is held from one capture after the first that the standby will hold (P10).
+    HoldLate,
+    /// An agent that restarts loads a copy that it marked as activated once more (P8).
+    ActivateTwice,
+    /// The standby activates the epoch before the last that it acknowledged (P4).
+    ActivateOlder,
+    /// Frames emitted after a capture are tagged as before it (P1).
+    SealEarly,
+}
+
+impl Wiring {
+    /// Every mistake.
+    pub const MUTANTS: [Self; 11] = [
+        Self::ReleaseOnSent,
+        Self::AcknowledgeAfterGrant,
+        Self::AloneWithoutGrant,
+        Self::WitnessForgets,
+        Self::ReadUndurable,
+        Self::RefusalIsDefeat,
+        Self::DestroyEarly,
+        Self::HoldLate,
+        Self::ActivateTwice,
+        Self::ActivateOlder,
+        Self::SealEarly,
+    ];
+}
