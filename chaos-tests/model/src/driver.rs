@@ -23,6 +23,7 @@ impl World {
     /// The operator protects the guest of this host with the other host.
     pub(crate) fn protect(&mut self, host: usize) {
         self.connection = Some(Connection::default());
+        (self.hosts[host].linked, self.hosts[1 - host].linked) = (true, false);
         let (me, peer) = (self.party(host), self.party(1 - host));
         let mut config = PrimaryConfig::new(VM, me, peer);
         let state = &mut self.hosts[host];
@@ -179,6 +180,9 @@ impl World {
     }
 
     fn tell(&mut self, from: usize, message: PeerMessage) {
+        if !self.hosts[from].linked {
+            return;
+        }
         self.stream_out(from, 0, Streamed::Control(message));
     }
 
@@ -190,6 +194,9 @@ impl World {
 
     /// What was said before arrives first.
     fn close(&mut self, host: usize) {
+        if !self.hosts[host].linked {
+            return;
+        }
         self.stream_out(host, 0, Streamed::Closed);
         if let Some(connection) = &mut self.connection {
             connection.lost[host] = true;
@@ -274,7 +281,12 @@ impl World {
             Some(Owner::Solo { node: owner, .. }) => owner.node == node(host),
             None | Some(Owner::Stopped { .. }) => false,
         };
-        if named {
+        // One that makes room was of no use when the store was read last. A late ask of an earlier life of the primary may name it since, and
+        // harms nobody while that primary has its guest.
+        let other = &self.hosts[1 - host];
+        if named && self.makes_room && !other.has_vm() && !other.lost_by_fault {
+            self.checker.broken(Violation::NoCopy);
+        } else if named && !self.makes_room {
             self.checker.broken(Violation::Destroyed);
         }
         let state = &mut self.hosts[host];
@@ -328,6 +340,8 @@ impl World {
         match connection.queues[host][stream].pop_front().expect("offered only then") {
             Streamed::Closed => self.lose(host),
             Streamed::Control(PeerMessage::Prepare { generation, .. }) => self.prepare(host, generation),
+            // The one it was for was never made, or is of an earlier connection.
+            _ if !self.hosts[host].linked => {}
             Streamed::Control(message) => {
                 let now = self.hosts[host].now;
                 if let PeerMessage::Binding { epoch } = message {
@@ -349,12 +363,17 @@ impl World {
     }
 
     fn prepare(&mut self, host: usize, generation: Generation) {
-        // A copy of an earlier session makes room; a guest that still has to be fenced does not, nor one that is being activated.
-        let state = &self.hosts[host];
-        if state.primary.is_some() || state.guest.is_some() || state.activating.is_some() {
-            self.tell(host, PeerMessage::Refused { reason: String::new() });
+        // A copy that is kept for nobody makes room (P9); a guest that still has to be fenced does not, nor one that is being activated.
+        let state = &mut self.hosts[host];
+        let now = state.now;
+        let stays = state.standby.as_mut().is_some_and(|standby| standby.handle_operator_discard(now).is_err());
+        if stays || state.primary.is_some() || state.guest.is_some() || state.activating.is_some() {
+            self.stream_out(host, 0, Streamed::Control(PeerMessage::Refused { reason: String::new() }));
             return;
         }
+        self.makes_room = true;
+        self.pump(host);
+        (self.makes_room, self.hosts[host].linked) = (false, true);
         let (me, peer) = (self.party(host), self.party(1 - host));
         let state = &mut self.hosts[host];
         state.staged.clear();

@@ -116,6 +116,8 @@ pub(crate) struct Host {
     pub(crate) gate: Gate,
     pub(crate) primary: Option<Box<Primary>>,
     pub(crate) standby: Option<Box<Standby>>,
+    /// Its machine is an end of the replication connection, not of an earlier one.
+    pub(crate) linked: bool,
     pub(crate) next_request: u64,
     pub(crate) next_epoch: Epoch,
     pub(crate) capture: Option<Capture>,
@@ -169,8 +171,9 @@ pub(crate) struct Connection {
     pub(crate) lost: [bool; 2],
 }
 
-/// One state.
+/// One state. Two are the same if they hash alike: that is how `stateright` knows them, too.
 #[derive(Clone, Debug, Hash)]
+#[allow(clippy::derived_hash_with_manual_eq, reason = "equality is made of the hash")]
 pub struct World {
     pub(crate) wiring: Wiring,
     pub(crate) left: Bounds,
@@ -184,6 +187,8 @@ pub struct World {
     pub(crate) disk: Option<Record>,
     pub(crate) checker: Checker,
     pub(crate) shut_down: bool,
+    /// A copy is being destroyed to make room for that of another session.
+    pub(crate) makes_room: bool,
     next_step: u8,
 }
 
@@ -218,6 +223,7 @@ impl Host {
             gate: Gate::default(),
             primary: None,
             standby: None,
+            linked: false,
             next_request: 1,
             next_epoch: Epoch(1),
             capture: None,
@@ -270,6 +276,7 @@ impl World {
             disk: None,
             checker: Checker::default(),
             shut_down: false,
+            makes_room: false,
             next_step: 1,
         };
         match scenario.start {
@@ -719,6 +726,9 @@ impl World {
         connection.lost[host] = true;
         for queue in &mut connection.queues[host] {
             queue.clear();
+        }
+        if !self.hosts[host].linked {
+            return;
         }
         let now = self.hosts[host].now;
         self.input(

@@ -527,7 +527,11 @@ impl Primary {
     }
 
     /// Another node owns the VM, or may (P5): mute at once, destroyed only when the record says that it runs there.
+    ///
+    /// It may also be an earlier life of this node, whose ask was applied late. Then nobody runs it elsewhere: the guest is kept, and
+    /// this life takes over what that one owned alone.
     fn lose(&mut self, now: Time, winner: Party, activated: bool) {
+        let elsewhere = winner.node != self.config.ownership.me.node;
         if !matches!(self.phase, Phase::Lost) {
             // A guest that is gone is mute. It is confirmed by the fence below.
             if !matches!(self.phase, Phase::Dead { .. }) {
@@ -538,10 +542,15 @@ impl Primary {
             self.cancel_capture();
             self.put_back_all();
             self.phase = Phase::Lost;
-            self.ownership.want(now, Want::Follow);
-            self.show(ProtectionState::FailingOver, &format!("host {} owns the VM; this copy is mute", winner.node));
+            let reason = if elsewhere {
+                format!("host {} owns the VM; this copy is mute", winner.node)
+            } else {
+                "the record names an earlier life of this agent, whose ask was granted late; this copy is mute and kept until the record says who runs the VM".into()
+            };
+            self.show(ProtectionState::FailingOver, &reason);
         }
-        if activated {
+        self.ownership.want(now, if elsewhere { Want::Follow } else { Want::Solo { activated: false } });
+        if activated && elsewhere {
             self.fence(&format!("the VM runs on host {}", winner.node));
         }
     }

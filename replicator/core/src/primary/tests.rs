@@ -522,6 +522,37 @@ fn what_an_earlier_session_left_is_not_given_back() {
     }
 }
 
+/// P5: an ask of an earlier life of this node may be granted while a later life pairs. Nobody runs the VM elsewhere by that.
+#[test]
+fn a_late_ask_of_an_earlier_life_destroys_nothing() {
+    let (earlier, other) = (Party { incarnation: Incarnation(0), ..party(1) }, party(2));
+    for activated in [None, Some(false), Some(true)] {
+        let mut bench = Bench::pairing();
+        bench.record_becomes(match activated {
+            None => Owner::Paired { primary: earlier, standby: other },
+            Some(activated) => Owner::Solo { node: earlier, activated, other: Some(other) },
+        });
+        bench.answer();
+        assert!(bench.take().contains(&Output::Mute), "{activated:?}");
+        bench.cancel_capture();
+        for _ in 0..5 {
+            bench.wait(Duration::from_secs(1));
+            bench.answer();
+        }
+        let outputs = bench.take();
+        assert!(!outputs.contains(&Output::Fence), "{activated:?}: {outputs:?}");
+        // Who owned it alone was this node; a pair's standby may still win.
+        let alone = outputs.contains(&Output::OpenOutput) && outputs.contains(&Output::Resume);
+        assert_eq!(alone, activated.is_some(), "{activated:?}: {outputs:?}");
+        if activated.is_none() {
+            bench.record_becomes(Owner::Solo { node: other, activated: true, other: Some(earlier) });
+            bench.wait(Duration::from_secs(1));
+            bench.answer();
+            assert!(bench.take().contains(&Output::Fence));
+        }
+    }
+}
+
 /// P27: two rehearsals at once say nothing about the copy.
 #[test]
 fn a_busy_standby_ends_no_protection_and_is_asked_again_for_the_first_rehearsal() {
