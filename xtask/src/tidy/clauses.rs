@@ -27,8 +27,7 @@ fn breaches(sources: &[Source], document: &str) -> Vec<String> {
     let mut breaches = Vec::new();
     let mut defined = BTreeSet::new();
     for (number, line) in document.lines().enumerate() {
-        let line = line.trim_start_matches(['#', '-', '*', '|', ' ']);
-        if let Some(clause) = clauses(line).next().filter(|clause| line.starts_with(clause))
+        if let Some(clause) = defined_by(line)
             && !defined.insert(clause)
         {
             breaches.push(format!("docs/protocol.md:{}: clause {clause} is defined twice", number + 1));
@@ -42,6 +41,12 @@ fn breaches(sources: &[Source], document: &str) -> Vec<String> {
         }
     }
     breaches
+}
+
+/// The clause that a line of a document begins with.
+pub(super) fn defined_by(line: &str) -> Option<&str> {
+    let line = line.trim_start_matches(['#', '-', '*', '|', ' ']);
+    clauses(line).next().filter(|clause| line.starts_with(clause))
 }
 
 fn clauses(line: &str) -> impl Iterator<Item = &str> {

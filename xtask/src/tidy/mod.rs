@@ -4,6 +4,7 @@
 
 mod clauses;
 mod crates;
+mod safety;
 mod sources;
 
 use std::fs;
@@ -35,6 +36,7 @@ pub(crate) fn run() -> Result<()> {
     let mut breaches = crates::check(&crates::metadata()?);
     breaches.extend(sources::check(&sources));
     breaches.extend(clauses::check(&sources, &root.join("docs/protocol.md"))?);
+    breaches.extend(safety::check(&sources, &root.join("docs/protocol.md"), &root.join("docs/safety.md"))?);
     for breach in &breaches {
         println!("{breach}");
     }
