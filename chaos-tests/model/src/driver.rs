@@ -66,6 +66,7 @@ impl World {
                     recipe: Vec::new(),
                     layout: Vec::new(),
                     durability: Durability::Disk,
+                    protection: Vec::new(),
                 };
                 self.tell(host, message);
             }

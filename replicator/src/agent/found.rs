@@ -83,7 +83,7 @@ impl Agent {
             "takes up what a former life of this agent had"
         );
         let protection = durable.protection().cloned().unwrap_or_default();
-        let (asker, answers) = self.asker(&self.witness_of(&protection)?);
+        let (asker, answers) = self.asker(&self.arbiter_of(&protection)?);
         let numbers = durable.begin_session().map_err(unwritten)?;
         let ownership = OwnershipConfig {
             store: durable.store().and_then(|store| store.parse().ok()),

@@ -4,7 +4,6 @@
 //! reading alone would not do, since what the former life asked may still be on its way. Whose record names a standby
 //! stays as it is: that standby may run it.
 
-use heartbeat::store::OwnershipStore;
 use heartbeat_core::record::Owner;
 use heartbeat_core::store::{StoreOp, StoreRequest};
 use vmm_hooks::qemu;
@@ -51,7 +50,7 @@ impl Agent {
 
     /// Wins the record for this node in this life, or says who has it. Returns the record's generation.
     async fn own_alone(&self, name: &str, durable: &mut Durable, first_request: u64) -> Result<u64, ErrorBody> {
-        let store = self.store(&self.witness(None)?);
+        let store = self.store(&self.arbiter(None)?);
         let (vm, me) = (durable.vm(), self.me());
         let silent = |error: heartbeat::store::StoreError| {
             ErrorBody::new(ErrorKind::Unavailable, format!("the witness does not say who owns {name}"))

@@ -7,6 +7,7 @@
 //! | `encoder`, `intake` | epochs onto and off the connection, in order, in bounded memory |
 //! | `twin` | the one thread that touches a twin |
 //! | `disks` | holds a standby's disk writes before their epoch counts as staged |
+//! | `arbiter` | which ownership store is asked: a witness or etcd |
 //! | `link`, `asker`, `beats` | peer messages, questions to the store, suspicion |
 //! | `durable` | what a host remembers of a VM |
 //! | `view` | what operators see |
@@ -15,6 +16,7 @@
 //! | `found`, `leftovers` | what a former life of the agent left |
 
 mod api;
+mod arbiter;
 mod asker;
 mod beats;
 mod clock;
@@ -43,6 +45,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use heartbeat::beat::{Beat, BeatOptions, DetectorConfig};
+use heartbeat::etcd::EtcdStore;
 use heartbeat::quic::{Endpoint, EndpointOptions, Profile, Purpose, close};
 use heartbeat::trust::{Card, Identity, Peers, Role};
 use heartbeat_core::ids::Party;
@@ -109,6 +112,8 @@ struct Agent {
     peers: Arc<Peers>,
     bulk: Endpoint,
     control: Arc<Endpoint>,
+    /// Asked instead of a witness, where it is configured.
+    etcd: Option<Arc<EtcdStore>>,
     beat: Arc<Beat>,
     beats: Beats,
     metrics: Metrics,
@@ -139,6 +144,9 @@ pub enum AgentError {
     /// An endpoint cannot be opened.
     #[error("the agent cannot listen")]
     Quic(#[from] heartbeat::quic::QuicError),
+    /// What the configuration says of etcd cannot be used.
+    #[error("etcd cannot be asked")]
+    Etcd(#[from] heartbeat::etcd::EtcdConfigError),
     /// Heartbeats cannot start.
     #[error("heartbeats cannot start")]
     Beat(#[from] heartbeat::beat::BeatError),
@@ -171,6 +179,10 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     };
     let bulk = open(config.listen, Profile::Bulk)?;
     let control = Arc::new(open(SocketAddr::new(config.listen.ip(), 0), Profile::Control)?);
+    let etcd = match &config.etcd {
+        Some(etcd) => Some(Arc::new(EtcdStore::new(etcd, arbiter::ASK_WITHIN)?)),
+        None => None,
+    };
     let detector = DetectorConfig {
         interval: config.heartbeat.interval,
         silence: config.heartbeat.silence,
@@ -210,6 +222,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         peers,
         bulk,
         control,
+        etcd,
         beat: Arc::new(beat),
         beats: Beats::default(),
         metrics,

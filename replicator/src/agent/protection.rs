@@ -7,6 +7,7 @@ use heartbeat::trust::{Peer, Peers, Role};
 use heartbeat_core::ids::NodeId;
 use serde::{Deserialize, Serialize};
 
+use super::arbiter::Arbiter;
 use crate::control::api::{DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, ShadowPolicy};
 
 /// The most hosts that one VM may have.
@@ -36,7 +37,7 @@ pub(super) struct Protection {
     /// What an acknowledgement promises of disk writes.
     #[serde(default)]
     pub(super) durability: DurabilityPolicy,
-    /// The witness's identity, as hex.
+    /// Who is asked who may run it: [`Arbiter::id`].
     #[serde(default)]
     pub(super) witness: String,
     /// The host that it was first protected on, then those that may stand by, best first.
@@ -53,7 +54,7 @@ impl Protection {
         request: &ProtectRequest,
         me: HostRef,
         to: &Peer,
-        witness: &Peer,
+        arbiter: &Arbiter,
         peers: &Peers,
     ) -> Result<Self, ErrorBody> {
         let mut hosts = vec![me, HostRef::of(to)];
@@ -72,7 +73,7 @@ impl Protection {
             epoch: request.epoch,
             shadow: request.shadow,
             durability: request.durability,
-            witness: witness.node.to_string(),
+            witness: arbiter.id(),
             hosts,
         })
     }

@@ -5,11 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use heartbeat::quic::{Connection, Purpose, read_message};
-use heartbeat::store::WitnessClient;
-use heartbeat::trust::{Peer, Role};
+use heartbeat::trust::Peer;
 use heartbeat_core::ids::{Epoch, Generation, Party, VmId};
 use heartbeat_core::ownership::OwnershipConfig;
-use heartbeat_core::store::StoreAnswer;
 use replicator_core::message::{Durability, MAX_MESSAGE, PeerMessage};
 use replicator_core::pacing::{AutoPacing, Pacing};
 use replicator_core::primary::PrimaryConfig;
@@ -21,7 +19,7 @@ use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions};
 use vmm_hooks::sys::process::PidFd;
 
-use super::asker::Asker;
+use super::arbiter::Arbiter;
 use super::disks::StandbyDisks;
 use super::durable::{Durable, GuestAt};
 use super::encoder::Session;
@@ -37,9 +35,6 @@ use crate::control::api::{
 };
 use crate::pages::shadow::ShadowMode;
 
-/// How long one question to the witness may take; the core asks again by itself.
-const ASK_WITHIN: Duration = Duration::from_secs(1);
-
 fn failed(message: impl Into<String>, cause: &dyn std::error::Error) -> ErrorBody {
     ErrorBody::new(ErrorKind::Failed, message).because(cause)
 }
@@ -54,9 +49,9 @@ impl Agent {
     /// Starts to protect a VM; returns when its task runs.
     pub(super) async fn protect_vm(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
         let peer = protection::host(&self.peers, &request.to)?;
-        let witness = self.witness(request.witness.as_deref())?;
+        let arbiter = self.arbiter(request.witness.as_deref())?;
         let me = HostRef { node: self.me().node.to_string(), name: self.identity.name().to_owned() };
-        let protection = Protection::asked(&request, me, &peer, &witness, &self.peers)?;
+        let protection = Protection::asked(&request, me, &peer, &arbiter, &self.peers)?;
         let options = self.attach_options();
         let asked = request.vm.clone();
         let target = blocking(move || qemu::resolve(&asked)).await??;
@@ -124,31 +119,6 @@ impl Agent {
         }
     }
 
-    /// The witness that a protection names; this agent's own if it names none that this agent knows.
-    pub(super) fn witness_of(&self, protection: &Protection) -> Result<Peer, ErrorBody> {
-        let named = protection.witness.parse().ok().and_then(|node| self.peers.by_node(node));
-        named.filter(|peer| peer.role == Role::Witness).map_or_else(|| self.witness(None), Ok)
-    }
-
-    pub(super) fn witness(&self, name: Option<&str>) -> Result<Peer, ErrorBody> {
-        let found = match name.or(self.config.witness.as_deref()) {
-            Some(name) => self.peers.by_name(name).ok().filter(|peer| peer.role == Role::Witness),
-            None => self.peers.witness(),
-        };
-        found.ok_or_else(|| {
-            ErrorBody::new(ErrorKind::NotFound, "this agent is paired with no such witness")
-                .advise("run `understudy witness` on a third host and pair with it: without one nobody may go alone")
-        })
-    }
-
-    pub(super) fn asker(&self, witness: &Peer) -> (Asker, mpsc::UnboundedReceiver<StoreAnswer>) {
-        Asker::new(Arc::new(self.store(witness)), self.metrics.witness(&witness.name))
-    }
-
-    pub(super) fn store(&self, witness: &Peer) -> WitnessClient {
-        WitnessClient::new(Arc::clone(&self.control), witness.node, ASK_WITHIN)
-    }
-
     /// A VM whose task has ended leaves its place to a new one.
     pub(super) fn forget_ended(&self, name: &str) {
         let mut vms = self.vms();
@@ -186,8 +156,8 @@ impl Agent {
     ) -> Result<(primary::Setup, Arc<View>), (Box<dyn Guest>, ErrorBody)> {
         let name = at.name.as_str();
         let opened = self.open_durable(name, VmId(*uuid::Uuid::new_v4().as_bytes()), false);
-        let (witness, (mut durable, ownership, first_epoch)) = match (self.witness_of(protection), opened) {
-            (Ok(witness), Ok(opened)) => (witness, opened),
+        let (arbiter, (mut durable, ownership, first_epoch)) = match (self.arbiter_of(protection), opened) {
+            (Ok(arbiter), Ok(opened)) => (arbiter, opened),
             (Err(error), _) | (_, Err(error)) => return Err((guest, error)),
         };
         let connection = match connection {
@@ -227,7 +197,7 @@ impl Agent {
             durability: durability(protection.durability),
             link: Link::start(quic.clone(), send, recv),
             connection: quic,
-            asker: self.asker(&witness),
+            asker: self.asker(&arbiter),
             vitals: Arc::clone(&self.beat),
             beats: self.beats.subscribe(peer.node),
             protection: protection.encode(),
@@ -322,7 +292,7 @@ impl Agent {
         let recipe: Recipe = serde_json::from_slice(&recipe).map_err(unreadable)?;
         let layout: Layout = serde_json::from_slice(&layout).map_err(unreadable)?;
         let protection = Protection::decode(&protection).map_err(unreadable)?;
-        let witness = self.witness_of(&protection)?;
+        let arbiter = self.arbiter_of(&protection)?;
         self.settled(&name).await;
         self.forget_ended(&name);
         self.make_way(&name, vm).await;
@@ -364,11 +334,11 @@ impl Agent {
         })
         .await??;
         let config = StandbyConfig { ownership, ..StandbyConfig::new(vm, self.me(), primary, generation) };
-        Ok(Prepared { name, config, pages, sizes, twin, disks, witness, durable, protection })
+        Ok(Prepared { name, config, pages, sizes, twin, disks, arbiter, durable, protection })
     }
 
     async fn start_standby(&self, prepared: Prepared, link: Link, connection: quinn::Connection, from: &str) {
-        let Prepared { name, config, pages, sizes, twin, disks, witness, durable, protection } = prepared;
+        let Prepared { name, config, pages, sizes, twin, disks, arbiter, durable, protection } = prepared;
         let view = self.new_view(&name, durable.vm(), VmRole::Standby);
         view.set(|status| {
             from.clone_into(&mut status.peer);
@@ -392,7 +362,7 @@ impl Agent {
             connection,
             session,
             staging: self.config.standby.staging,
-            asker: self.asker(&witness),
+            asker: self.asker(&arbiter),
             beats: self.beats.subscribe(config.primary.node),
             durable,
             view: Arc::clone(&view),
@@ -473,7 +443,7 @@ struct Prepared {
     sizes: Arc<[u64]>,
     twin: Box<dyn vmm_hooks::guest::Twin>,
     disks: Option<StandbyDisks>,
-    witness: Peer,
+    arbiter: Arbiter,
     durable: Durable,
     protection: Protection,
 }

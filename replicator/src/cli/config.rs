@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use heartbeat::etcd::{DEFAULT_PREFIX, EtcdConfig, EtcdUser};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use vmm_hooks::qemu::TrackerChoice;
@@ -89,6 +90,8 @@ pub struct AgentConfig {
     pub metrics: Option<SocketAddr>,
     /// The witness that is asked if a request names none; `None`: the one that this agent is paired with.
     pub witness: Option<String>,
+    /// The cluster that is asked instead of a witness.
+    pub etcd: Option<EtcdConfig>,
     /// Failure detection.
     pub heartbeat: HeartbeatConfig,
     /// Epochs.
@@ -205,11 +208,53 @@ struct AgentFile {
     run_dir: Option<PathBuf>,
     metrics: Option<Listen>,
     witness: Option<String>,
+    etcd: Option<EtcdFile>,
     tracker: TrackerChoice,
     heartbeat: HeartbeatFile,
     epoch: EpochFile,
     gate: GateFile,
     standby: StandbyFile,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct EtcdFile {
+    endpoints: Vec<String>,
+    prefix: Option<String>,
+    ca: Option<PathBuf>,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    user: Option<String>,
+    password_file: Option<PathBuf>,
+}
+
+impl EtcdFile {
+    fn build(self) -> Result<EtcdConfig, ConfigError> {
+        let certificate = match (self.certificate, self.key) {
+            (Some(certificate), Some(key)) => Some((certificate, key)),
+            (None, None) => None,
+            (Some(path), None) | (None, Some(path)) => {
+                return Err(value(
+                    "etcd.certificate",
+                    path.display(),
+                    "write both `certificate` and `key`, or neither",
+                ));
+            }
+        };
+        let user = match (self.user, self.password_file) {
+            (Some(name), Some(path)) => {
+                let text = fs::read_to_string(&path).map_err(|source| ConfigError::Read { path, source })?;
+                Some(EtcdUser { name, password: text.trim_end_matches(['\r', '\n']).to_owned() })
+            }
+            (None, None) => None,
+            (Some(name), None) => {
+                return Err(value("etcd.user", name, "write `password_file`, too: a file with the user's password"));
+            }
+            (None, Some(path)) => return Err(value("etcd.password_file", path.display(), "write `user`, too")),
+        };
+        let prefix = self.prefix.unwrap_or_else(|| DEFAULT_PREFIX.to_owned());
+        Ok(EtcdConfig { endpoints: self.endpoints, prefix, ca: self.ca, certificate, user })
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -352,6 +397,7 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
             None => Some(SocketAddr::from(([127, 0, 0, 1], 9644))),
         },
         witness: file.witness,
+        etcd: file.etcd.map(EtcdFile::build).transpose()?,
         heartbeat: HeartbeatConfig {
             interval: file.heartbeat.interval.0,
             silence: file.heartbeat.silence.0,
@@ -500,13 +546,17 @@ fn within(
     require((least..=most).contains(&value), key, humantime::format_duration(value), why)
 }
 
+fn value(key: &'static str, value: impl std::fmt::Display, why: &'static str) -> ConfigError {
+    ConfigError::Value { key, value: value.to_string(), why }
+}
+
 fn require(
     holds: bool,
     key: &'static str,
     value: impl std::fmt::Display,
     why: &'static str,
 ) -> Result<(), ConfigError> {
-    if holds { Ok(()) } else { Err(ConfigError::Value { key, value: value.to_string(), why }) }
+    if holds { Ok(()) } else { Err(self::value(key, value, why)) }
 }
 
 #[cfg(test)]

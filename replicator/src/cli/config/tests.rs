@@ -110,12 +110,30 @@ fn values_that_cannot_be_are_refused_by_key() {
         ("[gate]\nbytes = '4KiB'", "gate.bytes"),
         ("[gate]\nage = '10m'", "gate.age"),
         ("[standby]\nstaging = '1MiB'", "standby.staging"),
+        ("[etcd]\nendpoints = []\nkey = '/k'", "etcd.certificate"),
+        ("[etcd]\nendpoints = []\nuser = 'u'", "etcd.user"),
+        ("[etcd]\nendpoints = []\npassword_file = '/p'", "etcd.password_file"),
     ] {
         match agent_of(text) {
             Err(ConfigError::Value { key: found, .. }) => assert_eq!(found, key, "{text}"),
             other => panic!("{text}: {other:?}"),
         }
     }
+}
+
+#[test]
+fn etcd_is_configured_with_a_password_that_is_not_shown() {
+    let (dir, password) = written("word\n");
+    let text = format!(
+        "[etcd]\nendpoints = ['https://e1:2379']\nca = '/ca'\ncertificate = '/c'\nkey = '/k'\nuser = 'u'\npassword_file = '{}'\n",
+        password.display()
+    );
+    let config = agent_of(&text).expect("it can be used").etcd.expect("it is there");
+    assert_eq!((config.prefix.as_str(), config.endpoints.len()), ("understudy/", 1));
+    assert_eq!(config.user.as_ref().map(|user| user.password.as_str()), Some("word"));
+    assert!(!format!("{config:?}").contains("word"));
+    assert!(agent_of("").expect("the defaults").etcd.is_none());
+    drop(dir);
 }
 
 #[test]
