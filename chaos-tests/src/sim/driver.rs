@@ -561,7 +561,9 @@ impl World {
         };
         let protected = (0..2).find(|&host| {
             let state = &self.hosts[host];
-            state.alive && state.guest.as_ref().is_some_and(|guest| guest.running) && state.gate.holding
+            // One that waits for the record runs unheard, and may never be heard again.
+            let waits = state.restart.is_some();
+            state.alive && !waits && state.guest.as_ref().is_some_and(|guest| guest.running) && state.gate.holding
         });
         let running = (0..2).find(|&host| audible(self, host)).or(protected);
         if let Some(host) = running {

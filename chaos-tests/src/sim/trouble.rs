@@ -130,7 +130,8 @@ impl World {
             }
             Fault::Protect => {
                 if let Some(host) = runs(self).filter(|&host| {
-                    self.acting(host).is_some_and(|host| host.primary.is_none() && host.restart.is_none())
+                    self.acting(host)
+                        .is_some_and(|host| host.primary.is_none() && host.standby.is_none() && host.restart.is_none())
                 }) {
                     self.hosts[host].unprotected = false;
                     self.protect(host);
