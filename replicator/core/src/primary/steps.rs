@@ -529,7 +529,7 @@ impl Primary {
     /// Another node owns the VM, or may (P5): mute at once, destroyed only when the record says that it runs there.
     ///
     /// It may also be an earlier life of this node, whose ask was applied late. Then nobody runs it elsewhere: the guest is kept, and
-    /// this life takes over what that one owned alone.
+    /// this life takes the record over, unless the standby that it names wins.
     fn lose(&mut self, now: Time, winner: Party, activated: bool) {
         let elsewhere = winner.node != self.config.ownership.me.node;
         if !matches!(self.phase, Phase::Lost) {
