@@ -24,8 +24,15 @@ impl World {
                 self.hosts[host].alive = false;
                 self.hosts[host].guest = None;
             }
-            Fault::PauseHost(host, long) => self.hosts[host].frozen_until = now + long,
-            Fault::PauseAgent(host, long) => self.hosts[host].agent_frozen_until = now + long,
+            // Never shorter than it is: what waits for the end of it would come after what happens before that.
+            Fault::PauseHost(host, long) => {
+                let until = &mut self.hosts[host].frozen_until;
+                *until = (*until).max(now + long);
+            }
+            Fault::PauseAgent(host, long) => {
+                let until = &mut self.hosts[host].agent_frozen_until;
+                *until = (*until).max(now + long);
+            }
             Fault::Cut(from, to, long) => self.cuts.cut(from, to, now + long),
             Fault::CutBoth(one, other, long) => {
                 self.cuts.cut(one, other, now + long);
@@ -268,12 +275,11 @@ impl World {
         self.options.delay = self.options.delay.min(3_000);
         self.options.disk_failures = 0;
         self.restart_witness();
+        // Hosts and agents that stand wake by themselves, in time: to wake them here would turn the order of what waits for them.
         for host in &mut self.hosts {
             if let Some(guest) = &mut host.guest {
                 guest.frozen_until = guest.frozen_until.min(self.now);
             }
-            host.frozen_until = host.frozen_until.min(self.now);
-            host.agent_frozen_until = host.agent_frozen_until.min(self.now);
         }
     }
 }
