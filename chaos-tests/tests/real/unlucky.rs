@@ -123,20 +123,23 @@ fn slow(stage: &Stage, on: bool) -> Result<()> {
     ip(&format!("netns exec {namespace} tc qdisc {words}"))
 }
 
-/// Begins to protect, and returns when pages are copied.
-async fn begin_sync(stage: &Stage) -> Result<()> {
-    let (vm, to) = (stage.vm()?, Host::B.name().to_owned());
-    let request = ProtectRequest {
-        vm,
-        to,
+/// To protect the VM on host A with host B, and never again by itself.
+fn request(stage: &Stage) -> Result<ProtectRequest> {
+    Ok(ProtectRequest {
+        vm: stage.vm()?,
+        to: Host::B.name().to_owned(),
         epoch: None,
         shadow: None,
         durability: DurabilityPolicy::Disk,
         witness: None,
         standbys: Vec::new(),
         once: true,
-    };
-    stage.lab.client(Host::A).protect(&request).await?;
+    })
+}
+
+/// Begins to protect, and returns when pages are copied.
+async fn begin_sync(stage: &Stage) -> Result<()> {
+    stage.lab.client(Host::A).protect(&request(stage)?).await?;
     let copies =
         |status: &VmStatus| matches!(status.state, ProtectionState::Syncing(progress) if progress.done_pages > 0);
     stage.until(Host::A, "that pages are copied", copies).await.map(drop)
@@ -214,18 +217,7 @@ fn an_agent_killed_at_any_moment_of_protecting_and_unprotecting() {
         stage.set().await?;
         let mut client = stage.writer("m").await?;
         for moment in MOMENTS_MS {
-            let vm = stage.vm()?;
-            let to = Host::B.name().to_owned();
-            let request = ProtectRequest {
-                vm,
-                to,
-                epoch: None,
-                shadow: None,
-                durability: DurabilityPolicy::Disk,
-                witness: None,
-                standbys: Vec::new(),
-                once: true,
-            };
+            let request = request(stage)?;
             let client_of_a = stage.lab.client(Host::A);
             // The order itself may be what is cut off.
             let _ = tokio::time::timeout(Duration::from_millis(moment), async {

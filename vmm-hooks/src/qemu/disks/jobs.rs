@@ -157,8 +157,9 @@ pub(in crate::qemu) fn remove(qmp: &mut Qmp, cut: impl Fn()) -> Result<Vec<Strin
     if jobs.is_empty() || qmp.execute("query-status", json!({}))?["running"] != true {
         return remove_standing(qmp, jobs, cut);
     }
-    qmp.execute("stop", json!({}))?;
-    let removed = remove_standing(qmp, jobs, cut);
+    let stopped = qmp.execute("stop", json!({}));
+    let removed = stopped.and_then(|_| remove_standing(qmp, jobs, cut));
+    // Also after a `stop` whose answer is late: QEMU does one after the other, and nobody else would let the guest run again.
     let runs = qmp.execute("cont", json!({}));
     removed.and_then(|removed| runs.map(|_| removed))
 }
