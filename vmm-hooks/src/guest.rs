@@ -211,8 +211,14 @@ pub trait Guest: Send {
     /// If it fails, output may go on being held.
     fn open_output(&mut self) -> Result<(), GuestError>;
 
-    /// Begins to mirror every disk of the recipe; a guest that runs may stand for a moment: all of its content, and every write from now on,
-    /// comes as writes of [`Guest::take_writes`]. Does not wait for the copy.
+    /// Where the disks of the recipe are on this host, in its order: a file that holds a disk byte for byte; an empty path for a
+    /// disk that is in none. For somebody who only reads them when this guest is gone.
+    fn disk_images(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
+    /// Begins to mirror every disk of the recipe; a guest that runs may stand for a moment: all of its content, zeroes too, and every
+    /// write from now on, comes as writes of [`Guest::take_writes`]. Does not wait for the copy.
     ///
     /// # Errors
     /// If it fails, nothing is mirrored.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use replicator::control::api::VmStatus;
+use replicator::control::api::{EventKind, VmStatus};
 use replicator::demo::lab::{Host, Machine, VM};
 use replicator::demo::worker::Written;
 
@@ -13,6 +13,8 @@ use crate::stage::{SOON, Stage, play, play_long};
 
 /// Size of the disk.
 const DISK_MIB: u64 = 256;
+/// Size of a disk full of bytes that nobody changes.
+const BALLAST_MIB: u64 = 16;
 /// Size of a standby's journal.
 const JOURNAL_MIB: u64 = replicator::disk::open::DEFAULT_JOURNAL_BYTES >> 20;
 
@@ -53,7 +55,14 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
 #[test]
 fn a_vm_with_a_disk_goes_back_to_its_first_host() {
     play_long("failover, protected again, failback, with a disk", async |stage| {
-        stage.set_with_disk(DISK_MIB).await?;
+        // A second disk, that nobody writes to.
+        let dir = stage.lab.vm_dir();
+        fs::create_dir_all(&dir)?;
+        let ballast: Vec<u8> = (0..u32::try_from(BALLAST_MIB << 20)?).map(|at| (at % 251) as u8 | 1).collect();
+        fs::write(dir.join("ballast.raw"), &ballast)?;
+        let more = ["-drive", &format!("file={},format=raw,if=virtio", dir.join("ballast.raw").display())];
+        let more = more.map(str::to_owned).into();
+        stage.set_with(&Machine { disk_mib: Some(DISK_MIB), more, ..Machine::default() }).await?;
         stage.protect_for_good().await?;
         let mut client = stage.writer("h").await?;
         stage.lab.kill_host_a().await?;
@@ -62,17 +71,34 @@ fn a_vm_with_a_disk_goes_back_to_its_first_host() {
         let left = fs::read(&old)?;
         stage.lab.raise_host_a().await?;
         stage.until_state(Host::B, "protected").await?;
+        stage.little_was_sent(Host::B).await?;
         client.goes_on().await?;
+        let survivors = images(&stage.lab.state_dir(Host::B))?;
         stage.lab.understudy(Host::B, &["failback", VM], SOON).await?;
         let home = stage.until_state(Host::A, "protected").await?;
+        stage.little_was_sent(Host::A).await?;
+        let copies = images(&stage.lab.state_dir(Host::B))?;
+        ensure!(copies.len() == 2 && copies != survivors, "the disks that the VM left are still on host-b: {copies:?}");
         client.goes_on().await?;
+        // A standby that was away begins with what it has.
+        stage.lab.kill_agent(Host::B).await?;
+        stage.until(Host::A, "that it looks for a standby", |status| status.reason.contains("looking")).await?;
+        client.goes_on().await?;
+        stage.lab.start_agent(Host::B).await?;
+        stage.until_state(Host::A, "protected").await?;
+        stage.little_was_sent(Host::A).await?;
         let written = stage.nothing_lost(client).await?;
         let pid = home.survivor.as_ref().context("it runs from its copy")?.pid;
         stage.shut_the_guest_down()?;
         stage.until_ended(pid).await?;
         let copies = images(&stage.lab.state_dir(Host::A))?;
-        ensure!(copies.len() == 1, "{copies:?}");
-        is_whole(&copies[0], "h", &written)?;
+        let with_size =
+            |mib: u64| copies.iter().find(|copy| fs::metadata(copy).is_ok_and(|data| data.len() == mib << 20));
+        let (Some(kept), Some(same), 2) = (with_size(DISK_MIB), with_size(BALLAST_MIB), copies.len()) else {
+            anyhow::bail!("{copies:?}");
+        };
+        is_whole(kept, "h", &written)?;
+        ensure!(fs::read(same)? == ballast, "a disk that nobody wrote to has changed");
         ensure!(fs::read(&old)? == left, "somebody wrote to the image that the VM left behind");
         Ok(())
     });
@@ -295,6 +321,16 @@ impl Stage {
         let status = self.lab.vm_ended(SOON).await?;
         ensure!(status.success(), "the VM did not end in good order: {status}");
         Ok(self.lab.vm_dir().join("disk.raw"))
+    }
+
+    /// The last first copy that this host sent left out what its standby had, which was most of it.
+    async fn little_was_sent(&self, host: Host) -> Result<()> {
+        let events = self.lab.client(host).vm_events(VM, 20).await?;
+        let last = events.iter().rev().find(|event| event.kind == EventKind::Sync).context("no first copy was made")?;
+        let text = last.text.as_str();
+        let mib = text.split_whitespace().nth(3).and_then(|number| number.parse::<f64>().ok());
+        ensure!(text.contains("MiB of the disks already") && mib.is_some_and(|mib| mib > BALLAST_MIB as f64), "{text}");
+        Ok(())
     }
 
     /// Waits until a process has ended.

@@ -20,6 +20,8 @@ use vmm_hooks::guest::{GuestError, GuestErrorKind};
 
 use super::intake::Staged;
 use crate::disk::files::HostFiles;
+use crate::disk::known::Known;
+use crate::disk::older;
 use crate::disk::open::DEFAULT_JOURNAL_BYTES;
 use crate::disk::{
     DiskError, DiskStore, EpochId, Policy, Recovered, Setup, StandbyDisk, State, create, recover, state_in,
@@ -36,15 +38,21 @@ const ROOM_WITHIN: Duration = Duration::from_secs(5);
 /// Bound on directories of one VM.
 const DIRS_MAX: u32 = 1000;
 
+/// In the directory of a survivor's disks: the VM was seen to run elsewhere since.
+const LEFT: &str = "left";
+
 /// A VM's disks on this host, before and after their threads ran.
 #[derive(Debug)]
 pub(super) struct StandbyDisks {
     setup: Setup,
     store: DiskStore,
+    known: Known,
 }
 
 impl StandbyDisks {
-    /// Makes a place for the disks of the VM `name` under `parent`. Copies of earlier sessions stay until this one is whole.
+    /// Makes a place for the disks of the VM `name` under `parent`. Copies of earlier sessions stay until this one is whole; it begins
+    /// with what is in the latest of them, or else in `old`, the disks that the VM had when it last ran here. That may take as
+    /// long as reading them.
     ///
     /// # Errors
     /// If this host has no room; nothing is left behind.
@@ -53,8 +61,11 @@ impl StandbyDisks {
         name: &str,
         specs: &[DiskSpec],
         durability: Durability,
+        old: &[PathBuf],
     ) -> Result<Self, GuestError> {
-        let dir = make_dir(&parent.join(plain(name)))?;
+        let parent = parent.join(plain(name));
+        let earlier = earlier(&parent);
+        let dir = make_dir(&parent)?;
         let setup = Setup {
             disks: specs.iter().map(|spec| StandbyDisk { spec: spec.clone(), image: None }).collect(),
             journal_bytes: DEFAULT_JOURNAL_BYTES,
@@ -64,13 +75,31 @@ impl StandbyDisks {
             },
             dir,
         };
-        match create(&HostFiles, &setup) {
-            Ok(store) => Ok(Self { setup, store }),
+        let images: Vec<_> = setup.images().into_iter().map(|(spec, path)| (spec.bytes, path)).collect();
+        let candidates = |index: usize| -> Vec<PathBuf> {
+            let name = images[index].1.file_name().unwrap_or_default();
+            earlier.iter().map(|dir| dir.join(name)).chain(old.get(index).cloned()).collect()
+        };
+        let made = create(&HostFiles, &setup).map_err(refused).and_then(|store| {
+            let candidates: Vec<_> = (0..images.len()).map(candidates).collect();
+            let known = older::fill(&images, &candidates).map_err(|error| {
+                GuestError::new(GuestErrorKind::Refused, "the new images of the VM's disks cannot be used")
+                    .because(error)
+            })?;
+            Ok((store, known))
+        });
+        match made {
+            Ok((store, known)) => Ok(Self { setup, store, known }),
             Err(error) => {
                 remove(&setup.dir);
-                Err(refused(error))
+                Err(error)
             }
         }
+    }
+
+    /// What the images hold, for the primary.
+    pub(super) fn take_known(&mut self) -> Known {
+        std::mem::take(&mut self.known)
     }
 
     /// The images, one for each disk.
@@ -290,12 +319,42 @@ fn show(store: &DiskStore, metrics: &VmMetrics) {
     metrics.set_disk_journal(progress.journal_used, progress.journal_bytes);
 }
 
-/// Copies of earlier sessions of the same VM, which the one that is whole now replaces. Those that belong to a survivor stay.
+/// The copies of a VM that are here, the latest first.
+fn earlier(parent: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(parent).into_iter().flatten().flatten();
+    let mut found: Vec<_> = entries
+        .filter_map(|entry| {
+            let path = entry.path();
+            // A copy whose first copy never came to its end is worth something, too: what is in it is looked at, not believed.
+            let changed =
+                path.read_dir().ok()?.flatten().filter_map(|file| file.metadata().ok()?.modified().ok()).max()?;
+            Some((changed, path))
+        })
+        .collect();
+    found.sort();
+    found.into_iter().rev().map(|(_, path)| path).collect()
+}
+
+/// Notes of the disks of a survivor of the VM `name` that the VM runs elsewhere now. They stay, and go when the next copy here is
+/// whole, which is begun only when the survivor has ended.
+pub(super) fn survivor_left(parent: &Path, name: &str) {
+    for dir in earlier(&parent.join(plain(name))) {
+        if let Ok(Some(State::Activated(_))) = state_in(&HostFiles, &dir)
+            && let Err(error) = fs::write(dir.join(LEFT), "")
+        {
+            tracing::warn!(path = %dir.display(), %error, "a survivor's disks will stay until somebody deletes them");
+        }
+    }
+}
+
+/// Copies of earlier sessions of the same VM, which the one that is whole now replaces. Those that belong to a survivor stay, unless the VM
+/// was seen to run elsewhere after it.
 fn forget_older(dir: &Path) {
     let Some(parent) = dir.parent() else { return };
     let Ok(entries) = fs::read_dir(parent) else { return };
     for old in entries.flatten().map(|entry| entry.path()).filter(|path| path != dir) {
         match state_in(&HostFiles, &old) {
+            Ok(Some(State::Activated(_))) if old.join(LEFT).exists() => remove(&old),
             Ok(Some(State::Activated(_)) | None) => {}
             Ok(Some(_)) => remove(&old),
             Err(error) => tracing::warn!(path = %old.display(), %error, "an older copy of the disks is left alone"),
@@ -341,6 +400,7 @@ fn refused(error: DiskError) -> GuestError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::known::Digest;
     use crate::metrics::Metrics;
     use crate::pages::decode::Stager;
     use crate::pages::encode::Encoder;
@@ -376,7 +436,7 @@ mod tests {
     }
 
     fn running(dir: &Path) -> (UnboundedSender<Staged>, DiskThreads, Committer, UnboundedReceiver<Held>, Vec<PathBuf>) {
-        let disks = StandbyDisks::make(dir, "vm/1", &specs(), Durability::Disk).expect("room");
+        let disks = StandbyDisks::make(dir, "vm/1", &specs(), Durability::Disk, &[]).expect("room");
         let images = disks.images();
         let (to_disks, for_disks) = unbounded_channel();
         let (threads, committer, held) = disks.start(for_disks, Metrics::new().vm("vm/1")).expect("threads");
@@ -449,5 +509,35 @@ mod tests {
         to_disks.send(staged(Some(1), &[])).expect("it is taken");
         held.blocking_recv().expect("passed on").expect("held");
         assert!(!older[0].exists() && newer[0].exists() && survivors[0].exists());
+        // The VM has moved on, and the next copy of it here is whole.
+        survivor_left(dir.path(), "vm/1");
+        assert!(survivors[0].exists());
+        let (to_disks, _threads, _committer, mut held, newest) = running(dir.path());
+        to_disks.send(staged(Some(1), &[])).expect("it is taken");
+        held.blocking_recv().expect("passed on").expect("held");
+        assert!(!survivors[0].exists() && !newer[0].exists() && newest[0].exists());
+    }
+
+    #[test]
+    fn a_new_copy_begins_with_the_latest_one_or_with_the_disks_the_vm_had_here() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let make = |old: &[PathBuf]| {
+            StandbyDisks::make(&dir.path().join("images"), "vm/1", &specs(), Durability::Disk, old).expect("room")
+        };
+        let old = dir.path().join("old.raw");
+        fs::write(&old, vec![1; usize::try_from(BYTES).expect("small")]).expect("a file");
+        let mut first = make(&[PathBuf::new(), old.clone()]);
+        let (images, known) = (first.images(), first.take_known());
+        assert_eq!((known.0[0][0], known.filled()), (Digest::ZEROES, 1));
+        assert!(fs::read(&images[1]).expect("an image") == fs::read(&old).expect("the disk"));
+        fs::write(&images[0], vec![2; usize::try_from(BYTES).expect("small")]).expect("an image");
+        let mut second = make(&[]);
+        assert_eq!(second.take_known().filled(), 2);
+        for (first, second) in images.iter().zip(second.images()) {
+            assert!(fs::read(first).expect("an image") == fs::read(second).expect("an image"));
+        }
+        second.remove();
+        first.remove();
+        assert!(old.exists());
     }
 }

@@ -45,6 +45,9 @@ struct Text {
     guest: Option<GuestAt>,
     #[serde(default)]
     protection: Option<Protection>,
+    /// Raw images that the VM's disks had when it last ran here, in the recipe's order; an empty path where there is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    disks: Vec<PathBuf>,
 }
 
 /// Which process is the VM's guest on this host. Only one that an agent attached to, or activated, is noted.
@@ -77,7 +80,7 @@ pub(super) struct Mark {
 impl Text {
     fn fresh(vm: VmId, name: String) -> Self {
         let (store, mark, guest, protection) = (None, None, None, None);
-        Self { vm: vm.to_string(), name, store, generation: 0, sessions: 0, mark, guest, protection }
+        Self { vm: vm.to_string(), name, store, generation: 0, sessions: 0, mark, guest, protection, disks: Vec::new() }
     }
 }
 
@@ -223,6 +226,16 @@ impl Durable {
     /// Remembers how it is to be protected, or that it is not any more.
     pub(super) fn set_protection(&mut self, protection: Option<Protection>) -> io::Result<()> {
         self.change(|text| text.protection = protection)
+    }
+
+    /// Where the VM's disks were when it last ran here.
+    pub(super) fn disks(&self) -> &[PathBuf] {
+        &self.text.disks
+    }
+
+    /// Remembers where its disks are while it runs here.
+    pub(super) fn set_disks(&mut self, disks: Vec<PathBuf>) -> io::Result<()> {
+        self.change(|text| text.disks = disks)
     }
 
     /// Which process is its guest here, as far as it was noted.

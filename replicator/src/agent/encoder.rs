@@ -14,6 +14,8 @@ use vmm_hooks::guest::Capture;
 use vmm_hooks::layout::PageSet;
 
 use super::pause::Chunk;
+use crate::disk::difference::{Difference, Incomplete};
+use crate::disk::known::Known;
 use crate::pages::encode::{EncodeError, EncodeStats, Encoder};
 use crate::pages::frame::StreamId;
 use crate::pages::shadow::ShadowMode;
@@ -22,6 +24,9 @@ use crate::pages::shadow::ShadowMode;
 pub(super) const JOBS: usize = 64;
 /// Encoded frames that may wait for the connection: 16 MiB at most.
 const FRAMES: usize = 64;
+
+/// Ranges of zeroes that the standby is still owed, in one stream.
+const OWED: usize = 1 << 14;
 
 /// What the thread is given.
 #[derive(Debug)]
@@ -33,7 +38,9 @@ pub(super) enum Job {
     },
     /// A part of the initial sync.
     Chunk(Chunk),
-    /// A part of the first copy of the disks.
+    /// What the standby's images hold: comes before any part of the first copy of the disks.
+    Known(Known),
+    /// A part of that.
     Writes(Vec<DiskWrite>),
     /// Tell when everything before this was encoded.
     Flush(Sender<()>),
@@ -67,6 +74,13 @@ pub(super) enum Report {
         /// Why.
         error: EncodeError,
     },
+    /// Of the first copy of the disks only what the standby did not have was sent; all of it is there with the next epoch.
+    Spared {
+        /// Bytes that it had.
+        bytes: u64,
+    },
+    /// The first copy of the disks is not whole: no epoch can follow it.
+    Incomplete(Incomplete),
     /// The connection takes no more.
     Broken {
         /// Why.
@@ -131,6 +145,7 @@ fn encode(
 ) {
     let mut encoder = Encoder::new(session.layout_pages, shadow);
     let mut chunks = 0;
+    let mut difference: Option<Difference> = None;
     while let Ok(job) = jobs.recv() {
         let mut id = StreamId {
             vm: session.vm,
@@ -167,7 +182,18 @@ fn encode(
                 let stats = encoder.encode_chunk(&id, &chunk.pages, &chunk.bytes, &mut sink);
                 Piece::End { epoch: None, stats }
             }
+            Job::Known(known) => {
+                difference = Some(Difference::new(&session.disks, known));
+                continue;
+            }
             Job::Writes(writes) => {
+                let writes = match &mut difference {
+                    Some(difference) => difference.filter(writes),
+                    None => writes,
+                };
+                if writes.is_empty() {
+                    continue;
+                }
                 chunks += 1;
                 id.epoch = chunks;
                 if pieces.blocking_send(Piece::Begin).is_err() {
@@ -176,6 +202,29 @@ fn encode(
                 Piece::End { epoch: None, stats: encoder.encode_writes(&id, &writes, &mut sink) }
             }
             Job::Epoch { epoch, binding, mut capture } => {
+                if let Some(difference) = difference.take() {
+                    // The mirror has told everything: the first epoch is captured when it is ready, and what it holds comes later.
+                    let bytes = difference.left_out();
+                    let owed = match difference.finish() {
+                        Ok(owed) => owed,
+                        Err(incomplete) => {
+                            let _ = reports.send(Report::Incomplete(incomplete));
+                            return;
+                        }
+                    };
+                    for writes in owed.chunks(OWED) {
+                        chunks += 1;
+                        id.epoch = chunks;
+                        if pieces.blocking_send(Piece::Begin).is_err() {
+                            return;
+                        }
+                        let stats = encoder.encode_writes(&id, writes, &mut sink);
+                        if pieces.blocking_send(Piece::End { epoch: None, stats }).is_err() {
+                            return;
+                        }
+                    }
+                    let _ = reports.send(Report::Spared { bytes });
+                }
                 id.epoch = epoch;
                 id.binding = binding;
                 if pieces.blocking_send(Piece::Begin).is_err() {

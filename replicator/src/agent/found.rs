@@ -20,6 +20,7 @@ use vmm_hooks::qemu;
 use vmm_hooks::sys::process::{PidFd, ProcessError};
 
 use super::asker::Asker;
+use super::disks::survivor_left;
 use super::durable::{Durable, GuestAt};
 use super::primary::{Left, wait_until};
 use super::reprotect::Life;
@@ -269,6 +270,9 @@ impl Found {
                     "this agent was started again, and gave it back to the host that has it",
                 );
             }
+        }
+        if let End::Theirs = end {
+            survivor_left(&self.life.agent.config.standby.images, &self.life.at.name);
         }
         let forgotten = self.durable.set_guest(None).and_then(|()| self.durable.set_protection(None));
         if let Err(error) = forgotten {

@@ -4,13 +4,15 @@
 //! primary sent it. Anything else ends the intake with a reason and the connection with a code.
 
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 
-use quinn::Connection;
+use quinn::{Connection, ReadToEndError, VarInt};
 use replicator_core::message::CloseCode;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::encoder::Session;
+use crate::disk::known::{self, Known};
 use crate::pages::decode::Stager;
 use crate::pages::staged::{DeviceState, StagedEpoch};
 
@@ -73,6 +75,41 @@ pub(super) async fn run(
             Err(end) => return end,
         }
     }
+}
+
+/// The primary's one intake: what the standby has of the disks, whose sizes these are. Something else closes the connection;
+/// whoever waits for it learns by a closed queue.
+pub(super) async fn known(connection: Connection, sizes: Arc<[u64]>, tell: Sender<Known>) {
+    // A connection that breaks tells everybody by itself.
+    let Ok(mut stream) = connection.accept_uni().await else { return };
+    match stream.read_to_end(known::MAX_BYTES).await {
+        Ok(bytes) => match Known::decode(&bytes, &sizes) {
+            Ok(known) => drop(tell.send(known)),
+            Err(error) => close(&connection, CloseCode::Corrupt, &error.to_string()),
+        },
+        Err(ReadToEndError::TooLong) => {
+            close(&connection, CloseCode::TooLarge, "what the standby says of its disks is too long")
+        }
+        Err(ReadToEndError::Read(_)) => {}
+    }
+}
+
+/// The standby's side of it.
+pub(super) async fn tell_known(connection: Connection, known: Known) {
+    let told = async {
+        let mut stream = connection.open_uni().await.map_err(|error| error.to_string())?;
+        let bytes = known.encode();
+        drop(known);
+        stream.write_chunk(bytes.into()).await.map_err(|error| error.to_string())?;
+        stream.finish().map_err(|error| error.to_string())
+    };
+    if let Err(reason) = told.await {
+        tracing::debug!(reason, "the primary was not told what is here of its disks");
+    }
+}
+
+fn close(connection: &Connection, code: CloseCode, reason: &str) {
+    connection.close(VarInt::from_u32(code.code()), reason.as_bytes());
 }
 
 async fn next(

@@ -22,6 +22,7 @@ use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 
 use super::lag::Stand;
 use super::{clock, encoder};
+use crate::disk::known::Known;
 
 /// The longest this thread waits without looking at its commands and at the guest.
 const SLICE: Duration = Duration::from_millis(5);
@@ -151,6 +152,7 @@ pub(super) struct PauseThread {
     reports: UnboundedSender<Report>,
     chunks: SyncSender<encoder::Job>,
     spare: Receiver<Capture>,
+    known: Option<Receiver<Known>>,
     order: Option<CaptureOrder>,
     running_since: Instant,
     dirty: PageSet,
@@ -173,13 +175,13 @@ enum Next {
 }
 
 impl PauseThread {
-    /// Takes the guest. `chunks` leads to the encoder, `spare` brings used captures back.
+    /// Takes the guest. `chunks` leads to the encoder, `spare` brings used captures back, `known` what the standby has of the disks.
     pub(super) fn new(
         guest: Box<dyn Guest>,
         commands: Receiver<Command>,
         reports: UnboundedSender<Report>,
         chunks: SyncSender<encoder::Job>,
-        spare: Receiver<Capture>,
+        (spare, known): (Receiver<Capture>, Receiver<Known>),
         stand: Stand,
     ) -> Self {
         let gate = guest.gate();
@@ -191,6 +193,7 @@ impl PauseThread {
             reports,
             chunks,
             spare,
+            known: Some(known),
             order: None,
             running_since: Instant::now(),
             dirty,
@@ -457,6 +460,23 @@ impl PauseThread {
 
     /// Begins to mirror the disks and sends all that is written to them until their first copy is complete.
     fn mirror(&mut self) -> Result<Next, GuestError> {
+        if let Some(known) = self.known.take() {
+            let known = loop {
+                match known.recv_timeout(SLICE) {
+                    Ok(known) => break known,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => {
+                        let why = "the standby did not say what it has of the disks";
+                        return Err(GuestError::new(GuestErrorKind::Failed, why));
+                    }
+                }
+                if let Some(end) = self.interrupted(None)? {
+                    return Ok(end);
+                }
+                self.hear();
+            };
+            self.give(encoder::Job::Known(known))?;
+        }
         self.guest.mirror_disks()?;
         loop {
             let progress = self.guest.mirror_progress()?;
@@ -486,10 +506,14 @@ impl PauseThread {
         if writes.is_empty() {
             return Ok(false);
         }
-        if self.chunks.send(encoder::Job::Writes(writes)).is_err() {
-            return Err(GuestError::new(GuestErrorKind::Failed, "the standby takes no more of the initial sync"));
-        }
+        self.give(encoder::Job::Writes(writes))?;
         Ok(true)
+    }
+
+    /// Gives the encoder a part of the initial sync; waits for room.
+    fn give(&self, job: encoder::Job) -> Result<(), GuestError> {
+        let refused = |_| GuestError::new(GuestErrorKind::Failed, "the standby takes no more of the initial sync");
+        self.chunks.send(job).map_err(refused)
     }
 
     /// Whether the sync is to end: a command that came, whatever it is, is more urgent than the sync, and is served next. `set` is
@@ -530,9 +554,9 @@ impl PauseThread {
                 return Err(error);
             }
             let job = encoder::Job::Chunk(Chunk { pages: chunk.to_vec(), bytes });
-            if self.chunks.send(job).is_err() {
+            if let Err(error) = self.give(job) {
                 self.guest.put_back(set);
-                return Err(GuestError::new(GuestErrorKind::Failed, "the standby takes no more of the initial sync"));
+                return Err(error);
             }
             done += u64::try_from(chunk.len()).expect("a chunk is small");
             self.report(Report::Syncing { round, done, total });

@@ -23,6 +23,7 @@ use super::asker::Asker;
 use super::beats::Beat;
 use super::durable::Durable;
 use super::encoder::{self, Job, Session};
+use super::intake;
 use super::lag::Stand;
 use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
@@ -173,6 +174,10 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     let no_thread = |error: std::io::Error| {
         ErrorBody::new(ErrorKind::Failed, "a thread could not be started; the VM runs on unprotected").because(&error)
     };
+    let (tell, known) = channel();
+    if !session.disks.is_empty() {
+        tokio::spawn(intake::known(connection.clone(), Arc::clone(&session.disks), tell));
+    }
     let jobs = encoder::start(session, shadow, connection, spare, encoder_reports);
     // The guest is handed over once the thread runs, so that it is still here to be left if there is none.
     let (hand, take) = channel::<PauseThread>();
@@ -191,7 +196,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
             return Err(no_thread(error));
         }
     };
-    let thread = PauseThread::new(guest, inbox, reports, jobs.clone(), spares, Stand::new(view.lag()));
+    let thread = PauseThread::new(guest, inbox, reports, jobs.clone(), (spares, known), Stand::new(view.lag()));
     hand.send(thread).map_err(|_| no_thread(std::io::Error::other("it ended at once")))?;
     let mut task = Task {
         name,
@@ -551,6 +556,14 @@ impl Task {
             encoder::Report::Unencodable { epoch, error } => {
                 tracing::error!(vm = self.name, epoch, %error, "an epoch cannot be encoded");
                 self.core.handle_connection_lost(now, &clip(&error.to_string()));
+            }
+            encoder::Report::Spared { bytes } => {
+                tracing::info!(vm = self.name, bytes, "the standby had this much of the disks already");
+                self.view.spared(bytes);
+            }
+            encoder::Report::Incomplete(incomplete) => {
+                tracing::error!(vm = self.name, %incomplete, "the first copy of the disks is not whole");
+                self.core.handle_connection_lost(now, &clip(&incomplete.to_string()));
             }
             encoder::Report::Broken { reason } => self.core.handle_connection_lost(now, &clip(&reason)),
         }

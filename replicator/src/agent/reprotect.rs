@@ -21,6 +21,7 @@ use vmm_hooks::qemu;
 use vmm_hooks::sys::process::{PidFd, ProcessError};
 
 use super::beats::Beat;
+use super::disks::survivor_left;
 use super::durable::{Durable, GuestAt};
 use super::primary::{self, Left};
 use super::protection::Protection;
@@ -120,6 +121,10 @@ impl Life {
     /// What is remembered after the last session.
     fn rest(&self, left: Left) {
         let gone = self.at.is_gone();
+        // Its end may not be over yet; no copy is made here before it is.
+        if left == Left::Over && self.view.status().state == ProtectionState::Fenced {
+            survivor_left(&self.agent.config.standby.images, &self.at.name);
+        }
         self.note(|durable, at| {
             durable.set_guest(Some(at).filter(|_| !gone && matches!(left, Left::Stopped | Left::Over)))?;
             if gone || matches!(left, Left::Asked | Left::Alone { .. }) {

@@ -170,7 +170,8 @@ impl Agent {
         // A later life of this agent takes it up from here.
         let noted = durable
             .set_guest(Some(GuestAt { attached: true, ..at.clone() }))
-            .and_then(|()| durable.set_protection(Some(protection.clone())));
+            .and_then(|()| durable.set_protection(Some(protection.clone())))
+            .and_then(|()| durable.set_disks(guest.disk_images()));
         if let Err(error) = noted {
             return Err((guest, failed(format!("this host cannot remember that it protects {name}"), &error)));
         }
@@ -311,6 +312,7 @@ impl Agent {
         let pages = layout.pages();
         let (twins, twin_name) = (Arc::clone(&self.twins), name.clone());
         let images = self.config.standby.images.clone();
+        let older = durable.disks().to_vec();
         let sizes: Arc<[u64]> = recipe.disks.iter().map(|disk| disk.bytes).collect();
         let (disks, twin) = blocking(move || {
             let disks = match recipe.disks.as_slice() {
@@ -319,7 +321,7 @@ impl Agent {
                     let message = format!("the VM has {} disks, at most {MAX_DISKS} can be replicated", disks.len());
                     return Err(GuestError::new(GuestErrorKind::Refused, message));
                 }
-                disks => Some(StandbyDisks::make(&images, &twin_name, disks, durability)?),
+                disks => Some(StandbyDisks::make(&images, &twin_name, disks, durability, &older)?),
             };
             let paths = disks.as_ref().map(StandbyDisks::images).unwrap_or_default();
             match twins.prepare(&twin_name, &recipe, &layout, &paths) {

@@ -106,12 +106,15 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     let mut started = Ok(());
     match disks {
         None => direct = Some(staged_out),
-        Some(disks) => match disks.start(staged_out, view.metrics().clone()) {
-            Ok((running, commits, passed_on)) => {
-                (threads, committer, held) = (Some(running), Some(commits), Some(passed_on));
+        Some(mut disks) => {
+            tokio::spawn(intake::tell_known(connection.clone(), disks.take_known()));
+            match disks.start(staged_out, view.metrics().clone()) {
+                Ok((running, commits, passed_on)) => {
+                    (threads, committer, held) = (Some(running), Some(commits), Some(passed_on));
+                }
+                Err(error) => started = Err(error),
             }
-            Err(error) => started = Err(error),
-        },
+        }
     }
     let mut intake: JoinHandle<IntakeEnd> = tokio::spawn(intake::run(connection, session, staging, staged_in));
     let mut intake_runs = true;

@@ -307,6 +307,18 @@ impl View {
         self.lock().failing = None;
     }
 
+    /// So much of the first copy of the disks the standby had already.
+    pub(super) fn spared(&self, bytes: u64) {
+        if bytes > 0 {
+            let had = bytesize::ByteSize(bytes).display().iec();
+            self.tell(
+                &self.lock(),
+                EventKind::Sync,
+                format!("the standby had {had} of the disks already; the rest of them was sent"),
+            );
+        }
+    }
+
     /// Where the survivor runs.
     pub(super) fn set_survivor(&self, survivor: SurvivorAt) {
         self.lock().status.survivor = Some(survivor);

@@ -521,6 +521,8 @@ pub enum EventKind {
     Failover,
     /// The standby's copy was tried.
     Rehearsal,
+    /// A first copy was made.
+    Sync,
 }
 
 /// Something that happened to a VM on this host: `GET /v1/vms/NAME/events?last=N`, oldest first. Kept over restarts.

@@ -6,6 +6,9 @@
 //! | [`open`] | makes, gives up, recovers: always a whole epoch, not older than the last acknowledged one |
 //! | [`error`] | what happened, what is safe, what to do |
 //! | [`files`] | the file system, or a model of one |
+//! | [`known`] | what new images hold, as digests |
+//! | [`difference`] | the primary's side of it: only what a standby does not have is sent |
+//! | [`older`] | begins new images with an older copy |
 //!
 //! The rules are in `docs/protocol.md`, P40 to P47. In the order of a standby's life:
 //!
@@ -19,11 +22,14 @@
 //! After a latched error nothing is taken or finished by that store. If the VM must go on from its copy all the same, drop it,
 //! [`recover`](open::recover) with the last acknowledged epoch as the limit, and finish at the epoch that it found.
 
+pub mod difference;
 pub mod error;
 pub mod files;
 mod images;
 mod journal;
+pub mod known;
 mod mark;
+pub(crate) mod older;
 pub mod open;
 mod record;
 pub mod store;

@@ -6,6 +6,7 @@
 
 mod shape;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -505,6 +506,10 @@ impl Guest for QemuGuest {
 
     fn put_back_writes(&mut self, writes: Vec<DiskWrite>) {
         self.mirrors.put_back(writes);
+    }
+
+    fn disk_images(&self) -> Vec<PathBuf> {
+        self.mirrors.images()
     }
 
     fn mirror_disks(&mut self) -> Result<(), GuestError> {

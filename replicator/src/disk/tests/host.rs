@@ -38,7 +38,7 @@ fn image(setup: &Setup, disk: usize) -> Vec<u8> {
 }
 
 #[test]
-fn p43_p48_a_life_from_first_copy_to_survivor_and_back() {
+fn p40_p43_a_life_from_first_copy_to_survivor_and_back() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let setup = setup(dir.path(), BYTES, 64 << 10);
     let store = create(&HostFiles, &setup).expect("creates");

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::super::OUR_PREFIX;
 use super::super::cmdline::{DriveArgument, drive_arguments};
 use super::super::qmp::{Qmp, QmpError};
+use super::seen_by;
 
 /// Devices (by how their type begins) whose drives are mirrored.
 const DEVICES: [&str; 4] = ["virtio-blk", "scsi-hd", "ide-hd", "scsi-disk"];
@@ -233,7 +234,7 @@ fn argument_of(drive: &Drive, arguments: &[DriveArgument]) -> Option<DriveArgume
 }
 
 /// What an open file is, whatever its path.
-fn identity(path: &str) -> Option<(u64, u64)> {
+fn identity(path: &Path) -> Option<(u64, u64)> {
     let metadata = fs::metadata(path).ok()?;
     let kind = metadata.file_type();
     if kind.is_block_device() {
@@ -267,8 +268,7 @@ impl User {
         if self.user == 0 {
             return false;
         }
-        let start = if file.starts_with('/') { "root" } else { "cwd" };
-        let Ok(path) = fs::canonicalize(format!("/proc/{pid}/{start}/{file}")) else { return false };
+        let Ok(path) = fs::canonicalize(seen_by(pid, file)) else { return false };
         let lacks = |path: &Path, wanted: u32| {
             fs::metadata(path).is_ok_and(|metadata| {
                 let shift = match () {
@@ -285,12 +285,7 @@ impl User {
 
 /// Notes which images other processes have open for writing.
 fn other_writers(pid: u32, drives: &mut [Drive]) {
-    let root = format!("/proc/{pid}/root");
-    let cwd = format!("/proc/{pid}/cwd");
-    let of = |drive: &Drive| {
-        let path = if drive.file.starts_with('/') { &root } else { &cwd };
-        drive.writable.then(|| identity(&format!("{path}/{}", drive.file)))?
-    };
+    let of = |drive: &Drive| drive.writable.then(|| identity(&seen_by(pid, &drive.file)))?;
     let wanted: Vec<_> = drives.iter().map(of).collect();
     if wanted.iter().all(Option::is_none) {
         return;
@@ -303,7 +298,7 @@ fn other_writers(pid: u32, drives: &mut [Drive]) {
         // A process that is gone, or not ours to look at, has nothing to tell.
         for fd in fs::read_dir(format!("/proc/{other}/fd")).into_iter().flatten().flatten() {
             let Some(path) = fd.path().to_str().map(str::to_owned) else { continue };
-            let Some(found) = identity(&path) else { continue };
+            let Some(found) = identity(Path::new(&path)) else { continue };
             for (drive, wanted) in drives.iter_mut().zip(&wanted) {
                 if *wanted == Some(found) && writes(&path) {
                     drive.opened_by.get_or_insert(other);

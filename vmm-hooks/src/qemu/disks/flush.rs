@@ -6,11 +6,11 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 
 use super::log::WriteLog;
+use super::seen_by;
 
 /// Bytes written to all disks together after which they are flushed.
 const FLUSH_AFTER: u64 = 1 << 20;
@@ -38,9 +38,8 @@ pub(super) fn start(images: Vec<File>, log: &Arc<WriteLog>) {
 
 /// A handle of our own on a process's file. `None` if it cannot be had, which costs longer pauses alone.
 pub(super) fn open(pid: u32, file: &str) -> Option<File> {
-    let start = if file.starts_with('/') { "root" } else { "cwd" };
-    let path = format!("/proc/{pid}/{start}/{file}");
-    let metadata = std::fs::metadata(Path::new(&path)).ok()?;
+    let path = seen_by(pid, file);
+    let metadata = std::fs::metadata(&path).ok()?;
     let plain = metadata.is_file() || metadata.file_type().is_block_device();
     plain.then(|| File::open(&path).ok())?
 }

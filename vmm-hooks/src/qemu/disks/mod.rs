@@ -27,6 +27,8 @@ mod jobs;
 mod log;
 mod socket;
 
+use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,6 +50,12 @@ use socket::SocketDir;
 const BROKEN_ADVICE: &str =
     "nothing of this epoch is committed and the guest's own disks are unharmed; its disks must be copied anew";
 
+/// A path as a process sees it, for us to open.
+fn seen_by(pid: u32, file: &str) -> PathBuf {
+    let start = if file.starts_with('/') { "root" } else { "cwd" };
+    PathBuf::from(format!("/proc/{pid}/{start}/{file}"))
+}
+
 /// The mirrors of one QEMU.
 #[derive(Debug)]
 pub(super) struct Mirrors {
@@ -68,6 +76,8 @@ struct Disk {
     bytes: u64,
     /// Its image, if QEMU flushes it when it stops.
     flushed: Option<String>,
+    /// Its image, if that holds the disk byte for byte; else empty.
+    image: PathBuf,
 }
 
 /// What there is while disks are mirrored.
@@ -85,11 +95,15 @@ struct Running {
 impl Mirrors {
     /// For these drives; changes nothing yet.
     pub(super) fn new(storage: &Storage, process: PidFd) -> Self {
+        let pid = process.pid();
+        // One that cannot be found from here is not one that others can read later.
+        let plain = |drive: &Drive| fs::canonicalize(seen_by(pid, &drive.file)).ok().filter(|_| drive.format == "raw");
         let disk = |drive: &Drive| Disk {
             name: drive.name.clone(),
             node: drive.node.clone(),
             bytes: drive.bytes,
             flushed: drive.flushed.then(|| drive.file.clone()),
+            image: plain(drive).unwrap_or_default(),
         };
         Self {
             disks: storage.disks().map(disk).collect(),
@@ -98,6 +112,11 @@ impl Mirrors {
             generation: 0,
             running: None,
         }
+    }
+
+    /// See [`crate::guest::Guest::disk_images`].
+    pub(super) fn images(&self) -> Vec<PathBuf> {
+        self.disks.iter().map(|disk| disk.image.clone()).collect()
     }
 
     /// There is nothing to mirror.
