@@ -111,17 +111,14 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         }
         outcome(shell::run(shell::cargo().env("UNDERSTUDY_LONG", "1").args([
             "test",
+            "--workspace",
             "--no-fail-fast",
-            "--package",
-            "vmm-hooks",
             "--test",
             "matrix",
             "--test",
             "kvm_pause",
             "--test",
             "kvm_pilot",
-            "--package",
-            "chaos-tests",
             "--test",
             "real",
         ])))
@@ -131,6 +128,7 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Err(why) => Outcome::Skipped(why),
     });
     if all {
+        lane("what meets QEMU, with a newer one", &|| newer_lane(&means));
         lane("model checker, large bounds", &|| {
             let mut command = shell::cargo();
             outcome(shell::run(command.args(["run", "--release", "--quiet", "-p", "chaos-model", "--", "--large"])))
@@ -164,6 +162,43 @@ fn component(name: &str) -> Result<(), String> {
         Ok(status) if status.success() => Ok(()),
         _ => Err(format!("`cargo {name}` is not installed: rustup component add {name}")),
     }
+}
+
+/// That lane alone.
+///
+/// # Errors
+/// If the set-up cannot write.
+pub(crate) fn test_newer() -> Result<ExitCode> {
+    let means = setup::run(false)?;
+    match newer_lane(&means) {
+        Outcome::Passed => Ok(ExitCode::SUCCESS),
+        Outcome::Skipped(why) => {
+            println!("skipped: {why}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Outcome::Failed(why) => bail!("{why}"),
+    }
+}
+
+fn newer_lane(means: &setup::Means) -> Outcome {
+    match (means.demo(), setup::newer::make()) {
+        (Ok(guest), Ok(newer)) => outcome(with_newer(&guest, &newer)),
+        (Err(why), _) => Outcome::Skipped(why),
+        (_, Err(why)) => Outcome::Skipped(format!("there is no newer QEMU: {why:#}")),
+    }
+}
+
+/// What meets a real QEMU, with another one than that which is installed.
+fn with_newer(guest: &Path, newer: &setup::newer::Newer) -> Result<()> {
+    println!("{}", newer.version);
+    let mut tests = shell::cargo();
+    // All of the workspace, so that nothing is built with other features than before.
+    tests.args(["test", "--workspace", "--no-fail-fast", "--test", "contract", "--test", "qemu_real"]);
+    tests.args(["--test", "matrix", "--test", "real"]);
+    let tested = shell::run(&mut newer.command(&tests));
+    let mut demo = Command::new(shell::target().join("debug/understudy"));
+    demo.arg("demo").arg("--guest").arg(guest).args(["--load-seconds", "3"]);
+    tested.and(shell::run(newer.command(&demo).stdin(Stdio::null())))
 }
 
 /// The demo of the build that was just tested, with its assertions on, and short throughput measurements.

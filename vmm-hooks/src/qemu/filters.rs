@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::discover::{OBJECTS, children, connect};
 use super::gate::Port;
 use super::qmp::{Qmp, QmpError};
+use super::state::StateFile;
 use super::{OUR_PREFIX, Target, cmdline, disks};
 use crate::guest::GuestError;
 use crate::sys::inject::{self, Injected};
@@ -118,6 +119,7 @@ pub fn remove_leftovers(target: &Target) -> Result<Vec<String>, GuestError> {
     let mut removed = remove(&mut qmp)?;
     // Whoever answered them is gone, so nothing in QEMU waits for an answer.
     removed.extend(disks::remove(&mut qmp, || ())?);
+    removed.extend(StateFile::leftovers(&mut qmp)?);
     for fd in userfaultfds(&process) {
         inject::detach(&process, &Injected { fd, reused: false })
             .map_err(|error| GuestError::from(crate::track::TrackError::from(error)))?;

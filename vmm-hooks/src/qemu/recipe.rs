@@ -177,6 +177,7 @@ pub(super) fn try_out(found: &Discovered) -> Result<Vec<String>, String> {
         let plan = Plan {
             argv: &recipe.argv,
             user: recipe.user,
+            version: &recipe.version,
             cwd: &recipe.cwd,
             machine: &recipe.machine,
             memory: &backends,

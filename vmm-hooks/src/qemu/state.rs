@@ -95,6 +95,22 @@ impl StateFile {
         Ok(())
     }
 
+    /// Takes files of ours out of QEMU that somebody left there: one of 9.1 or newer keeps them when their monitor is gone. Says which.
+    pub(super) fn leftovers(qmp: &mut Qmp) -> Result<Vec<String>, QmpError> {
+        let sets = qmp.execute("query-fdsets", json!({}))?;
+        let files = |set: &Value| set.get("fds").and_then(Value::as_array).cloned().unwrap_or_default();
+        let mut removed = Vec::new();
+        for set in sets.as_array().into_iter().flatten() {
+            for file in files(set) {
+                if file["opaque"].as_str().is_some_and(|opaque| opaque.starts_with(OUR_PREFIX)) {
+                    qmp.execute("remove-fd", json!({ "fdset-id": set["fdset-id"], "fd": file["fd"] }))?;
+                    removed.push(format!("file {}", file["opaque"].as_str().unwrap_or_default()));
+                }
+            }
+        }
+        Ok(removed)
+    }
+
     /// Takes the file out of QEMU.
     pub(super) fn close(&self, qmp: &mut Qmp) -> Result<(), QmpError> {
         qmp.execute("remove-fd", json!({ "fdset-id": self.fdset })).map(drop)

@@ -87,7 +87,12 @@ impl Machine {
         for monitor in ["qmp", "second"] {
             command.args(["-qmp", &format!("unix:{shown}/{monitor},server=on,wait=off")]);
         }
-        for word in row.arguments.split_whitespace() {
+        let arguments = if has_runas() {
+            row.arguments.to_owned()
+        } else {
+            row.arguments.replace("-runas nobody", "-run-with user=nobody")
+        };
+        for word in arguments.split_whitespace() {
             match card(word) {
                 Some((number, end)) => {
                     let tap = format!("tap,id=net{number},ifname=tap{number},script=no,downscript=no");
@@ -210,6 +215,12 @@ fn as_nobody(dir: &Path) -> Command {
         exec setpriv --reuid nobody --regid nogroup --clear-groups --pdeathsig KILL "$@""#;
     command.args(["--mount", "sh", "-c", script]).arg(dir).arg(QEMU);
     command
+}
+
+/// Whether QEMU is told its user by `-runas`, as up to 9.2.
+fn has_runas() -> bool {
+    let help = Command::new(QEMU).arg("--help").output().expect("QEMU starts");
+    String::from_utf8_lossy(&help.stdout).contains("-runas")
 }
 
 /// How fast this machine's clock is, which is a guest's under emulation.

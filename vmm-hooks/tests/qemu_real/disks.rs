@@ -17,7 +17,7 @@ use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, PauseParts};
 use vmm_hooks::layout::PAGE_SIZE;
 use vmm_hooks::qemu::{AttachOptions, CheckLevel, QemuGuest, attach, doctor, remove_leftovers};
 
-use crate::{Qemu, SECOND, SOON, qmp, read_all, status, wait_for};
+use crate::{QEMU, Qemu, SECOND, SOON, qmp, read_all, status, wait_for};
 
 /// The size of each disk: odd in MiB, so that its end is not aligned to anything large.
 const BYTES: usize = 17 << 20;
@@ -451,7 +451,11 @@ fn a_log_that_runs_over_breaks_the_mirror_and_lets_the_guest_go_on() {
 #[test]
 fn a_qemu_that_runs_as_another_user_reaches_us() {
     use std::os::unix::fs::PermissionsExt;
-    let Some((dir, qemu, disks)) = one_disk(&["-runas", "nobody"]) else { return };
+    let help = Command::new(QEMU).arg("--help").output().map(|help| String::from_utf8_lossy(&help.stdout).into_owned());
+    // QEMU 10 has another name for it.
+    let older = help.is_ok_and(|help| help.contains("-runas"));
+    let steps_down = if older { ["-runas", "nobody"] } else { ["-run-with", "user=nobody"] };
+    let Some((dir, qemu, disks)) = one_disk(&steps_down) else { return };
     // QEMU opens the image anew when a mirror goes, and would end if it could not.
     let refused = attach(&qemu.target(), &AttachOptions::default()).expect_err("it cannot open its image");
     assert!(refused.message.contains("may not open"), "{refused}");

@@ -73,8 +73,9 @@ fn a_twin_that_cannot_load_the_state_fails_its_rehearsal_and_goes_on_waiting() {
     let run_dir = tempfile::Builder::new().prefix("qemu-twin").tempdir().expect("a directory");
     let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.path().to_owned(), ..TwinHostOptions::default() });
     // It lacks a device whose state came.
-    let mut twin =
-        host.prepare("t", &with_arguments(guest.recipe(), &["-no-hpet"]), guest.layout(), &[]).expect("it starts");
+    let mut twin = host
+        .prepare("t", &with_arguments(guest.recipe(), &["-machine", "hpet=off"]), guest.layout(), &[])
+        .expect("it starts");
     let error = twin.rehearse(&capture.device).expect_err("there is no such device");
     assert_eq!(error.kind, GuestErrorKind::Failed, "{error}");
     assert!(error.message.contains("QEMU said"), "{error}");

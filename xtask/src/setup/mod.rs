@@ -6,6 +6,7 @@
 mod apt;
 mod cpio;
 mod guest;
+pub(crate) mod newer;
 mod pilot;
 
 use std::path::PathBuf;

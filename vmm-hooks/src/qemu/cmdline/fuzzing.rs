@@ -69,6 +69,7 @@ fn twice(argv: &[String], memory: &[Backend], network: &Network, disks: &[Disk])
     let plan = |argv| Plan {
         argv,
         user: (0, 0),
+        version: "7.2.22",
         cwd,
         machine: "pc-q35-7.2",
         memory,

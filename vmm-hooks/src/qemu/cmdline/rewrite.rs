@@ -34,6 +34,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) argv: &'a [String],
     /// The user and the group that the primary runs as.
     pub(crate) user: (u32, u32),
+    /// Its QEMU's version, as it tells it.
+    pub(crate) version: &'a str,
     /// The directory that its relative paths start from.
     pub(crate) cwd: &'a Path,
     /// The machine type's canonical name.
@@ -78,6 +80,13 @@ struct Rewriter<'a> {
     vnc: bool,
     runas: bool,
     next_hub: u32,
+}
+
+/// Whether a QEMU of this version is told its user by `-run-with user=`: `-runas` is deprecated since 9.1 and gone in 10.0
+/// (QEMU's `docs/about/removed-features.rst`).
+fn has_run_with_user(version: &str) -> bool {
+    let mut numbers = version.split('.').map(|number| number.parse::<u32>().unwrap_or(0));
+    (numbers.next(), numbers.next()) >= (Some(9), Some(1))
 }
 
 /// Hub numbers for cards that are joined to nothing; far from what users take.
@@ -178,8 +187,12 @@ impl Rewriter<'_> {
             | "no-quit"
             | "echr"
             | "enable-sync-profile"
-            | "run-with"
             | "async-teardown" => {}
+            // Of a user that it names the twin takes on the rights by itself.
+            "run-with" if !Keys::parse(&value, "").is_some_and(|keys| keys.get("chroot").is_none()) => {
+                return bound("its paths are in another root directory");
+            }
+            "run-with" => {}
             "D" | "d" | "dfilter" | "trace" | "gdb" | "s" | "singlestep" | "spice" | "dump-vmstate" => {
                 self.out.left_out.push(format!("-{name} {value}").trim_end().to_owned());
             }
@@ -485,7 +498,10 @@ impl Rewriter<'_> {
         self.push("machine", machine);
         if self.steps_down() {
             let (user, group) = self.plan.user;
-            self.push("runas", format!("{user}:{group}"));
+            match has_run_with_user(self.plan.version) {
+                true => self.push("run-with", format!("user={user}:{group}")),
+                false => self.push("runas", format!("{user}:{group}")),
+            }
         }
         self.push("display", "none");
         if self.vnc {
@@ -520,8 +536,18 @@ mod tests {
             std::iter::once("qemu").chain(arguments.split_whitespace()).map(str::to_owned).collect();
         let (cwd, run_dir) = (Path::new("/home/vm"), Path::new("/run/t"));
         let user = (0, 0);
-        let plan =
-            Plan { argv: &argv, user, cwd, machine: "pc-q35-7.2", memory, share: true, network, disks: &[], run_dir };
+        let plan = Plan {
+            argv: &argv,
+            user,
+            version: "7.2.22",
+            cwd,
+            machine: "pc-q35-7.2",
+            memory,
+            share: true,
+            network,
+            disks: &[],
+            run_dir,
+        };
         rewrite(&plan).map(|done| done.arguments.join(" "))
     }
 
@@ -576,14 +602,25 @@ mod tests {
 
     #[test]
     fn a_twin_has_the_rights_of_its_primary_and_no_more() {
-        let rewritten = |arguments: &[&str], user: (u32, u32)| {
+        let rewritten_by = |version, arguments: &[&str], user: (u32, u32)| {
             let argv: Vec<String> = ["qemu"].iter().chain(arguments).map(|word| (*word).to_owned()).collect();
             let (cwd, run_dir, network) = (Path::new("/"), Path::new("/run/t"), same());
-            let plan =
-                Plan { argv: &argv, user, cwd, machine: "pc", memory: &[], share: true, network, disks: &[], run_dir };
+            let plan = Plan {
+                argv: &argv,
+                user,
+                version,
+                cwd,
+                machine: "pc",
+                memory: &[],
+                share: true,
+                network,
+                disks: &[],
+                run_dir,
+            };
             let done = rewrite(&plan).expect("carried over");
             (done.arguments.join(" "), done.left_out)
         };
+        let rewritten = |arguments: &[&str], user| rewritten_by("7.2.22 (Debian)", arguments, user);
         let sandbox = ["-sandbox", "on,elevateprivileges=deny,spawn=deny"];
         let (line, left_out) = rewritten(&sandbox, (0, 0));
         assert!(line.contains("-sandbox on,elevateprivileges=deny,spawn=deny") && !line.contains("-runas"), "{line}");
@@ -593,6 +630,19 @@ mod tests {
         assert_eq!(left_out, ["-sandbox elevateprivileges=deny"]);
         let (line, _) = rewritten(&["-runas", "nobody"], (65534, 65534));
         assert_eq!(line.matches("-runas").count(), 1, "it steps down by itself: {line}");
+        for newer in ["9.1.0", "10.0.2 (Debian 1:10.0.2+ds-2)"] {
+            let (line, _) = rewritten_by(newer, &["-run-with", "async-teardown=on,user=vm"], (64055, 994));
+            assert!(line.contains("-run-with user=64055:994") && !line.contains("-runas"), "{line}");
+        }
+        assert!(!rewritten_by("9.0.4", &[], (1, 1)).0.contains("-run-with"));
+    }
+
+    #[test]
+    fn a_machine_in_another_root_directory_is_refused() {
+        for arguments in ["-chroot /jail", "-run-with chroot=/jail", "-run-with user=vm,chroot=/jail"] {
+            let refused = rewritten(arguments, &[], same()).expect_err("its files are elsewhere");
+            assert!(refused.to_string().contains("another root directory"), "{refused}");
+        }
     }
 
     #[test]
@@ -628,6 +678,7 @@ mod tests {
             let plan = Plan {
                 argv: &argv,
                 user: (0, 0),
+                version: "7.2.22",
                 cwd,
                 machine: "pc",
                 memory: &[],
@@ -673,7 +724,7 @@ mod tests {
             "[ -~]{0,20}",
         ], 0..12)) {
             for network in [same(), Network::Null] {
-                let plan = Plan { argv: &argv, user: (1, 1), cwd: Path::new("/c"), machine: "pc", memory: &[backend("pc.ram")], share: false,
+                let plan = Plan { argv: &argv, user: (1, 1), version: "9.1.0", cwd: Path::new("/c"), machine: "pc", memory: &[backend("pc.ram")], share: false,
                     network, disks: &[], run_dir: Path::new("/r") };
                 if let Ok(done) = rewrite(&plan) {
                     prop_assert!(done.arguments.join(" ").ends_with("-S -incoming defer"));

@@ -224,6 +224,7 @@ impl QemuTwin {
         let plan = Plan {
             argv: &self.recipe.argv,
             user: self.recipe.user,
+            version: &self.recipe.version,
             cwd: &self.recipe.cwd,
             machine: &self.recipe.machine,
             memory: &backends,
