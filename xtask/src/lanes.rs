@@ -18,9 +18,19 @@ pub(crate) fn demo(args: &[String]) -> Result<ExitCode> {
         Ok(guest) => guest,
         Err(reasons) => bail!("the demo cannot run here: {reasons}"),
     };
+    let mut database = None;
+    if args.iter().any(|arg| arg == "postgres" || arg == "--workload=postgres") {
+        match setup::postgres::build(false)? {
+            Ok(dir) => database = Some(dir),
+            Err(reason) => bail!("the demo with a database cannot run here: {reason}"),
+        }
+    }
     shell::run(shell::cargo().args(["build", "--release", "--package", "replicator"]))?;
     let mut command = Command::new(shell::target().join("release/understudy"));
     command.arg("demo").arg("--guest").arg(guest).args(args);
+    if let Some(dir) = database {
+        command.arg("--database").arg(dir);
+    }
     // The demo takes our place, so that signals reach it and its exit code is ours.
     let error = std::os::unix::process::CommandExt::exec(&mut command);
     bail!("cannot run {}: {error}", shell::target().join("release/understudy").display())
@@ -43,6 +53,9 @@ pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
 /// If it does not build.
 pub(crate) fn bench(args: &[String]) -> Result<ExitCode> {
     let means = setup::run(false)?;
+    if let Err(reasons) = setup::postgres::build(false)? {
+        println!("bench: what needs a database's disk will be skipped here: {reasons}");
+    }
     if let Err(reasons) = means.demo() {
         println!("bench: what needs a real VM will be skipped here: {reasons}");
     }
@@ -50,6 +63,7 @@ pub(crate) fn bench(args: &[String]) -> Result<ExitCode> {
     let release = shell::target().join("release");
     let mut command = Command::new(release.join("bench"));
     command.arg("--guest").arg(shell::target().join("guest")).arg("--understudy").arg(release.join("understudy"));
+    command.arg("--database").arg(shell::target().join("guest-postgres"));
     command.args(args);
     let error = std::os::unix::process::CommandExt::exec(&mut command);
     bail!("cannot run {}: {error}", release.join("bench").display())
@@ -128,6 +142,11 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Err(why) => Outcome::Skipped(why),
     });
     if all {
+        lane("demo with a database, 5 rounds", &|| match (means.demo(), setup::postgres::build(false)) {
+            (Ok(guest), Ok(Ok(database))) => outcome(database_lane(&guest, &database)),
+            (Err(why), _) | (_, Ok(Err(why))) => Outcome::Skipped(why),
+            (_, Err(error)) => Outcome::Failed(format!("{error:#}")),
+        });
         lane("what meets QEMU, with a newer one", &|| newer_lane(&means));
         lane("model checker, large bounds", &|| {
             let mut command = shell::cargo();
@@ -162,6 +181,14 @@ fn component(name: &str) -> Result<(), String> {
         Ok(status) if status.success() => Ok(()),
         _ => Err(format!("`cargo {name}` is not installed: rustup component add {name}")),
     }
+}
+
+/// Rounds with PostgreSQL on a disk, by the build that was just tested.
+fn database_lane(guest: &Path, database: &Path) -> Result<()> {
+    let mut command = Command::new(shell::target().join("debug/understudy"));
+    command.arg("demo").arg("--guest").arg(guest).arg("--database").arg(database);
+    command.args(["--workload", "postgres", "--rounds", "5", "--load-seconds", "3"]);
+    shell::run(command.stdin(Stdio::null()))
 }
 
 /// That lane alone.

@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use replicator::control::api::{EventKind, VmStatus};
+use replicator::demo::image::{self, tool};
 use replicator::demo::lab::{Host, Machine, VM};
 use replicator::demo::worker::Written;
 
@@ -73,11 +73,11 @@ fn a_vm_with_a_disk_goes_back_to_its_first_host() {
         stage.until_state(Host::B, "protected").await?;
         stage.little_was_sent(Host::B).await?;
         client.goes_on().await?;
-        let survivors = images(&stage.lab.state_dir(Host::B))?;
+        let survivors = images(&stage.lab.state_dir(Host::B));
         stage.lab.understudy(Host::B, &["failback", VM], SOON).await?;
         let home = stage.until_state(Host::A, "protected").await?;
         stage.little_was_sent(Host::A).await?;
-        let copies = images(&stage.lab.state_dir(Host::B))?;
+        let copies = images(&stage.lab.state_dir(Host::B));
         ensure!(copies.len() == 2 && copies != survivors, "the disks that the VM left are still on host-b: {copies:?}");
         client.goes_on().await?;
         // A standby that was away begins with what it has.
@@ -89,9 +89,9 @@ fn a_vm_with_a_disk_goes_back_to_its_first_host() {
         stage.little_was_sent(Host::A).await?;
         let written = stage.nothing_lost(client).await?;
         let pid = home.survivor.as_ref().context("it runs from its copy")?.pid;
-        stage.shut_the_guest_down()?;
-        stage.until_ended(pid).await?;
-        let copies = images(&stage.lab.state_dir(Host::A))?;
+        stage.lab.shut_redis_down().await?;
+        stage.lab.process_ended(pid, SOON).await?;
+        let copies = images(&stage.lab.state_dir(Host::A));
         let with_size =
             |mib: u64| copies.iter().find(|copy| fs::metadata(copy).is_ok_and(|data| data.len() == mib << 20));
         let (Some(kept), Some(same), 2) = (with_size(DISK_MIB), with_size(BALLAST_MIB), copies.len()) else {
@@ -159,7 +159,7 @@ fn an_ended_protection_leaves_the_disk_to_its_guest() {
         stage.lab.understudy(Host::A, &["unprotect", "web-1"], SOON).await?;
         client.goes_on().await?;
         stage.until_b_is_clean().await?;
-        ensure!(images(&stage.lab.state_dir(Host::B))?.is_empty(), "the standby's copy is still there");
+        ensure!(images(&stage.lab.state_dir(Host::B)).is_empty(), "the standby's copy is still there");
         let after = stage.appearance().await?;
         ensure!(after == before, "{before:?} became {after:?}");
         let written = stage.nothing_lost(client).await?;
@@ -226,73 +226,20 @@ fn make_image(path: &Path, seed: u8) -> Result<Vec<u8>> {
     fs::write(&raw, &content)?;
     let (from, to) = (raw.display().to_string(), path.display().to_string());
     let made = tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &from, &to])?;
-    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    ensure!(made.success, "{made:?}");
     fs::remove_file(&raw)?;
     Ok(content)
 }
 
 /// The images of a host that stands by, or stood by.
-fn images(state: &Path) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let mut rest = vec![state.join("images")];
-    while let Some(dir) = rest.pop() {
-        let Ok(entries) = fs::read_dir(&dir) else { continue };
-        for entry in entries {
-            let path = entry?.path();
-            if path.is_dir() {
-                rest.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "raw") {
-                found.push(path);
-            }
-        }
-    }
-    Ok(found)
-}
-
-fn tool(program: &str, args: &[&str]) -> Result<std::process::Output> {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    Command::new(program).env("PATH", path).args(args).output().with_context(|| format!("cannot run {program}"))
-}
-
-/// The file system has no flaw, and its guest took leave of it.
-fn is_clean(image: &Path) -> Result<()> {
-    let shown = image.display().to_string();
-    // With its journal still to be replayed, what is read below would be older than what it holds.
-    let features = tool("debugfs", &["-R", "feature", &shown])?;
-    let features = String::from_utf8_lossy(&features.stdout);
-    ensure!(features.contains("has_journal"), "cannot read the file system in {shown}: {features}");
-    ensure!(!features.contains("needs_recovery"), "the guest did not unmount the file system in {shown}");
-    let checked = tool("e2fsck", &["-f", "-n", &shown])?;
-    let said = String::from_utf8_lossy(&checked.stdout);
-    ensure!(checked.status.success(), "the file system in {shown} is not clean: {said}");
-    Ok(())
+fn images(state: &Path) -> Vec<PathBuf> {
+    image::below(&state.join("images"))
 }
 
 /// What a client was told is on the disk: a file system without a flaw that holds every acknowledged write.
 fn is_whole(image: &Path, tag: &str, written: &Written) -> Result<()> {
-    is_clean(image)?;
-    holds(image, tag, written.acked)
-}
-
-/// Redis' append-only files hold the keys 1 to `acked` of a writer.
-fn holds(image: &Path, tag: &str, acked: u64) -> Result<()> {
-    let shown = image.display().to_string();
-    let listed = tool("debugfs", &["-R", "ls -p /appendonlydir", &shown])?;
-    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
-    let mut log = Vec::new();
-    for name in listed.lines().filter_map(|line| line.split('/').nth(5)).filter(|name| name.ends_with(".aof")) {
-        log.extend(tool("debugfs", &["-R", &format!("cat /appendonlydir/{name}"), &shown])?.stdout);
-    }
-    let log = String::from_utf8_lossy(&log);
-    let keys: std::collections::HashSet<&str> = log.lines().map(str::trim_end).collect();
-    let missing: Vec<u64> =
-        (1..=acked).filter(|number| !keys.contains(format!("write:{tag}:{number:010}").as_str())).collect();
-    ensure!(
-        missing.is_empty(),
-        "{} of {acked} acknowledged writes are not on the disk {shown}: {missing:?}",
-        missing.len()
-    );
-    Ok(())
+    image::is_sound(image)?;
+    image::redis_holds(image, tag, written.acked)
 }
 
 impl Stage {
@@ -310,14 +257,14 @@ impl Stage {
     /// Ends the survivor's guest in good order; the images that it leaves.
     async fn power_off(&self, survivor: &VmStatus) -> Result<Vec<PathBuf>> {
         let pid = survivor.survivor.as_ref().context("a survivor")?.pid;
-        self.shut_the_guest_down()?;
-        self.until_ended(pid).await?;
-        images(&self.lab.state_dir(Host::B))
+        self.lab.shut_redis_down().await?;
+        self.lab.process_ended(pid, SOON).await?;
+        Ok(images(&self.lab.state_dir(Host::B)))
     }
 
     /// Ends the guest on host A in good order; its disk.
     async fn shut_host_a_down(&mut self) -> Result<PathBuf> {
-        self.shut_the_guest_down()?;
+        self.lab.shut_redis_down().await?;
         let status = self.lab.vm_ended(SOON).await?;
         ensure!(status.success(), "the VM did not end in good order: {status}");
         Ok(self.lab.vm_dir().join("disk.raw"))
@@ -333,21 +280,13 @@ impl Stage {
         Ok(())
     }
 
-    /// Waits until a process has ended.
-    async fn until_ended(&self, pid: u32) -> Result<()> {
-        replicator::demo::wait::until("the survivor to power off", SOON, async || {
-            Ok(if Path::new(&format!("/proc/{pid}")).exists() { Err("it runs".to_owned()) } else { Ok(()) })
-        })
-        .await
-    }
-
     /// What host B keeps is on a file system of this size.
     fn small_disk_on_b(&self, mib: u64) -> Result<SmallDisk> {
         let dir = self.lab.state_dir(Host::B);
         fs::create_dir_all(&dir)?;
         let options = format!("size={mib}M");
         let mounted = tool("mount", &["-t", "tmpfs", "-o", &options, "us-real", &dir.display().to_string()])?;
-        ensure!(mounted.status.success(), "{}", String::from_utf8_lossy(&mounted.stderr));
+        ensure!(mounted.success, "{mounted:?}");
         Ok(SmallDisk(dir))
     }
 }

@@ -52,7 +52,7 @@ fn unprotected_as_it_was_found_and_protected_again() {
 fn a_guest_that_shuts_down_ends_everywhere_and_can_be_started_again() {
     play("guest's shutdown", async |stage| {
         stage.set_protected().await?;
-        stage.shut_the_guest_down()?;
+        stage.lab.shut_redis_down().await?;
         stage.lab.vm_ended(SOON).await?;
         let status = stage.until_state(Host::A, "unprotected").await?;
         ensure!(status.reason.contains("shut down") && status.failover.is_none(), "{status:?}");

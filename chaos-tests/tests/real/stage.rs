@@ -263,17 +263,6 @@ impl Stage {
         Ok(written)
     }
 
-    /// Redis is told to end; the guest's first process powers the machine off then.
-    pub(crate) fn shut_the_guest_down(&self) -> Result<()> {
-        let namespace = self.lab.namespace("c");
-        let say = format!("exec 3<>/dev/tcp/{}/{}; echo SHUTDOWN NOSAVE >&3", REDIS.ip(), REDIS.port());
-        let status = std::process::Command::new("ip")
-            .args(["netns", "exec", &namespace, "timeout", &SOON.as_secs().to_string(), "bash", "-c", &say])
-            .status()?;
-        ensure!(status.success(), "Redis did not take its leave: {status}");
-        Ok(())
-    }
-
     /// The VM's process on host A stands still.
     pub(crate) fn freeze_the_vm(&self) -> Result<()> {
         let pid = i32::try_from(self.lab.vm_pid()?).ok().and_then(rustix::process::Pid::from_raw);

@@ -22,6 +22,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::netns::{full_name, ip, kill_all, sweep};
+use super::postgres;
 use super::process::{Daemon, Ended, Helper, outcome};
 use super::wait::{now_ns, until};
 use crate::control::api::PairOpenRequest;
@@ -102,11 +103,13 @@ pub struct Machine {
     pub disk_mib: Option<u64>,
     /// More arguments for QEMU.
     pub more: Vec<String>,
+    /// A directory with a database's disk (`cargo xtask setup`): it is served in place of Redis.
+    pub database: Option<PathBuf>,
 }
 
 impl Default for Machine {
     fn default() -> Self {
-        Self { memory_mib: 256, kernel: String::new(), disk_mib: None, more: Vec::new() }
+        Self { memory_mib: 256, kernel: String::new(), disk_mib: None, more: Vec::new(), database: None }
     }
 }
 
@@ -206,7 +209,13 @@ impl Lab {
         let dir = self.part("vm")?;
         let cmdline = self.guest.join("cmdline");
         let cmdline = fs::read_to_string(&cmdline).with_context(|| format!("cannot read {}", cmdline.display()))?;
-        let disk = if machine.disk_mib.is_some() { "us.disk=/dev/vda" } else { "" };
+        let image = match (&machine.database, machine.disk_mib) {
+            (Some(database), _) => Some(copy_disk(&database.join("disk.raw"), &dir)?),
+            (None, Some(mib)) => Some(make_disk(&dir, mib)?),
+            (None, None) => None,
+        };
+        let disk = if image.is_some() { "us.disk=/dev/vda" } else { "" };
+        let serve = if machine.database.is_some() { "us.serve=postgres" } else { "" };
         let shown = |name: &str| self.guest.join(name).display().to_string();
         let mut args: Vec<String> = [
             "-name",
@@ -218,7 +227,7 @@ impl Lab {
             "-initrd",
             &shown("initrd.img"),
             "-append",
-            &format!("{} us.ip={GUEST}/24 {disk} {}", cmdline.trim(), machine.kernel),
+            &format!("{} us.ip={GUEST}/24 {disk} {serve} {}", cmdline.trim(), machine.kernel),
             "-netdev",
             "tap,id=net0,ifname=tap0,script=no,downscript=no",
             "-device",
@@ -232,18 +241,23 @@ impl Lab {
         ]
         .map(str::to_owned)
         .into();
-        if let Some(mib) = machine.disk_mib {
-            let image = make_disk(&dir, mib)?;
+        if let Some(image) = image {
             args.extend(["-drive".to_owned(), format!("file={},if=virtio,format=raw,cache=none", image.display())]);
         }
         args.extend_from_slice(&machine.more);
         let begun = now_ns();
         let qemu = Path::new("qemu-system-x86_64");
         let mut vm = Daemon::start("the VM", &self.namespace("a"), qemu, &args, &[], &dir.join("qemu.log"))?;
-        let (to, seconds) = (REDIS.to_string(), BOOT.as_secs().to_string());
-        let mut ping = self.helper("the first PING", &["ping", "--to", &to, "--seconds", &seconds])?;
+        let ready = async {
+            if let Some(database) = &machine.database {
+                return postgres::until_ready(&self.namespace("c"), database, BOOT).await;
+            }
+            let (to, seconds) = (REDIS.to_string(), BOOT.as_secs().to_string());
+            let mut ping = self.helper("the first PING", &["ping", "--to", &to, "--seconds", &seconds])?;
+            ping.answer::<String>(BOOT + COMMAND).await.map(drop)
+        };
         tokio::select! {
-            answer = ping.answer::<String>(BOOT + COMMAND) => answer.context("the guest did not boot")?,
+            answer = ready => answer.context("the guest did not boot")?,
             error = vm.ends_by_itself() => return Err(error),
         };
         self.vm = Some(vm);
@@ -546,6 +560,29 @@ impl Lab {
         self.start_agent(Host::A).await
     }
 
+    /// Has Redis end, and with it its guest, in good order.
+    ///
+    /// # Errors
+    /// If it cannot be reached.
+    pub async fn shut_redis_down(&self) -> Result<()> {
+        let say = format!("exec 3<>/dev/tcp/{}/{}; echo SHUTDOWN NOSAVE >&3", REDIS.ip(), REDIS.port());
+        let args = ["-c".to_owned(), say];
+        let said = outcome("SHUTDOWN", &self.namespace("c"), Path::new("bash"), &args, &[], COMMAND).await?;
+        ensure!(said.code == Some(0), "Redis did not take its leave: {said:?}");
+        Ok(())
+    }
+
+    /// Waits until a process has ended that is not the laboratory's own.
+    ///
+    /// # Errors
+    /// If it does not within `bound`.
+    pub async fn process_ended(&self, pid: u32, bound: Duration) -> Result<()> {
+        until(&format!("process {pid} to end"), bound, async || {
+            Ok(if Path::new(&format!("/proc/{pid}")).exists() { Err("it runs".to_owned()) } else { Ok(()) })
+        })
+        .await
+    }
+
     /// Ends a host's agent in good order, as for an upgrade.
     ///
     /// # Errors
@@ -588,6 +625,14 @@ impl Lab {
             None => bail!("the VM does not run on host A"),
         }
     }
+}
+
+/// A copy of a disk; holes stay holes.
+fn copy_disk(from: &Path, dir: &Path) -> Result<PathBuf> {
+    let image = dir.join("disk.raw");
+    let copied = Command::new("cp").arg("--sparse=always").arg(from).arg(&image).output().context("cannot run cp")?;
+    ensure!(copied.status.success(), "cp failed: {}", String::from_utf8_lossy(&copied.stderr).trim());
+    Ok(image)
 }
 
 /// A sparse raw image with an empty file system.

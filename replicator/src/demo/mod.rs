@@ -8,9 +8,12 @@
 //!
 //! Promise: it cleans up after itself, also when interrupted and when it panics, and at its start after one that was killed.
 
+mod bank;
 mod figures;
+pub mod image;
 pub mod lab;
 pub mod netns;
+pub mod postgres;
 pub mod process;
 mod round;
 pub mod wait;
@@ -47,9 +50,15 @@ pub struct DemoArgs {
     /// Length of each throughput measurement, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub load_seconds: u64,
-    /// Give the VM a disk of so many MiB, on which Redis keeps every write before it says that it is done
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1_048_576))]
-    pub disk: Option<u64>,
+    /// Size of the VM's disk in MiB, on which Redis keeps every write before it says that it is done; 0: it has none
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = disk_mib)]
+    pub disk: u64,
+    /// What the VM serves: `redis`, or `postgres` on a disk
+    #[arg(long, value_enum, default_value_t = Workload::Redis)]
+    pub workload: Workload,
+    /// Directory of the database's disk, built by `cargo xtask demo --workload postgres`
+    #[arg(long, value_name = "DIR", default_value = "target/guest-postgres", hide = true)]
+    pub database: PathBuf,
     /// When the standby acknowledges disk writes: `disk` or `memory`
     #[arg(long, value_name = "disk|memory", default_value = "disk")]
     pub durability: String,
@@ -62,6 +71,22 @@ pub struct DemoArgs {
     /// What this program starts itself as.
     #[command(subcommand)]
     pub inner: Option<Inner>,
+}
+
+fn disk_mib(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(mib @ (0 | 64..=1_048_576)) => Ok(mib),
+        _ => Err("a disk has 64 to 1048576 MiB; 0 is none".to_owned()),
+    }
+}
+
+/// What the demo's VM serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Workload {
+    /// Keys, in memory or on a disk.
+    Redis,
+    /// Transactions of a bank, always on a disk.
+    Postgres,
 }
 
 /// Not for operators.
@@ -147,10 +172,15 @@ async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
             number,
             load_seconds: args.load_seconds,
             epoch: args.epoch.clone(),
-            disk_mib: args.disk,
+            disk: args.disk > 0 || args.workload == Workload::Postgres,
+            disk_mib: (args.disk > 0).then_some(args.disk),
             durability: args.durability.clone(),
         };
-        let figures = match round::run(&mut lab, &plan).await {
+        let outcome = match args.workload {
+            Workload::Redis => round::run(&mut lab, &plan).await,
+            Workload::Postgres => bank::run(&mut lab, &plan, &args.database).await,
+        };
+        let figures = match outcome {
             Ok(figures) => figures,
             Err(error) => {
                 let statuses = lab.statuses().await;

@@ -92,6 +92,50 @@ impl Daemon {
     }
 }
 
+/// A program of the laboratory that is talked to line by line; killed when let go.
+#[derive(Debug)]
+pub(super) struct Talker {
+    what: String,
+    _child: Child,
+    stdin: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Talker {
+    /// Starts `program` in `namespace`; what it says besides goes to `log`.
+    pub(super) fn start(what: &str, namespace: &str, program: &Path, args: &[String], log: &Path) -> Result<Self> {
+        let file = File::options().create(true).append(true).open(log);
+        let mut command = command(namespace, program, args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.stderr(file.with_context(|| format!("cannot open {}", log.display()))?);
+        let mut child = command.spawn().with_context(|| format!("cannot start {what}"))?;
+        let (stdin, stdout) = child.stdin.take().zip(child.stdout.take()).expect("they were asked for");
+        Ok(Self { what: what.to_owned(), _child: child, stdin, lines: BufReader::new(stdout).lines() })
+    }
+
+    /// Says `words` and reads lines up to the one that is `last`, which is left out.
+    ///
+    /// # Errors
+    /// If it ends first, or takes longer than `bound`.
+    pub(super) async fn ask(&mut self, words: &str, last: &str, bound: Duration) -> Result<Vec<String>> {
+        let asked = async {
+            self.stdin.write_all(words.as_bytes()).await?;
+            let mut said = Vec::new();
+            while let Some(line) = self.lines.next_line().await? {
+                if line == last {
+                    return Ok(said);
+                }
+                said.push(line);
+            }
+            bail!("it has ended")
+        };
+        match timeout(bound, asked).await {
+            Ok(said) => said.with_context(|| format!("asking {}", self.what)),
+            Err(_) => bail!("{} gave no answer within {bound:?}", self.what),
+        }
+    }
+}
+
 /// How a program ended, and what it said.
 #[derive(Debug, Clone)]
 pub struct Ended {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use super::figures::Figures;
+use super::image;
 use super::lab::{COMMAND, Death, Host, Lab, Machine, REDIS, VM};
 use super::process::Helper;
 use super::wait::{ms_between, now_ns, until};
@@ -20,8 +21,8 @@ const LOAD_SLACK: Duration = Duration::from_secs(60);
 /// How long an idle guest's clock is watched.
 const IDLE_SECONDS: u64 = 3;
 /// The kill comes this long after the writer started at the earliest, and this much later at the latest.
-const KILL_AFTER: Duration = Duration::from_millis(1_500);
-const KILL_WITHIN_MS: u64 = 2_000;
+pub(super) const KILL_AFTER: Duration = Duration::from_millis(1_500);
+pub(super) const KILL_WITHIN_MS: u64 = 2_000;
 /// How long the client goes on after the survivor's first reply.
 const GO_ON: Duration = Duration::from_secs(3);
 /// Bound on the survivor's agent reporting its failover as complete.
@@ -36,7 +37,9 @@ pub(super) struct Plan {
     pub(super) load_seconds: u64,
     /// Policy given to `protect`.
     pub(super) epoch: String,
-    /// Size of the VM's disk, if it has one.
+    /// Whether the VM has a disk.
+    pub(super) disk: bool,
+    /// Size of the VM's disk, if it has one for Redis.
     pub(super) disk_mib: Option<u64>,
     /// Policy given to `protect`.
     pub(super) durability: String,
@@ -79,6 +82,9 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
         println!("  LOST WRITES: {} of {}, the first: {:?}", checked.lost, run.written.acked, checked.first_lost);
     }
     let home = go_home(lab, plan).await.context("on the way back to host-a")?;
+    if plan.disk_mib.is_some() {
+        look_at_disk(lab, plan, &run.written, &home.written).await?;
+    }
     let activation = report.activation_ms.context("the survivor's agent reports no activation")?;
     let stall = Duration::from_nanos(run.written.longest_gap_after(run.death.begun_ns));
     let figures = Figures {
@@ -120,13 +126,13 @@ fn watch_clock(lab: &Lab, seconds: u64) -> Result<Helper> {
 }
 
 /// `understudy protect` on host A; checks that the VM is protected when it returns.
-async fn protect(lab: &Lab, plan: &Plan) -> Result<()> {
+pub(super) async fn protect(lab: &Lab, plan: &Plan) -> Result<()> {
     let pid = lab.vm_pid()?.to_string();
     // Other laboratories on this machine may run a VM of this name; its own operator would write the name.
     let is_only_one = vmm_hooks::qemu::resolve(VM).is_ok();
     let vm = if is_only_one { VM } else { pid.as_str() };
     let mut words = vec!["protect", vm, "--to", Host::B.name(), "--epoch", &plan.epoch];
-    if plan.disk_mib.is_some() {
+    if plan.disk {
         words.extend(["--durability", &plan.durability]);
     }
     println!("  understudy {}", words.join(" "));
@@ -217,6 +223,21 @@ async fn go_home(lab: &mut Lab, plan: &Plan) -> Result<Home> {
     Ok(Home { written, lost })
 }
 
+/// The guest shuts down, at home: everything that the client was told is on the disk that came back.
+async fn look_at_disk(lab: &Lab, plan: &Plan, away: &Written, home: &Written) -> Result<()> {
+    let status = lab.client(Host::A).vm_status(VM).await.context("asking host-a about the VM")?;
+    let pid = status.survivor.context("the VM does not run from its copy on host-a")?.pid;
+    lab.shut_redis_down().await?;
+    lab.process_ended(pid, PROTECT).await?;
+    let copies = image::below(&lab.state_dir(Host::A).join("images"));
+    let [copy] = copies.as_slice() else { bail!("host-a has {} copies of the disk", copies.len()) };
+    image::is_sound(copy)?;
+    image::redis_holds(copy, &tag(plan), away.acked)?;
+    image::redis_holds(copy, &home_tag(plan), home.acked)?;
+    println!("  the guest shut down; its disk is sound and holds every acknowledged write");
+    Ok(())
+}
+
 /// Waits until a host's agent runs the VM and says that it is protected.
 async fn until_protected(lab: &Lab, host: Host) -> Result<()> {
     let client = lab.client(host);
@@ -232,14 +253,14 @@ async fn until_protected(lab: &Lab, host: Host) -> Result<()> {
 }
 
 /// When the first reply to a probe came that was sent after `after_ns`.
-async fn first_reply(prober: &mut Helper, after_ns: u64) -> Result<u64> {
+pub(super) async fn first_reply(prober: &mut Helper, after_ns: u64) -> Result<u64> {
     prober.tell(&after_ns.to_string()).await?;
     let reply: FirstReply = prober.answer(FIRST_REPLY + COMMAND).await?;
     reply.received_ns.with_context(|| format!("the guest answered no probe within {FIRST_REPLY:?}"))
 }
 
 /// The standby's own report, once it says that the survivor runs.
-async fn failover_report(lab: &Lab) -> Result<FailoverReport> {
+pub(super) async fn failover_report(lab: &Lab) -> Result<FailoverReport> {
     let client = lab.client(Host::B);
     until("host-b to report its failover as complete", REPORT, async || {
         let status: VmStatus = client.vm_status(VM).await.context("asking host-b after the failover")?;

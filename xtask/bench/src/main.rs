@@ -12,9 +12,11 @@
 //! | `path`, `ends` | the commit and the transport, against raw quinn and TCP |
 //! | `failover` | its parts |
 //! | `costs` | a guest that computes, the initial sync, memory |
+//! | `disks` | a guest's disk: alone, mirrored, protected |
 //! | `growth` | pause and commit against memory and dirty pages |
 
 mod costs;
+mod disks;
 mod ends;
 mod failover;
 mod growth;
@@ -73,6 +75,9 @@ struct RunArgs {
     /// Directory of the guest image, built by `cargo xtask setup`
     #[arg(long, value_name = "DIR", default_value = "target/guest")]
     guest: PathBuf,
+    /// Directory of the database's disk, built by `cargo xtask demo --workload postgres`
+    #[arg(long, value_name = "DIR", default_value = "target/guest-postgres")]
+    database: PathBuf,
     /// The product, in its release build
     #[arg(long, value_name = "FILE", default_value = "target/release/understudy")]
     understudy: PathBuf,
@@ -85,6 +90,7 @@ enum Part {
     Path,
     Costs,
     Failover,
+    Disks,
     Growth,
 }
 
@@ -197,6 +203,7 @@ fn measure_all(args: &RunArgs, dir: &Path, report: &mut Report) -> Result<()> {
     let means = Means {
         guest: absolute(&args.guest)?,
         understudy: absolute(&args.understudy)?,
+        database: args.database.join("disk.raw").is_file().then(|| absolute(&args.database)).transpose()?,
         dir: absolute(dir)?,
         quick: args.quick,
     };
@@ -258,6 +265,9 @@ async fn parts(args: &RunArgs, means: &Means, report: &mut Report) -> Result<()>
     if wanted(Part::Pause) {
         let recording = pause::measure(means, report).await.context("pause")?;
         pages::measure(&recording, quick, report).context("page pipeline")?;
+    }
+    if wanted(Part::Disks) {
+        disks::measure(means, report).await.context("disks")?;
     }
     if wanted(Part::Growth) {
         growth::with_memory(means, report).await.context("growth with memory")?;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use rustix::fs::{MemfdFlags, memfd_create};
+use serde_json::{Value, json};
 
 /// Bound on an answer.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -67,12 +68,23 @@ impl Monitor {
         Ok(Floor { stop: stopped - begun, save: saved - stopped, cont: saved.elapsed() })
     }
 
-    fn ask(&mut self, command: &str) -> Result<()> {
+    /// Runs any other command; `Null`: without arguments. What QEMU returns.
+    pub(crate) fn command(&mut self, name: &str, arguments: &Value) -> Result<Value> {
+        let mut command = json!({ "execute": name });
+        if !arguments.is_null() {
+            command["arguments"] = arguments.clone();
+        }
+        let answer = self.ask(&format!("{command}\n"))?;
+        let mut answer: Value = serde_json::from_str(&answer).context("QEMU answered something else than JSON")?;
+        Ok(answer["return"].take())
+    }
+
+    fn ask(&mut self, command: &str) -> Result<String> {
         self.out.write_all(command.as_bytes())?;
         loop {
             let line = self.line()?;
             if line.starts_with("{\"return\"") {
-                return Ok(());
+                return Ok(line);
             }
             if line.starts_with("{\"error\"") {
                 bail!("QEMU answered {} to {}", line.trim(), command.trim());

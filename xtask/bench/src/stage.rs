@@ -25,6 +25,8 @@ const SLACK: Duration = Duration::from_secs(60);
 pub(crate) struct Means {
     pub(crate) guest: PathBuf,
     pub(crate) understudy: PathBuf,
+    /// The database's disk, if it was built.
+    pub(crate) database: Option<PathBuf>,
     /// Where each laboratory gets a directory.
     pub(crate) dir: PathBuf,
     pub(crate) quick: bool,

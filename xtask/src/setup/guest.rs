@@ -34,8 +34,10 @@ const MODULES: [&str; 10] = [
     "virtio_net",
     "virtio_blk",
 ];
-const APPLETS: [&str; 13] =
-    ["sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff", "mkdir", "umount"];
+const APPLETS: [&str; 14] = [
+    "sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff", "mkdir", "umount",
+    "chroot",
+];
 const INIT: &str = include_str!("init.sh");
 /// Boots in two to three seconds under emulation.
 const CMDLINE: &str = "console=ttyS0 quiet mitigations=off nokaslr ipv6.disable=1 nowatchdog panic=-1";

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The first process of the demo's guest: network from the kernel command line, then Redis.
 # us.disk=DEVICE holds an ext4 file system, in which Redis then keeps every write before it says that it is done.
+# us.serve=postgres: that file system holds a PostgreSQL, which is served instead.
 # us.ip=ADDRESS/LENGTH is the first card's, us.ip1= the second's; with IPv6 enabled each also has its link-local address.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -13,6 +14,7 @@ for word in $(cat /proc/cmdline); do
     us.ip=*) address=${word#us.ip=} ;;
     us.ip1=*) second=${word#us.ip1=} ;;
     us.disk=*) disk=${word#us.disk=} ;;
+    us.serve=*) serve=${word#us.serve=} ;;
     esac
 done
 # Each card answers for its own address alone.
@@ -30,6 +32,16 @@ if [ -n "$disk" ]; then
     mkdir /data
     mount -t ext4 "$disk" /data || echo "FAILED to mount $disk"
     keep="--appendonly yes --appendfsync always --dir /data"
+fi
+if [ "$serve" = postgres ]; then
+    mount -t devtmpfs dev /data/dev
+    mount -t proc proc /data/proc
+    chroot /data /bin/busybox start-stop-daemon -S -q -c postgres -x /postgres/postgres -- -D /pg
+    umount /data/proc
+    umount /data/dev
+    umount /data || echo "FAILED to unmount $disk"
+    echo "the database has ended"
+    poweroff -f
 fi
 redis-server --save "" $keep --bind '* -::*' --protected-mode no --loglevel warning --tcp-keepalive 0 &
 until printf 'PING\r\nQUIT\r\n' | nc 127.0.0.1 6379 2>/dev/null | grep -q PONG; do

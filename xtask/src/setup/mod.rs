@@ -8,6 +8,7 @@ mod cpio;
 mod guest;
 pub(crate) mod newer;
 mod pilot;
+pub(crate) mod postgres;
 
 use std::path::PathBuf;
 

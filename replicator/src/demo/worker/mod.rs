@@ -143,7 +143,7 @@ async fn ping(to: SocketAddr, bound: Duration) -> Result<()> {
 }
 
 /// The key of the numbered write `number`.
-fn key(tag: &str, number: u64) -> String {
+pub(super) fn key(tag: &str, number: u64) -> String {
     format!("write:{tag}:{number:010}")
 }
 

@@ -189,7 +189,7 @@ impl Rewriter<'_> {
             | "enable-sync-profile"
             | "async-teardown" => {}
             // Of a user that it names the twin takes on the rights by itself.
-            "run-with" if !Keys::parse(&value, "").is_some_and(|keys| keys.get("chroot").is_none()) => {
+            "run-with" if Keys::parse(&value, "").is_none_or(|keys| keys.get("chroot").is_some()) => {
                 return bound("its paths are in another root directory");
             }
             "run-with" => {}
