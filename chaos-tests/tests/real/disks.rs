@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use replicator::control::api::{EventKind, VmStatus};
 use replicator::demo::image::{self, tool};
 use replicator::demo::lab::{Host, Machine, VM};
+use replicator::demo::wait::until;
 use replicator::demo::worker::Written;
 
 use crate::stage::{SOON, Stage, play, play_long};
@@ -15,6 +17,8 @@ use crate::stage::{SOON, Stage, play, play_long};
 const DISK_MIB: u64 = 256;
 /// Size of a disk full of bytes that nobody changes.
 const BALLAST_MIB: u64 = 16;
+/// A guest with ext4 brings what it has in memory to its disk every five seconds.
+const STILL: Duration = Duration::from_secs(6);
 /// Size of a standby's journal.
 const JOURNAL_MIB: u64 = replicator::disk::open::DEFAULT_JOURNAL_BYTES >> 20;
 
@@ -40,14 +44,32 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
     play_long("planned failover with a disk", async |stage| {
         stage.set_with_disk(DISK_MIB).await?;
         stage.protect().await?;
-        let mut client = stage.writer("p").await?;
+        let mut client = stage.writer("o").await?;
+        client.goes_on().await?;
+        let before = stage.nothing_lost(client).await?;
+        // Nobody writes any more, so that what is on both hosts can be compared after the move.
+        let old = stage.lab.vm_dir().join("disk.raw");
+        let mut seen = fs::read(&old)?;
+        until("the disk to be still", SOON, async || {
+            tokio::time::sleep(STILL).await;
+            let now = fs::read(&old)?;
+            let still = now == seen;
+            seen = now;
+            Ok(if still { Ok(()) } else { Err("the guest writes".to_owned()) })
+        })
+        .await?;
         stage.lab.understudy(Host::A, &["failover", "web-1", "--planned"], SOON).await?;
         let survivor = stage.until_survivor().await?;
+        let moved = images(&stage.lab.state_dir(Host::B));
+        ensure!(moved.len() == 1 && fs::read(&moved[0])? == seen, "the disk that moved is not the disk that was left");
+        ensure!(fs::read(&old)? == seen, "somebody wrote to the disk that was left");
+        let mut client = stage.writer("p").await?;
         client.goes_on().await?;
         stage.lab.vm_ended(SOON).await?;
         let written = stage.nothing_lost(client).await?;
         let copies = stage.power_off(&survivor).await?;
         ensure!(copies.len() == 1, "{copies:?}");
+        is_whole(&copies[0], "o", &before)?;
         is_whole(&copies[0], "p", &written)
     });
 }
