@@ -4,6 +4,7 @@
 //! them with coverage, the tests run what it has kept (`docs/testing.md`). Not part of the API.
 
 mod epochs;
+mod known;
 mod stream;
 
 use std::sync::Mutex;
@@ -16,7 +17,8 @@ use vmm_hooks::layout::PAGE_SIZE;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target of this crate.
-pub const TARGETS: [Target; 3] = [("epochs", epochs::run), ("peer", peer), ("stream", stream::run)];
+pub const TARGETS: [Target; 4] =
+    [("epochs", epochs::run), ("known", known::run), ("peer", peer), ("stream", stream::run)];
 
 /// A message of the replication connection's control stream.
 fn peer(bytes: &[u8]) {
