@@ -6,11 +6,12 @@
 //! Promise: only what certainly never ran is ended: a QEMU that still waits for its device state, and scratch copies of
 //! rehearsals, which never run. One that was activated is not touched, nor one whose monitor somebody else holds.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use rustix::fs::{FlockOperation, flock};
 use serde_json::json;
 
 use super::QemuTwinHost;
@@ -95,6 +96,28 @@ pub(super) fn note_process(run_dir: &Path, process: &PidFd) -> std::io::Result<(
     fs::rename(new, run_dir.join(PROCESS))
 }
 
+/// Locks a twin's directory until the file is dropped.
+pub(super) fn lock(run_dir: &Path) -> std::io::Result<File> {
+    let dir = File::open(run_dir)?;
+    flock(&dir, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(dir)
+}
+
+/// Removes the directory of a twin that was activated and whose QEMU has ended since: nobody else does before this agent starts
+/// again, and there is only so much room for directories of one name. One that a twin of this agent is in stays.
+pub(super) fn remove_dead(run_dir: &Path) {
+    // Without a note its process is about to be started.
+    if !run_dir.join(PROCESS).exists() || noted_process(run_dir).is_some() {
+        return;
+    }
+    let Ok(_lock) = lock(run_dir) else { return };
+    match remove(run_dir) {
+        Ok(true) => tracing::info!(path = %run_dir.display(), "removed what a copy that has ended had left"),
+        Ok(false) => {}
+        Err(error) => tracing::warn!(path = %run_dir.display(), %error, "a former twin is left as it is"),
+    }
+}
+
 /// The process that was noted, if it still lives.
 fn noted_process(run_dir: &Path) -> Option<PidFd> {
     let text = fs::read_to_string(run_dir.join(PROCESS)).ok()?;
@@ -156,6 +179,7 @@ fn end(run_dir: &Path, may_end: impl Fn(&str) -> bool) -> Result<bool, GuestErro
 mod tests {
     use super::*;
     use crate::qemu::TwinHostOptions;
+    use crate::qemu::twin::RunDir;
 
     #[test]
     fn a_process_is_known_again_by_its_start() {
@@ -166,6 +190,29 @@ mod tests {
         assert_eq!(noted_process(dir.path()).expect("it lives").pid(), me.pid());
         fs::write(dir.path().join(PROCESS), format!("{} {}\n", me.pid(), me.start_time() + 1)).expect("room");
         assert!(noted_process(dir.path()).is_none(), "its pid was reused");
+    }
+
+    #[test]
+    fn the_directory_of_a_copy_that_has_ended_is_used_again_and_no_other() {
+        let parent = tempfile::tempdir().expect("a directory");
+        let make = || RunDir::make(parent.path(), "web-1").expect("room");
+        let mut first = make();
+        let (mut child, path) =
+            (std::process::Command::new("sleep").arg("60").spawn().expect("it starts"), first.path.clone());
+        let process = PidFd::open(child.id()).expect("it lives");
+        note_process(&path, &process).expect("room");
+        assert_eq!(make().path, parent.path().join("web-1.1"), "its process lives");
+        child.kill().expect("it lives");
+        child.wait().expect("it ends");
+        assert_eq!(make().path, parent.path().join("web-1.1"), "its twin may start it again");
+        first.keep = true;
+        drop(first);
+        fs::write(path.join("qemu.log"), "of old").expect("room");
+        assert_eq!(make().path, path);
+        assert!(!path.exists(), "it was made anew, and removed with its twin");
+        let unborn = make();
+        assert_eq!(make().path, parent.path().join("web-1.1"), "its process is about to start");
+        drop(unborn);
     }
 
     #[test]

@@ -8,7 +8,7 @@ mod machine;
 mod room;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -129,6 +129,8 @@ impl TwinHost for QemuTwinHost {
 struct RunDir {
     path: PathBuf,
     keep: bool,
+    /// Locked as long as a twin of this agent is in it.
+    _lock: File,
 }
 
 impl RunDir {
@@ -147,8 +149,12 @@ impl RunDir {
             .collect();
         for number in 0..DIRS_MAX {
             let path = parent.join(if number == 0 { plain.clone() } else { format!("{plain}.{number}") });
+            leftovers::remove_dead(&path);
             match builder.create(&path) {
-                Ok(()) => return Ok(Self { path, keep: false }),
+                Ok(()) => {
+                    let lock = leftovers::lock(&path).map_err(|error| refused(&path, error))?;
+                    return Ok(Self { path, keep: false, _lock: lock });
+                }
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => leftovers::refuse_gone_on(&path, name)?,
                 Err(error) => return Err(refused(&path, error)),
             }
