@@ -50,18 +50,19 @@ struct Found {
 }
 
 impl Agent {
-    /// Gives each VM of a former life a task. `survivors`: twins that run, by name.
-    pub(super) fn take_up(&self, survivors: Vec<(String, Survivor)>) {
+    /// Gives each VM of a former life a task. `survivors`: twins that run, by name. `never_ran`: names of those whose twin waited,
+    /// and cannot run any more.
+    pub(super) fn take_up(&self, survivors: Vec<(String, Survivor)>, never_ran: &[String]) {
         let survivors: BTreeMap<String, Survivor> = survivors.into_iter().collect();
         for durable in Durable::with_parts(&self.config.state_dir) {
             let name = durable.name().to_owned();
-            if let Err(error) = self.find(durable, survivors.get(&name)) {
+            if let Err(error) = self.find(durable, survivors.get(&name), never_ran.contains(&name)) {
                 tracing::error!(vm = name, %error, causes = ?error.causes, "what a former life of this agent had is left as it is");
             }
         }
     }
 
-    fn find(&self, mut durable: Durable, survivor: Option<&Survivor>) -> Result<(), ErrorBody> {
+    fn find(&self, mut durable: Durable, survivor: Option<&Survivor>, never_ran: bool) -> Result<(), ErrorBody> {
         let name = durable.name().to_owned();
         let unwritten = |error: std::io::Error| {
             ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
@@ -70,7 +71,10 @@ impl Agent {
         let at = durable.guest().cloned().or_else(|| survivor.and_then(|survivor| GuestAt::of(&name, survivor)));
         let process = at.as_ref().map(|at| PidFd::open_same(at.pid, at.started));
         let (here, process) = match process {
-            None => (Here::Copy { marked: durable.mark().map(|mark| Generation(mark.generation)) }, None),
+            None => {
+                let marked = durable.mark().filter(|_| !never_ran).map(|mark| Generation(mark.generation));
+                (Here::Copy { marked }, None)
+            }
             Some(Ok(process)) => (Here::Guest, Some(process)),
             Some(Err(ProcessError::Gone { .. } | ProcessError::Reused { .. })) => (Here::Gone, None),
             Some(Err(error)) => return Err(ErrorBody::new(ErrorKind::Failed, error.to_string())),

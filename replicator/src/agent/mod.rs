@@ -213,7 +213,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         (twins, removed, survivors)
     });
     let (twins, removed, survivors) = swept.await.map_err(std::io::Error::other)?;
-    if !removed.is_empty() {
+    if !removed.paths.is_empty() {
         tracing::warn!(?removed, "removed twins that a former life of this agent had left waiting");
     }
     let agent = Arc::new_cyclic(|own| Agent {
@@ -237,7 +237,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     tokio::spawn(Arc::clone(&agent).look());
     tokio::spawn(Arc::clone(&agent).look_for_witnesses());
     // Before anybody can ask for anything: what was left behind decides what may be asked.
-    agent.take_up(survivors);
+    agent.take_up(survivors, &removed.never_ran);
     tokio::spawn(Arc::clone(&agent).accept());
     let stop = async move {
         tokio::select! {

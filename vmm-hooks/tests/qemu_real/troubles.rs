@@ -156,7 +156,7 @@ const HELPER: &str = "UNDERSTUDY_TEST_TWIN";
 fn helper_that_makes_a_twin() {
     let Ok(order) = std::env::var(HELPER) else { return };
     let (order, run_dir) = order.split_once(' ').expect("two words");
-    let Some(mut qemu) = Qemu::start(&["-M", "pc", "-nic", "none"]) else { return };
+    let Some(mut qemu) = Qemu::start(&["-M", "pc", "-nic", "none", "-name", "orphan"]) else { return };
     let mut guest = qemu.attach();
     let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.into(), ..TwinHostOptions::default() });
     let mut twin = host.prepare("orphan", guest.recipe(), guest.layout(), &[]).expect("a twin");
@@ -193,25 +193,29 @@ fn a_killed_agents_twin_is_removed_if_it_never_ran_and_left_alone_if_it_did() {
         });
         fs::remove_file(run_dir.path().join("ready")).expect("there");
         let host = QemuTwinHost::new(TwinHostOptions { run_dir: run_dir.path().to_owned(), ..Default::default() });
-        assert_eq!(host.remove_leftovers(), Vec::<PathBuf>::new(), "its maker lives");
+        assert_eq!(host.remove_leftovers().paths, Vec::<PathBuf>::new(), "its maker lives");
         helper.kill().expect("ours");
         helper.wait().expect("ours");
         let twin = PidFd::open(twin_pid(run_dir.path())).expect("it outlives its maker");
         let dir = run_dir.path().join("orphan");
         if order == "wait" {
-            assert_eq!(host.remove_leftovers(), [dir]);
+            let removed = host.remove_leftovers();
+            assert_eq!(removed.paths, [dir]);
+            assert_eq!(removed.never_ran, ["orphan"]);
             assert!(twin.has_exited());
             assert_eq!(fs::read_dir(run_dir.path()).expect("a directory").count(), 0);
             let again = host.prepare("orphan", guest.recipe(), guest.layout(), &[]).expect("there is room again");
             again.destroy().expect("nothing is left");
         } else {
-            assert_eq!(host.remove_leftovers(), Vec::<PathBuf>::new());
+            assert_eq!(host.remove_leftovers().paths, Vec::<PathBuf>::new());
             let refused = host.prepare("orphan", guest.recipe(), guest.layout(), &[]).map(drop).expect_err("it runs");
             assert_eq!(refused.kind, GuestErrorKind::Refused);
             assert!(refused.message.contains("state `running`"), "{refused}");
             assert_eq!(status(&dir.join("qmp.sock")), "running");
             twin.kill_confirmed(SOON).expect("ours");
-            assert_eq!(host.remove_leftovers(), [dir], "it has ended");
+            let removed = host.remove_leftovers();
+            assert_eq!(removed.paths, [dir], "it has ended");
+            assert!(removed.never_ran.is_empty(), "it has run");
         }
     }
 }

@@ -3,8 +3,9 @@
 //! Such a copy is of no use: what it lacks was in the agent's memory, and no record lets a later life of the agent activate
 //! it. But its process holds memory and the tap, so that no new twin could be made.
 //!
-//! Promise: only what certainly never ran is ended: a QEMU that still waits for its device state, and scratch copies of
-//! rehearsals, which never run. One that was activated is not touched, nor one whose monitor somebody else holds.
+//! Promise: only what certainly never ran is ended: a QEMU that still waits for its device state, or has loaded it and was not told to
+//! run, and scratch copies of rehearsals, which never run. One that was activated is not touched, nor one whose monitor somebody
+//! else holds.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -31,19 +32,33 @@ const TAPS: &str = "taps";
 /// Within a directory that a QEMU runs in: its pid and when it started.
 const PROCESS: &str = "process";
 
+/// What a former life of the agent left of twins, and is no more.
+#[derive(Debug, Default)]
+pub struct Removed {
+    /// The directories.
+    pub paths: Vec<PathBuf>,
+    /// Names of VMs whose twin lived, had not run, and was ended before it could.
+    pub never_ran: Vec<String>,
+}
+
 impl QemuTwinHost {
     /// Removes what a former life of the agent left of twins that never ran: processes, taps, directories. To be called once,
-    /// before the first twin is made. Returns the removed directories; what cannot be removed is logged and left.
+    /// before the first twin is made. What cannot be removed is logged and left.
     #[must_use]
-    pub fn remove_leftovers(&self) -> Vec<PathBuf> {
-        let removed = |path: &PathBuf| match remove(path) {
-            Ok(removed) => removed,
-            Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "a former twin is left as it is");
-                false
+    pub fn remove_leftovers(&self) -> Removed {
+        let mut all = Removed::default();
+        for path in directories(&self.options.run_dir) {
+            match remove(&path) {
+                Ok(Ended::Runs) => {}
+                Ok(Ended::Gone) => all.paths.push(path),
+                Ok(Ended::NeverRan(name)) => {
+                    all.paths.push(path);
+                    all.never_ran.extend(name);
+                }
+                Err(error) => tracing::warn!(path = %path.display(), %error, "a former twin is left as it is"),
             }
-        };
-        directories(&self.options.run_dir).into_iter().filter(removed).collect()
+        }
+        all
     }
 }
 
@@ -112,8 +127,10 @@ pub(super) fn remove_dead(run_dir: &Path) {
     }
     let Ok(_lock) = lock(run_dir) else { return };
     match remove(run_dir) {
-        Ok(true) => tracing::info!(path = %run_dir.display(), "removed what a copy that has ended had left"),
-        Ok(false) => {}
+        Ok(Ended::Gone | Ended::NeverRan(_)) => {
+            tracing::info!(path = %run_dir.display(), "removed what a copy that has ended had left");
+        }
+        Ok(Ended::Runs) => {}
         Err(error) => tracing::warn!(path = %run_dir.display(), %error, "a former twin is left as it is"),
     }
 }
@@ -130,10 +147,25 @@ fn directories(parent: &Path) -> Vec<PathBuf> {
     entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
 }
 
-/// Removes one twin's directory and what belongs to it. `false` if the twin was activated, and so is none any more.
-fn remove(run_dir: &Path) -> Result<bool, GuestError> {
-    if !end(run_dir, |status| status == "inmigrate")? {
-        return Ok(false);
+/// How a former twin's QEMU is now.
+#[derive(Debug)]
+enum Ended {
+    /// It was activated: it is none any more, and lives on.
+    Runs,
+    /// It has ended by itself, and may have run before.
+    Gone,
+    /// It never ran and was ended; of this VM, if its command line says.
+    NeverRan(Option<String>),
+}
+
+/// Removes one twin's directory and what belongs to it, unless it was activated.
+fn remove(run_dir: &Path) -> Result<Ended, GuestError> {
+    // The taps are forgotten as soon as it runs, and until then nobody else has its monitor who could pause it.
+    let noted = run_dir.join(TAPS).exists();
+    let never_ran = |status: &str| status == "inmigrate" || (noted && matches!(status, "paused" | "prelaunch"));
+    let ended = end(run_dir, never_ran)?;
+    if let Ended::Runs = ended {
+        return Ok(ended);
     }
     for scratch in directories(run_dir) {
         end(&scratch, |_| true)?;
@@ -143,11 +175,11 @@ fn remove(run_dir: &Path) -> Result<bool, GuestError> {
     }
     let left = |error| GuestError::new(GuestErrorKind::Failed, "its directory stays").because(error);
     fs::remove_dir_all(run_dir).map_err(|error: std::io::Error| left(error))?;
-    Ok(true)
+    Ok(ended)
 }
 
-/// Ends the QEMU whose monitor is in `run_dir`, if its state allows. Whether none runs any more.
-fn end(run_dir: &Path, may_end: impl Fn(&str) -> bool) -> Result<bool, GuestError> {
+/// Ends the QEMU whose monitor is in `run_dir`, if its state allows.
+fn end(run_dir: &Path, may_end: impl Fn(&str) -> bool) -> Result<Ended, GuestError> {
     let socket = qmp_path(run_dir);
     let deadline = Instant::now() + LAUNCH_TIMEOUT;
     loop {
@@ -157,9 +189,9 @@ fn end(run_dir: &Path, may_end: impl Fn(&str) -> bool) -> Result<bool, GuestErro
             Err(error) if matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::NotFound) => {}
             Err(error) => return Err(QmpError::Io(error).into()),
         }
-        let Some(process) = noted_process(run_dir) else { return Ok(true) };
+        let Some(process) = noted_process(run_dir) else { return Ok(Ended::Gone) };
         if process.wait_exit(RETRY) {
-            return Ok(true);
+            return Ok(Ended::Gone);
         }
         if Instant::now() >= deadline {
             let message = format!("process {} was started there and has no monitor", process.pid());
@@ -169,10 +201,11 @@ fn end(run_dir: &Path, may_end: impl Fn(&str) -> bool) -> Result<bool, GuestErro
     let (mut qmp, process) = discover::connect(&Target::QmpSocket(socket))?;
     let status = qmp.execute("query-status", json!({}))?;
     if !status["status"].as_str().is_some_and(may_end) {
-        return Ok(false);
+        return Ok(Ended::Runs);
     }
+    let name = process.command_line().ok().and_then(|argv| crate::qemu::target::vm_name(&argv));
     process.kill_confirmed(KILL_TIMEOUT)?;
-    Ok(true)
+    Ok(Ended::NeverRan(name))
 }
 
 #[cfg(test)]
@@ -225,8 +258,10 @@ mod tests {
         note_taps(&dir, std::iter::empty()).expect("room");
         // A socket nobody listens to, as a killed process leaves it.
         drop(std::os::unix::net::UnixListener::bind(qmp_path(&dir)).expect("a socket"));
-        assert_eq!(host.remove_leftovers(), std::slice::from_ref(&dir));
+        let removed = host.remove_leftovers();
+        assert_eq!(removed.paths, std::slice::from_ref(&dir));
+        assert!(removed.never_ran.is_empty(), "it may have run before");
         assert!(!dir.exists());
-        assert!(host.remove_leftovers().is_empty());
+        assert!(host.remove_leftovers().paths.is_empty());
     }
 }
