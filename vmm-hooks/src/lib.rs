@@ -13,6 +13,7 @@
 //! | [`qemu`] | back end: a running, unmodified QEMU |
 //! | [`kvm`] | back end: our own microVM on KVM, in this process |
 //! | [`sim`] | back end: a deterministic guest for tests |
+//! | `tap` | tap interfaces of twins and microVMs |
 //! | [`sys`] | system calls; every line of unsafe code |
 
 pub mod disk;
@@ -23,4 +24,5 @@ pub mod nbd;
 pub mod qemu;
 pub mod sim;
 pub mod sys;
+mod tap;
 pub mod track;

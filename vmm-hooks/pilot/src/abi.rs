@@ -9,7 +9,7 @@ pub const IMAGE_END: u64 = 0x80_0000;
 /// The pilot's heap.
 pub const HEAP: u64 = IMAGE_END;
 /// The heap's length.
-pub const HEAP_BYTES: u64 = 0x100_0000;
+pub const HEAP_BYTES: u64 = 0x200_0000;
 /// From here on memory is written by workers and by orders alone.
 pub const FREE: u64 = HEAP + HEAP_BYTES;
 /// Least memory of a pilot.

@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 /// Most words of a request.
-const WORDS_MAX: usize = 16;
+const WORDS_MAX: usize = 1024;
 /// Longest word.
 const WORD_MAX: usize = 1 << 20;
 

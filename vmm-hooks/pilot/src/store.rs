@@ -5,6 +5,7 @@ use alloc::format;
 use alloc::vec::Vec;
 
 use crate::disk::Log;
+use crate::machine::clock;
 
 /// All keys and values.
 #[derive(Default)]
@@ -23,14 +24,18 @@ impl Store {
                     full(into)
                 }
             }
-            (b"GET", [key]) => match self.0.get(*key) {
-                Some(value) => {
-                    into.extend_from_slice(format!("${}\r\n", value.len()).as_bytes());
-                    into.extend_from_slice(value);
-                    into.extend_from_slice(b"\r\n");
+            (b"GET", [key]) => bulk(self.0.get(*key).map(Vec::as_slice), into),
+            (b"MGET", keys @ [_, ..]) => {
+                into.extend_from_slice(format!("*{}\r\n", keys.len()).as_bytes());
+                keys.iter().for_each(|&key| bulk(self.0.get(key).map(Vec::as_slice), into));
+            }
+            (b"TIME", []) => {
+                let microseconds = clock() / 1000;
+                into.extend_from_slice(b"*2\r\n");
+                for part in [microseconds / 1_000_000, microseconds % 1_000_000] {
+                    bulk(Some(format!("{part}").as_bytes()), into);
                 }
-                None => into.extend_from_slice(b"$-1\r\n"),
-            },
+            }
             (b"INCR", [key]) => {
                 let old = self.0.get(*key).map_or(Some(0), |value| core::str::from_utf8(value).ok()?.parse().ok());
                 match old.and_then(|old: i64| old.checked_add(1)) {
@@ -65,6 +70,14 @@ impl Store {
         }
         true
     }
+}
+
+/// A bulk string, or that there is none.
+fn bulk(value: Option<&[u8]>, into: &mut Vec<u8>) {
+    let Some(value) = value else { return into.extend_from_slice(b"$-1\r\n") };
+    into.extend_from_slice(format!("${}\r\n", value.len()).as_bytes());
+    into.extend_from_slice(value);
+    into.extend_from_slice(b"\r\n");
 }
 
 fn full(into: &mut Vec<u8>) {

@@ -15,7 +15,7 @@ use crate::layout::{Block, Layout, PAGE_SIZE, PageSet};
 use crate::track::{DirtyLedger, TrackError};
 
 /// The back end's name in recipes.
-pub(super) const BACKEND: &str = "kvm";
+pub const BACKEND: &str = "kvm";
 /// The name of the only memory block.
 const RAM: &str = "ram";
 

@@ -45,6 +45,9 @@ pub struct NetCard {
     pub mac: [u8; 6],
     /// The tap interface it is on.
     pub tap: String,
+    /// The bridge that the tap is on, if it is.
+    #[serde(default)]
+    pub bridge: Option<String>,
 }
 
 /// A disk.
@@ -303,6 +306,13 @@ impl Machine {
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.0.run().want == Want::Run
+    }
+
+    /// Whether its guest has shut itself down, or it has ended: nothing of it runs again.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        let run = self.0.run();
+        run.off || run.end.is_some()
     }
 
     /// Stops it: see the module's promises.

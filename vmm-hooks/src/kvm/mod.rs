@@ -37,15 +37,37 @@ mod wake;
 
 pub use boot::PilotOptions;
 pub use gate::GateBounds;
-pub use guest::{KvmGuest, attach};
+pub use guest::{BACKEND, KvmGuest, attach};
 pub use machine::{DiskFile, Machine, NetCard, Spec};
 pub use twin::{KvmTwinHost, TwinHostOptions};
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
 use crate::guest::{GuestError, GuestErrorKind};
+use crate::tap::{self, Tap};
+
+/// Joins a new machine's card to this host's network: its tap is made unless it is there, and put on the card's bridge. A card without a bridge
+/// learns which one its tap is on.
+///
+/// # Errors
+/// [`GuestErrorKind::Refused`] if this host has no such bridge, or the tap cannot be had.
+pub fn join(card: &mut NetCard) -> Result<OwnedFd, GuestError> {
+    let made = Tap::ensure(&card.tap, card.bridge.as_deref(), None)?;
+    let wire = crate::sys::tap::open(&card.tap).map_err(|error| {
+        GuestError::new(GuestErrorKind::Refused, format!("the tap interface {} cannot be used: {error}", card.tap))
+            .advise("nothing was started; end who uses it, or name another one")
+    })?;
+    if card.bridge.is_none() {
+        (card.bridge, _) = tap::describe(std::process::id(), &card.tap);
+    }
+    if let Some(tap) = made {
+        tap.keep();
+    }
+    Ok(wire)
+}
 
 /// Opens `/dev/kvm`.
 ///

@@ -19,6 +19,7 @@ use crate::guest::{
 };
 use crate::layout::Layout;
 use crate::sys::memory::BlockMemory;
+use crate::tap::Tap;
 
 /// Joins a twin's card to this host's network: gives what takes and gives one frame a call.
 pub type Join = Arc<dyn Fn(&NetCard) -> io::Result<OwnedFd> + Send + Sync>;
@@ -30,12 +31,15 @@ pub struct TwinHostOptions {
     pub join: Join,
     /// How the survivors' gates are bounded.
     pub bounds: GateBounds,
+    /// Makes the tap interface of each card when its twin is prepared, unless it is there, and puts it on the bridge that the card was on:
+    /// by this map from the primary's bridge to this host's, or the one of the same name. `None`: whoever joins cards sees to it.
+    pub bridges: Option<BTreeMap<String, String>>,
 }
 
 impl Default for TwinHostOptions {
     /// Cards are on taps of the names that they had.
     fn default() -> Self {
-        Self { join: Arc::new(|card| crate::sys::tap::open(&card.tap)), bounds: GateBounds::default() }
+        Self { join: Arc::new(|card| crate::sys::tap::open(&card.tap)), bounds: GateBounds::default(), bridges: None }
     }
 }
 
@@ -73,6 +77,24 @@ impl KvmTwinHost {
     #[must_use]
     pub fn machine(&self, name: &str) -> Option<Machine> {
         self.lock().get(name).cloned().flatten()
+    }
+
+    /// The machine of an activated twin, which is its taker's business from now on: another twin of its name may be made.
+    #[must_use]
+    pub fn take(&self, name: &str) -> Option<Machine> {
+        let mut twins = self.lock();
+        let machine = twins.get_mut(name)?.take()?;
+        twins.remove(name);
+        Some(machine)
+    }
+
+    /// Sees to the tap of a twin's card; what was made for it, and the bridge that it is on here.
+    fn make_tap(&self, spec: &mut Spec) -> Result<Option<Tap>, GuestError> {
+        let (Some(card), Some(bridges)) = (&mut spec.net, &self.options.bridges) else { return Ok(None) };
+        if let Some(here) = card.bridge.as_ref().and_then(|bridge| bridges.get(bridge)) {
+            card.bridge = Some(here.clone());
+        }
+        Tap::ensure(&card.tap, card.bridge.as_deref(), None)
     }
 }
 
@@ -117,8 +139,17 @@ impl TwinHost for KvmTwinHost {
         if twins.contains_key(name) {
             return Err(refused(format!("there is a twin called {name} already")));
         }
+        let tap = self.make_tap(&mut spec)?;
         twins.insert(name.to_owned(), None);
-        Ok(Box::new(KvmTwin { host: self.clone(), kvm, spec, cpuid, memory: Arc::new(memory), end: Arc::default() }))
+        Ok(Box::new(KvmTwin {
+            host: self.clone(),
+            kvm,
+            spec,
+            cpuid,
+            memory: Arc::new(memory),
+            end: Arc::default(),
+            tap,
+        }))
     }
 }
 
@@ -158,6 +189,8 @@ struct KvmTwin {
     cpuid: Vec<cpuid::Leaf>,
     memory: Arc<BlockMemory>,
     end: Arc<End>,
+    /// If it was made for this twin.
+    tap: Option<Tap>,
 }
 
 fn does_not_load(error: super::state::StateError) -> GuestError {
@@ -240,13 +273,16 @@ impl Twin for KvmTwin {
     fn destroy(self: Box<Self>) -> Result<(), GuestError> {
         self.end.fence()?;
         self.host.lock().remove(&self.spec.name);
-        Ok(())
+        self.tap.map_or(Ok(()), Tap::remove)
     }
 
-    fn release(self: Box<Self>) -> Result<Survivor, GuestError> {
+    fn release(mut self: Box<Self>) -> Result<Survivor, GuestError> {
         let activated = self.end.lock().is_some();
         if !activated || self.end.ended() {
             return Err(GuestError::new(GuestErrorKind::Failed, "the twin was not activated or has ended"));
+        }
+        if let Some(tap) = self.tap.take() {
+            tap.keep();
         }
         // A machine of this process: it is found by its name.
         Ok(Survivor { pid: std::process::id(), control: self.spec.name.clone() })

@@ -1,7 +1,7 @@
 //! What is there to know about a running QEMU, asked of its monitor and of `/proc`. Changes nothing.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::net::sockopt::socket_peercred;
 use serde_json::{Value, json};
@@ -211,7 +211,7 @@ pub(super) fn taps(pid: u32, network: &Network) -> Vec<RecipeTap> {
     for netdev in netdevs.filter(|netdev| netdev.kind == "tap") {
         let ifname = netdev.ifname().map(str::to_owned).or_else(|| tap_of_fd(pid, netdev.fd()?));
         let Some(ifname) = ifname.filter(|name| found.iter().all(|tap| tap.ifname != *name)) else { continue };
-        let (bridge, mtu) = super::tap::describe(pid, &ifname);
+        let (bridge, mtu) = crate::tap::describe(pid, &ifname);
         found.push(RecipeTap { netdev: netdev.id.clone(), ifname, bridge, mtu });
     }
     found
@@ -225,10 +225,4 @@ fn tap_of_fd(pid: u32, fd: u32) -> Option<String> {
 /// The name of the VM, or the PID if it has none.
 pub(super) fn display_name(argv: &[String], pid: u32) -> String {
     target::vm_name(argv).unwrap_or_else(|| format!("process {pid}"))
-}
-
-/// Whether a process looks at the same network as this thread.
-pub(super) fn same_network(pid: u32) -> bool {
-    let namespace = |path: &str| fs::read_link(Path::new(path)).ok();
-    namespace("/proc/thread-self/ns/net").is_some_and(|ours| namespace(&format!("/proc/{pid}/ns/net")) == Some(ours))
 }

@@ -16,7 +16,7 @@
 //! | `guest` | pauses, captures, and loses no dirty page |
 //! | `idle` | says whether the guest has nothing to do |
 //! | `cmdline`, `recipe` | make a twin's command line out of the primary's |
-//! | `twin`, `tap` | launch, rehearse, activate and remove twins |
+//! | `twin` | launch, rehearse, activate and remove twins |
 
 mod checks;
 mod clock;
@@ -37,7 +37,6 @@ mod ram;
 mod recipe;
 mod runstate;
 mod state;
-mod tap;
 mod target;
 mod twin;
 

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::discover::same_network;
 use crate::guest::{GuestError, GuestErrorKind};
+use crate::tap::same_network;
 
 /// One running QEMU on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

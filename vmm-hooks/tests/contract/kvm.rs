@@ -51,7 +51,7 @@ impl Fixture for Kvm {
             name: "contract".to_owned(),
             memory: abi::MEMORY_MIN,
             cpus: 2,
-            net: network.then(|| NetCard { mac: [2, 0, 0, 0, 0, 7], tap: "none".to_owned() }),
+            net: network.then(|| NetCard { mac: [2, 0, 0, 0, 0, 7], tap: "none".to_owned(), bridge: None }),
             disks: disks.collect(),
         };
         let wire = network.then(|| ours.into());

@@ -260,7 +260,7 @@ fn no_acknowledged_write_and_no_connection_is_lost_in_failovers_in_a_row_and_the
     };
     let mut image_now = image("first");
     let spec = Spec {
-        net: Some(NetCard { mac: MAC, tap: TAPS[0].to_owned() }),
+        net: Some(NetCard { mac: MAC, tap: TAPS[0].to_owned(), bridge: None }),
         disks: vec![DiskFile { name: "log".to_owned(), path: image_now.clone() }],
         ..spec(1)
     };
@@ -324,7 +324,7 @@ fn no_acknowledged_write_and_no_connection_is_lost_in_failovers_in_a_row_and_the
 fn a_twin_without_its_network_is_refused_and_can_be_activated_later() {
     let Some(kvm) = means() else { return };
     let (ours, _theirs) = std::os::unix::net::UnixDatagram::pair().expect("a pair");
-    let card = NetCard { mac: MAC, tap: "nowhere".to_owned() };
+    let card = NetCard { mac: MAC, tap: "nowhere".to_owned(), bridge: None };
     let spec = Spec { net: Some(card), ..spec(1) };
     let options = PilotOptions::default();
     let bounds = GateBounds::default();

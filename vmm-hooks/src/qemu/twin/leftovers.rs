@@ -23,8 +23,9 @@ use crate::qemu::cmdline::qmp_path;
 use crate::qemu::discover;
 use crate::qemu::qmp::QmpError;
 use crate::qemu::runstate::run_state;
-use crate::qemu::tap;
+
 use crate::sys::process::PidFd;
+use crate::tap;
 
 /// Within a twin's directory: the taps that were made for it, one a line.
 const TAPS: &str = "taps";

@@ -22,12 +22,12 @@ use self::machine::{Launch, Machine, TwinFence};
 use super::cmdline::{Backend, Disk, Network, Plan, qmp_path, rewrite};
 use super::recipe::QemuRecipe;
 use super::state::is_loadable;
-use super::tap::{self, Tap};
 use crate::guest::{
     Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
 };
 use crate::layout::{Layout, PAGE_SIZE};
 use crate::sys::memory::BlockMemory;
+use crate::tap::{self, Tap};
 
 /// How often a twin that dies while loading is launched again.
 const RELAUNCHES_MAX: u32 = 3;

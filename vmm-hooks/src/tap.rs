@@ -2,22 +2,23 @@
 //!
 //! Promise: only what was made here is removed.
 
+use std::fs;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-use super::discover::same_network;
 use crate::guest::{GuestError, GuestErrorKind};
 
 /// A tap interface that was made here.
 #[derive(Debug)]
-pub(super) struct Tap {
+pub(crate) struct Tap {
     ifname: String,
 }
 
 impl Tap {
     /// Sees to it that there is a tap of this name, up and on `bridge`. `None` if it was there before.
-    pub(super) fn ensure(ifname: &str, bridge: Option<&str>, mtu: Option<u32>) -> Result<Option<Self>, GuestError> {
+    pub(crate) fn ensure(ifname: &str, bridge: Option<&str>, mtu: Option<u32>) -> Result<Option<Self>, GuestError> {
         let existing = look(&["-j", "link", "show", "dev", ifname]);
         let made = match existing {
             Some(_) => None,
@@ -46,12 +47,12 @@ impl Tap {
     }
 
     /// Leaves the interface in place.
-    pub(super) fn keep(mut self) {
+    pub(crate) fn keep(mut self) {
         self.ifname.clear();
     }
 
     /// Removes the interface.
-    pub(super) fn remove(mut self) -> Result<(), GuestError> {
+    pub(crate) fn remove(mut self) -> Result<(), GuestError> {
         let ifname = std::mem::take(&mut self.ifname);
         ip(&["link", "delete", "dev", &ifname])
     }
@@ -86,12 +87,12 @@ fn raised(address: &str) -> Option<String> {
 }
 
 /// Whether there is an interface of this name.
-pub(super) fn exists(ifname: &str) -> bool {
+pub(crate) fn exists(ifname: &str) -> bool {
     look(&["-j", "link", "show", "dev", ifname]).is_some()
 }
 
 /// Removes a tap that was made for a process that is gone. One that a process holds again stays.
-pub(super) fn remove_unused(ifname: &str) -> Result<(), GuestError> {
+pub(crate) fn remove_unused(ifname: &str) -> Result<(), GuestError> {
     let Some(shown) = look(&["-j", "link", "show", "dev", ifname]) else { return Ok(()) };
     // The kernel gives a tap its carrier while a process holds it.
     let flags = shown.pointer("/0/flags").and_then(Value::as_array);
@@ -102,7 +103,7 @@ pub(super) fn remove_unused(ifname: &str) -> Result<(), GuestError> {
 }
 
 /// The bridge and the MTU of an interface in the network of process `pid`.
-pub(super) fn describe(pid: u32, ifname: &str) -> (Option<String>, Option<u32>) {
+pub(crate) fn describe(pid: u32, ifname: &str) -> (Option<String>, Option<u32>) {
     let shown = if same_network(pid) {
         look(&["-j", "link", "show", "dev", ifname])
     } else {
@@ -113,6 +114,12 @@ pub(super) fn describe(pid: u32, ifname: &str) -> (Option<String>, Option<u32>) 
     let bridge = field("master").and_then(Value::as_str).map(str::to_owned);
     let mtu = field("mtu").and_then(Value::as_u64).and_then(|mtu| u32::try_from(mtu).ok());
     (bridge, mtu)
+}
+
+/// Whether a process looks at the same network as this thread.
+pub(crate) fn same_network(pid: u32) -> bool {
+    let namespace = |path: &str| fs::read_link(Path::new(path)).ok();
+    namespace("/proc/thread-self/ns/net").is_some_and(|ours| namespace(&format!("/proc/{pid}/ns/net")) == Some(ours))
 }
 
 fn look(arguments: &[&str]) -> Option<Value> {
