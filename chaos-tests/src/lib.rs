@@ -1,3 +1,4 @@
 //! How we try to break it: simulator and laboratory.
 
+pub mod chaos;
 pub mod sim;

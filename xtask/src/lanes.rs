@@ -1,4 +1,4 @@
-//! `cargo xtask demo | test | sim | bench`: what they call, in which order.
+//! `cargo xtask demo | test | sim | chaos | bench`: what they call, in which order.
 
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
@@ -45,6 +45,31 @@ pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
     command.args(["run", "--quiet", "--package", "chaos-tests", "--bin", "sim", "--"]).args(args);
     let status = command.status()?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Builds the product and the chaos suite, with their assertions on, and runs it with `args`.
+///
+/// # Errors
+/// If this machine cannot run it, or it does not build.
+pub(crate) fn chaos(args: &[String]) -> Result<ExitCode> {
+    let means = setup::run(false)?;
+    let guest = match means.demo() {
+        Ok(guest) => guest,
+        Err(reasons) => bail!("the chaos suite cannot run here: {reasons}"),
+    };
+    shell::run(shell::cargo().args(["build", "--package", "replicator"]))?;
+    shell::run(shell::cargo().args(["build", "--package", "chaos-tests", "--bin", "chaos"]))?;
+    let mut command = chaos_command(&guest);
+    command.args(args);
+    let error = std::os::unix::process::CommandExt::exec(&mut command);
+    bail!("cannot run {}: {error}", command.get_program().display())
+}
+
+fn chaos_command(guest: &Path) -> Command {
+    let debug = shell::target().join("debug");
+    let mut command = Command::new(debug.join("chaos"));
+    command.arg("--guest").arg(guest).arg("--understudy").arg(debug.join("understudy")).stdin(Stdio::null());
+    command
 }
 
 /// Builds the product and the benchmark, and measures with `args`. What this machine lacks the benchmark itself skips.
@@ -139,6 +164,12 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
     });
     lane("demo on a real VM", &|| match means.demo() {
         Ok(guest) => outcome(demo_lane(&guest, if all { "20" } else { "1" })),
+        Err(why) => Outcome::Skipped(why),
+    });
+    lane("chaos on a real VM", &|| match means.demo() {
+        // What each seed does is the same in every run, as far as a real machine lets it.
+        Ok(guest) if all => outcome(shell::run(chaos_command(&guest).args(["--rounds", "100"]))),
+        Ok(guest) => outcome(shell::run(chaos_command(&guest).args(["--rounds", "8", "--seed", "1"]))),
         Err(why) => Outcome::Skipped(why),
     });
     if all {

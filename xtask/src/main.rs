@@ -50,6 +50,12 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Set up, build and break real processes around a real VM: `--rounds N`, `--seed N`, `--fault NAME`, `--json FILE`, `--html FILE`.
+    Chaos {
+        /// Given to the chaos suite as they are.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Set up, build and measure the promised numbers: `--quick`, `--json FILE`, `--only PART`.
     Bench {
         /// Given to the benchmark as they are.
@@ -84,6 +90,7 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Test { newer_qemu: true, .. } => lanes::test_newer(),
         Task::Test { all, .. } => lanes::test(all),
         Task::Sim { args } => lanes::sim(&args),
+        Task::Chaos { args } => lanes::chaos(&args),
         Task::Bench { args } => lanes::bench(&args),
         Task::Fuzz(args) => fuzz::run(&args),
         Task::Dashboards => {

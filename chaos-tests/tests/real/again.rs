@@ -1,8 +1,10 @@
 //! What was protected is protected again: after a failover, after a planned one, and when agents restart.
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
+use chaos_tests::chaos::fault::qemus;
 use replicator::control::api::{Role, VmStatus};
 use replicator::demo::lab::{COMMAND, Host, VM};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::stage::{SOON, play, play_long};
 
@@ -152,6 +154,29 @@ fn both_agents_die_and_the_vm_is_heard_again() {
             .await?;
         stage.lab.start_agent(Host::B).await?;
         stage.until_state(Host::A, "protected").await?;
+        client.goes_on().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
+fn a_winner_that_dies_before_its_copy_ran_gives_the_vm_back() {
+    play("agent B killed after its grant, before its copy runs", async |stage| {
+        stage.set().await?;
+        stage.protect_for_good().await?;
+        let mut client = stage.writer("g").await?;
+        let twin = qemus(&stage.lab.namespace(Host::B.role())).first().copied().context("no twin")?;
+        let twin = Pid::from_raw(i32::try_from(twin)?).context("a pid")?;
+        // It does not get to run: it does not even load.
+        kill_process(twin, Signal::STOP)?;
+        stage.lab.kill_agent(Host::A).await?;
+        stage.until(Host::B, "that it activates", |status| status.reason.contains("activates the copy")).await?;
+        stage.lab.kill_agent(Host::B).await?;
+        kill_process(twin, Signal::CONT)?;
+        stage.lab.start_agent(Host::B).await?;
+        stage.lab.start_agent(Host::A).await?;
+        let home = stage.until_state(Host::A, "protected").await?;
+        ensure!(home.role == Role::Primary && home.survivor.is_none(), "{home:?}");
         client.goes_on().await?;
         stage.nothing_lost(client).await.map(drop)
     });

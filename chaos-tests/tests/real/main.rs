@@ -9,6 +9,7 @@ mod again;
 mod disks;
 mod ends;
 mod fails;
+mod injected;
 mod monitor;
 mod pressure;
 mod refuses;

@@ -21,7 +21,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::netns::{full_name, ip, kill_all, sweep};
+use super::netns::{full_name, ip, kill_all, processes_in, sweep};
 use super::postgres;
 use super::process::{Daemon, Ended, Helper, outcome};
 use super::wait::{now_ns, until};
@@ -58,6 +58,15 @@ pub enum Host {
 }
 
 impl Host {
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
     /// The letter that its namespace has.
     #[must_use]
     pub fn role(self) -> &'static str {
@@ -555,9 +564,44 @@ impl Lab {
     /// # Errors
     /// If the agent does not answer within a bound.
     pub async fn raise_host_a(&mut self) -> Result<()> {
-        self.agents.retain(|(host, _)| *host != Host::A);
-        self.set_link(Host::A, true)?;
-        self.start_agent(Host::A).await
+        self.raise_host(Host::A).await
+    }
+
+    /// Kills everything that runs on a host at once, whatever it is, then its link, then what had been started meanwhile.
+    ///
+    /// # Errors
+    /// If a process does not end.
+    pub fn kill_host(&mut self, host: Host) -> Result<()> {
+        let namespace = self.namespace(host.role());
+        for pid in processes_in(&namespace) {
+            // One that has ended meanwhile is as dead as the others.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        self.set_link(host, false)?;
+        kill_all(&namespace)?;
+        self.agents.retain(|(its, _)| *its != host);
+        if host == Host::A {
+            self.vm = None;
+        }
+        Ok(())
+    }
+
+    /// A host is back after its death: its link, and its agent. Nothing of what ran there is.
+    ///
+    /// # Errors
+    /// If the agent does not answer within a bound.
+    pub async fn raise_host(&mut self, host: Host) -> Result<()> {
+        self.agents.retain(|(its, _)| *its != host);
+        self.set_link(host, true)?;
+        self.start_agent(host).await
+    }
+
+    /// The pid of the witness.
+    ///
+    /// # Errors
+    /// If none runs.
+    pub fn witness_pid(&self) -> Result<u32> {
+        self.witness.as_ref().and_then(Daemon::pid).context("no witness runs")
     }
 
     /// Has Redis end, and with it its guest, in good order.

@@ -1,7 +1,7 @@
 //! Programs of the laboratory: started in a namespace, with a log, killed when let go.
 
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::{self, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts `program` in `namespace`; its output goes to `log`.
+    /// Starts `program` in `namespace`; its output is added to `log`, which tells of its earlier lives too.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -44,7 +44,11 @@ impl Daemon {
         env: &[(&str, String)],
         log: &Path,
     ) -> Result<Self> {
-        let file = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
+        let file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("cannot write {}", log.display()))?;
         let mut command = command(namespace, program, args);
         command.envs(env.iter().map(|(key, value)| (key, value)));
         command.stdout(file.try_clone()?).stderr(file);

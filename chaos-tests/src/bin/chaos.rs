@@ -1,0 +1,153 @@
+//! `chaos [--seed N] [--rounds N] [--fault NAME] [--json FILE]`: real processes, real faults, and judges (`docs/testing.md`).
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail};
+use chaos_tests::chaos::engine::{Plan, run};
+use chaos_tests::chaos::fault::Fault;
+use chaos_tests::chaos::page::html;
+use chaos_tests::chaos::report::{Report, Round};
+use chaos_tests::chaos::storage::sweep;
+use clap::Parser;
+use replicator::demo::netns;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Breaks agents, hosts and links around a real VM, and judges what its clients see.
+#[derive(Parser)]
+#[command(name = "cargo xtask chaos")]
+struct Arguments {
+    /// What faults and moments are drawn from [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// How many faults, one after the other
+    #[arg(long, default_value_t = 20)]
+    rounds: u64,
+    /// Only faults of this name, or that begin with it; may be given more than once
+    #[arg(long = "fault", value_name = "NAME")]
+    faults: Vec<String>,
+    /// Write the report to this file, as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the report to this file, as a page for a browser
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// List the faults and do nothing
+    #[arg(long)]
+    list: bool,
+    /// Leave the logs where they are also if nothing broke
+    #[arg(long)]
+    keep: bool,
+    /// Directory of the guest image, built by `cargo xtask setup`
+    #[arg(long, value_name = "DIR", default_value = "target/guest")]
+    guest: PathBuf,
+    /// The program `understudy`
+    #[arg(long, value_name = "FILE", default_value = "target/debug/understudy")]
+    understudy: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    if arguments.list {
+        for fault in Fault::ALL {
+            println!("{}", fault.name());
+        }
+        return ExitCode::SUCCESS;
+    }
+    match chaos(&arguments) {
+        Ok(report) => {
+            println!("\n{}", report.text());
+            if report.failure.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn chaos(arguments: &Arguments) -> Result<Report> {
+    let plan = plan(arguments)?;
+    println!("seed {}, {} rounds", plan.seed, plan.rounds);
+    let mut report = play(&plan)?;
+    let failed = report.failure.is_some();
+    if failed || arguments.keep {
+        report.kept = Some(plan.dir.display().to_string());
+    } else {
+        fs::remove_dir_all(&plan.dir).with_context(|| format!("cannot remove {}", plan.dir.display()))?;
+    }
+    let json = serde_json::to_string_pretty(&report)? + "\n";
+    if failed {
+        write(&plan.dir.join("report.json"), &json)?;
+        write(&plan.dir.join("report.html"), &html(&report))?;
+    }
+    if let Some(file) = &arguments.html {
+        write(file, &html(&report))?;
+    }
+    if let Some(file) = &arguments.json {
+        write(file, &json)?;
+    }
+    Ok(report)
+}
+
+fn plan(arguments: &Arguments) -> Result<Plan> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the laboratory is made of network namespaces: run this as root");
+    }
+    let guest = arguments.guest.canonicalize().unwrap_or_else(|_| arguments.guest.clone());
+    for file in ["vmlinuz", "initrd.img", "cmdline"] {
+        if !guest.join(file).is_file() {
+            bail!("there is no guest image in {}: build it with `cargo xtask setup`", guest.display());
+        }
+    }
+    let wanted = |fault: &Fault| {
+        arguments.faults.is_empty() || arguments.faults.iter().any(|name| fault.name().starts_with(name.as_str()))
+    };
+    let faults: Vec<Fault> = Fault::ALL.into_iter().filter(wanted).collect();
+    if faults.is_empty() {
+        bail!("there is no fault called {:?}: see --list", arguments.faults);
+    }
+    let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
+    let understudy = &arguments.understudy;
+    Ok(Plan {
+        seed: arguments.seed.unwrap_or(u64::try_from(time)? % 1_000_000),
+        rounds: arguments.rounds,
+        faults,
+        guest,
+        understudy: understudy.canonicalize().with_context(|| format!("{} is missing", understudy.display()))?,
+        dir: work_dir()?,
+    })
+}
+
+/// Plays the plan, and cleans up whatever comes.
+fn play(plan: &Plan) -> Result<Report> {
+    for maker in netns::sweep_leftovers().context("looking for what an earlier run left")? {
+        sweep(&std::env::temp_dir().join(format!("us-chaos-{maker}")));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        // Dropping the run's future drops the laboratory, which cleans up.
+        tokio::select! {
+            report = run(plan, |round: &Round| println!("{}", round.line())) => report,
+            _ = interrupt.recv() => bail!("interrupted; logs are in {}", plan.dir.display()),
+            _ = terminate.recv() => bail!("told to end; logs are in {}", plan.dir.display()),
+        }
+    })
+}
+
+/// A directory that only root can enter. Its path is short: sockets below it must fit in 107 bytes.
+fn work_dir() -> Result<PathBuf> {
+    let dir = std::env::temp_dir().join(format!("us-chaos-{}", std::process::id()));
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    fs::set_permissions(&dir, Permissions::from_mode(0o700))?;
+    dir.canonicalize().with_context(|| format!("cannot resolve {}", dir.display()))
+}
+
+fn write(file: &Path, text: &str) -> Result<()> {
+    fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+}

@@ -1,0 +1,317 @@
+//! A run: one laboratory, rounds of faults, and the judges.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use replicator::control::api::{EventKind, ProtectionState, Role, VmEvent};
+use replicator::demo::lab::{Host, Lab, REDIS, VM};
+use replicator::demo::wait::{now_ns, until};
+
+use super::capture::Capture;
+use super::fault::{Fault, Field};
+use super::guest;
+use super::leaks::{Holdings, Leaks, interfaces};
+use super::linear::{self, Action, Operation};
+use super::report::{Moment, Report, Round, seconds};
+use super::schedule::Schedule;
+use super::sniffer::{self, Run, Sniffer};
+use super::storage::Storage;
+use super::workload::{Broken, KEYS, Workload};
+use crate::sim::rng::Rng;
+
+/// Bound on being protected for the first time, and again after a fault.
+const PROTECT: Duration = Duration::from_secs(300);
+/// Bound on the clients' next answers, and on the end of their last question.
+const ANSWERS: Duration = Duration::from_secs(120);
+/// Bound on the end of what was left to be cleaned up.
+const CLEAN: Duration = Duration::from_secs(60);
+/// How many answers every client must have had before a fault, and after it.
+const UNDER_WAY: u64 = 10;
+/// How many events of a host are looked through for those of a round.
+const EVENTS: usize = 300;
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// What everything that is left to chance is drawn from.
+    pub seed: u64,
+    /// How many rounds.
+    pub rounds: u64,
+    /// The faults that are drawn from.
+    pub faults: Vec<Fault>,
+    /// Directory of the guest image.
+    pub guest: PathBuf,
+    /// The program `understudy`.
+    pub understudy: PathBuf,
+    /// An empty directory for state, sockets and logs. Its path is short.
+    pub dir: PathBuf,
+}
+
+/// Runs `plan`. What is wrong with the product is in the report, what is wrong with this machine is an error.
+///
+/// # Errors
+/// If the laboratory cannot be built, or its VM not be protected at all.
+pub async fn run(plan: &Plan, mut progress: impl FnMut(&Round)) -> Result<Report> {
+    let begun = Instant::now();
+    let mut report = Report { seed: plan.seed, rounds: Vec::new(), failure: None, kept: None, seconds: 0.0 };
+    let mut lab = Lab::build(&plan.dir, &plan.guest, &plan.understudy)?;
+    let mut arena = Arena::open(&mut lab, plan.seed).await.context("the VM could not be protected at first")?;
+    let mut schedule = Schedule::new(plan.seed, &plan.faults);
+    for number in 1..=plan.rounds {
+        let fault = schedule.draw();
+        let mut round = Round { number, fault: fault.name(), kind: fault.kind().to_owned(), ..Round::default() };
+        let played = arena.round(fault, &mut round).await;
+        progress(&round);
+        report.rounds.push(round);
+        if let Err(error) = played {
+            report.failure = Some(format!("round {number}, {}: {error:#}", fault.name()));
+            break;
+        }
+    }
+    if report.failure.is_none() {
+        report.failure = arena.close(plan.rounds).await.err().map(|error| format!("at the end: {error:#}"));
+    }
+    if report.failure.is_some() {
+        arena.keep_events().await;
+    }
+    report.seconds = begun.elapsed().as_secs_f64();
+    Ok(report)
+}
+
+/// A laboratory whose VM is protected, with its clients and judges.
+struct Arena<'a> {
+    lab: &'a mut Lab,
+    storage: Storage,
+    rng: Rng,
+    workload: Workload,
+    sniffer: Sniffer,
+    _capture: Capture,
+    leaks: Leaks,
+    /// Where the guest's frames came from last.
+    speaks: Host,
+    /// What keys of earlier rounds hold: nobody writes them any more.
+    settled: BTreeMap<u64, u64>,
+}
+
+/// Which host has which copy of a VM that is protected.
+async fn protected(lab: &Lab) -> Result<Host, String> {
+    let mut seen = Vec::new();
+    for host in [Host::A, Host::B] {
+        let status = lab.client(host).vm_status(VM).await.map_err(|error| format!("{}: {error}", host.name()))?;
+        seen.push((status.role, matches!(status.state, ProtectionState::Protected), status));
+    }
+    match seen[..] {
+        [(Role::Primary, true, _), (Role::Standby, true, _)] => Ok(Host::A),
+        [(Role::Standby, true, _), (Role::Primary, true, _)] => Ok(Host::B),
+        _ => Err(seen
+            .iter()
+            .zip([Host::A, Host::B])
+            .map(|((role, _, status), host)| {
+                format!("{}: {} as {} ({})", host.name(), status.state, role.word(), status.reason)
+            })
+            .collect::<Vec<_>>()
+            .join("; ")),
+    }
+}
+
+async fn until_protected(lab: &Lab) -> Result<Host> {
+    until("the VM to be protected", PROTECT, async || Ok(protected(lab).await)).await
+}
+
+impl<'a> Arena<'a> {
+    async fn open(lab: &'a mut Lab, seed: u64) -> Result<Self> {
+        let storage = Storage::make(lab)?;
+        guest::boot(lab).await?;
+        lab.start_daemons().await?;
+        lab.pair().await?;
+        let switch = lab.namespace("s");
+        let ports = interfaces(&switch)?;
+        let port = |name: &str| ports.get(name).copied().with_context(|| format!("the switch has no port {name}"));
+        let capture = Capture::start(&switch, port("to-c")?, lab.dir())?;
+        let sniffer = Sniffer::start(&switch, [port("to-a")?, port("to-b")?])?;
+        guest::protect(lab).await?;
+        until_protected(lab).await?;
+        let workload = Workload::start(&lab.namespace("c"), REDIS, seed)?;
+        Ok(Self {
+            lab,
+            storage,
+            rng: Rng::new(seed.rotate_left(32)),
+            workload,
+            sniffer,
+            _capture: capture,
+            leaks: Leaks::default(),
+            speaks: Host::A,
+            settled: BTreeMap::new(),
+        })
+    }
+
+    /// Every client has had some answers more.
+    async fn answered(&self) -> Result<()> {
+        let before = self.workload.answered();
+        until("every client to be answered", ANSWERS, async || {
+            let now = self.workload.answered();
+            let all = now.iter().zip(before).all(|(now, before)| *now >= before + UNDER_WAY);
+            Ok(if all { Ok(()) } else { Err(format!("{before:?} answers, then {now:?}")) })
+        })
+        .await
+    }
+
+    async fn round(&mut self, fault: Fault, round: &mut Round) -> Result<()> {
+        let (begun_ns, begun_unix_ms) = (now_ns(), unix_ms());
+        self.workload.go(round.number);
+        let mut deeds = Vec::new();
+        let played = self.play(fault, round, &mut deeds).await;
+        self.workload.pause();
+        round.deeds =
+            deeds.into_iter().map(|(at_ns, what)| Moment { at_ms: ms_since(begun_ns, at_ns), what }).collect();
+        let events = self.events(begun_unix_ms).await;
+        round.events = events
+            .iter()
+            .map(|(host, event)| Moment {
+                at_ms: i64::try_from(event.unix_ms).unwrap_or(i64::MAX)
+                    - i64::try_from(begun_unix_ms).unwrap_or(i64::MAX),
+                what: format!(
+                    "{} {} as {}, generation {}: {}",
+                    host.name(),
+                    event.state,
+                    event.role.word(),
+                    event.generation,
+                    event.text
+                ),
+            })
+            .collect();
+        round.activated = events.iter().filter(|(_, event)| event.kind == EventKind::Failover).count();
+        let idle = until("the clients' last questions to be answered", ANSWERS, async || {
+            Ok(if self.workload.idle() { Ok(()) } else { Err("they are not".to_owned()) })
+        })
+        .await;
+        // What was heard is judged also if the VM does not come back.
+        let heard = self.sniffer.take();
+        let (history, broken) = self.workload.take();
+        tell(round, begun_ns, &history, &broken, &heard);
+        let spoke = sniffer::judge(self.speaks, &heard, round.activated);
+        self.speaks = heard.last().map_or(self.speaks, |run| run.from);
+        match (spoke, played) {
+            (Err(spoke), Err(played)) => bail!("{spoke:#}; and {played:#}"),
+            (spoke, played) => spoke.and(played)?,
+        }
+        idle?;
+        if let Some(broken) = broken.first().filter(|_| !fault.breaks_connections()) {
+            bail!("a client's connection broke {} ms into the round: {}", ms_since(begun_ns, broken.at_ns), broken.why);
+        }
+        self.remembers(round.number, history)?;
+        self.clean().await
+    }
+
+    /// The fault itself, and what comes after it, until the VM is protected and its clients are served.
+    async fn play(&mut self, fault: Fault, round: &mut Round, deeds: &mut Vec<(u64, String)>) -> Result<()> {
+        self.answered().await.context("before the fault")?;
+        let primary = until_protected(self.lab).await.context("before the fault")?;
+        round.hosts = (primary.name().to_owned(), "nowhere".to_owned());
+        let mut field = Field { lab: self.lab, primary, storage: &self.storage, rng: &mut self.rng, deeds: Vec::new() };
+        let injected = fault.inject(&mut field).await;
+        deeds.extend(field.deeds.into_iter().map(|deed| (deed.at_ns, deed.what)));
+        injected.context("the fault could not be played")?;
+        let over_ns = now_ns();
+        let primary = until_protected(self.lab).await.context("after the fault")?;
+        let now = now_ns();
+        deeds.push((now, format!("protected again, on {}", primary.name())));
+        round.restored_ms = (now - over_ns) / 1_000_000;
+        primary.name().clone_into(&mut round.hosts.1);
+        self.answered().await.context("after the fault")
+    }
+
+    /// The round's history, with a last look at its keys, is linearizable; the keys of the round before hold what they held.
+    fn remembers(&mut self, number: u64, mut history: Vec<Operation>) -> Result<()> {
+        let first = number.saturating_sub(1).max(1);
+        let read = self.workload.read_all(first..=number).context("reading everything again")?;
+        history.extend(read.iter().filter(|read| read.key / KEYS == number));
+        if let Err(found) = linear::check(&history) {
+            let _ = fs::write(self.lab.dir().join("history.txt"), format!("{history:#?}\n"));
+            bail!("the history is not linearizable: {found}");
+        }
+        self.still_there(&read)
+    }
+
+    /// What was read is what was read last, where it was read before.
+    fn still_there(&mut self, read: &[Operation]) -> Result<()> {
+        for read in read {
+            let Action::Read(value) = read.action else { continue };
+            let known = *self.settled.entry(read.key).or_insert(value);
+            ensure!(known == value, "key {:#x} was settled as {known:#x} and is {value:#x} now", read.key);
+        }
+        Ok(())
+    }
+
+    /// Reads everything again, shuts the guest down, and looks at its disk where it ran last.
+    async fn close(&mut self, rounds: u64) -> Result<()> {
+        let read = self.workload.read_all(1..=rounds).context("reading everything again")?;
+        self.still_there(&read)?;
+        guest::shut_down(self.lab).await.map(drop)
+    }
+
+    /// Waits until nothing is left of what was.
+    async fn clean(&mut self) -> Result<()> {
+        let (lab, leaks) = (&*self.lab, &mut self.leaks);
+        until("the hosts to have no more than they need", CLEAN, async || {
+            let Ok(primary) = protected(lab).await else { return Ok(Err("not protected".to_owned())) };
+            let mut found = Vec::new();
+            for host in [Host::A, Host::B] {
+                found.extend(leaks.excess(host, host == primary, &Holdings::of(lab, host)?));
+            }
+            Ok(if found.is_empty() { Ok(()) } else { Err(found.join("; ")) })
+        })
+        .await?;
+        [Host::A, Host::B].into_iter().try_for_each(|host| self.storage.delete_old_images(self.lab, host))
+    }
+
+    /// What the agents noted since then, in order of time.
+    async fn events(&self, since_unix_ms: u64) -> Vec<(Host, VmEvent)> {
+        let mut all = Vec::new();
+        for host in [Host::A, Host::B] {
+            let events = self.lab.client(host).vm_events(VM, EVENTS).await.unwrap_or_default();
+            all.extend(events.into_iter().filter(|event| event.unix_ms >= since_unix_ms).map(|event| (host, event)));
+        }
+        all.sort_by_key(|(_, event)| event.unix_ms);
+        all
+    }
+
+    /// Writes down what the agents noted and say, for who looks at a failure.
+    async fn keep_events(&self) {
+        let mut text = self.lab.statuses().await;
+        for (host, event) in self.events(0).await {
+            text.push_str(&format!("{} {}\n", host.name(), serde_json::to_string(&event).unwrap_or_default()));
+        }
+        // Their disks are gone with the laboratory.
+        for host in [Host::A, Host::B] {
+            for entry in fs::read_dir(self.lab.state_dir(host).join("vms")).into_iter().flatten().flatten() {
+                let durable = fs::read_to_string(entry.path()).unwrap_or_default();
+                text.push_str(&format!("--- {}\n{durable}\n", entry.path().display()));
+            }
+        }
+        let _ = fs::write(self.lab.dir().join("events.txt"), text);
+    }
+}
+
+fn tell(round: &mut Round, begun_ns: u64, history: &[Operation], broken: &[Broken], heard: &[Run]) {
+    let answers = || history.iter().filter_map(|op| Some((op.called_ns, op.returned_ns?)));
+    round.answered = answers().count() as u64;
+    round.unknown = history.len() as u64 - round.answered;
+    round.broken = broken.len() as u64;
+    round.frames = heard.iter().map(|run| run.frames).sum();
+    round.longest_wait_ms = answers().map(|(asked, came)| (came - asked) / 1_000_000).max().unwrap_or(0);
+    round.seconds = seconds(begun_ns, answers());
+}
+
+fn ms_since(begun_ns: u64, at_ns: u64) -> i64 {
+    let ms = |ns: u64| i64::try_from(ns / 1_000_000).unwrap_or(i64::MAX);
+    ms(at_ns) - ms(begun_ns)
+}
+
+fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,153 @@
+//! The chaos suite's faults do what they say: measured by datagrams and writes, without a VM.
+
+use std::io::Write as _;
+use std::net::UdpSocket;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use chaos_tests::chaos::fault::set_deaf;
+use chaos_tests::chaos::relay::{Relay, Weather};
+use chaos_tests::chaos::space;
+use chaos_tests::chaos::storage::Storage;
+use replicator::demo::lab::{Host, Lab, WITNESS};
+
+use crate::stage::play;
+
+/// Datagrams that are sent in one measurement.
+const SENT: u32 = 400;
+/// Bytes of each.
+const BYTES: usize = 1000;
+/// When nothing came for so long, nothing more comes.
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// What came of numbered datagrams: number, damaged or not, and when after it was sent.
+type Came = Vec<(u32, bool, Duration)>;
+
+/// Sends numbered datagrams from one namespace to an address in another.
+fn send(from: &str, to: &str, address: &'static str) -> Result<Came> {
+    let (tell, told) = mpsc::channel();
+    let begun = Instant::now();
+    let receive = move |socket: UdpSocket| {
+        let mut came = Came::new();
+        let mut buffer = [0; 2 * BYTES];
+        while let Ok(length) = socket.recv(&mut buffer) {
+            let number = u32::from_be_bytes([buffer[0], buffer[1], buffer[2], buffer[3]]);
+            let at = Duration::from_nanos(u64::from_be_bytes(buffer[4..12].try_into().unwrap_or_default()));
+            let whole = length == BYTES && buffer[12..length].iter().all(|&byte| byte == 0x55);
+            came.push((number, !whole, begun.elapsed().saturating_sub(at)));
+        }
+        let _ = tell.send(came);
+    };
+    let open = move || {
+        let socket = UdpSocket::bind((address, 9999))?;
+        socket.set_read_timeout(Some(SILENCE))?;
+        Ok(socket)
+    };
+    let receiver = space::spawn(to, open, receive)?;
+    let open = move || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect((address, 9999))?;
+        Ok(socket)
+    };
+    let send = move |socket: UdpSocket| {
+        for number in 0..SENT {
+            let mut bytes = [0x55; BYTES];
+            bytes[..4].copy_from_slice(&number.to_be_bytes());
+            let at = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            bytes[4..12].copy_from_slice(&at.to_be_bytes());
+            let _ = socket.send(&bytes);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let _ = space::spawn(from, open, send)?.join();
+    let _ = receiver.join();
+    told.recv().context("the receiver died")
+}
+
+/// What comes from host A to the witness, and back, in some weather on the link of host A.
+fn in_weather(lab: &Lab, weather: Weather) -> Result<(Came, u64)> {
+    let (a, w, s) = (lab.namespace("a"), lab.namespace("w"), lab.namespace("s"));
+    let relay = Relay::start(&a, &s, "to-a", weather, 7)?;
+    let came = send(&a, &w, WITNESS)?;
+    let (_, hit) = relay.counts();
+    Ok((came, hit))
+}
+
+fn in_order(came: &Came) -> bool {
+    came.is_sorted_by_key(|(number, ..)| *number)
+}
+
+#[test]
+fn weather_hits_what_it_says_and_is_over_with_its_relay() {
+    play("weather on a link", async |stage| {
+        let lab = &stage.lab;
+        let all = usize::try_from(SENT)?;
+        let fair = Weather::default();
+        let (came, hit) = in_weather(lab, fair)?;
+        ensure!(came.len() == all && hit == 0 && in_order(&came), "fair weather: {} came, {hit} hit", came.len());
+        let (came, hit) = in_weather(lab, Weather { lose: 250, ..fair })?;
+        ensure!((all / 2..all * 9 / 10).contains(&came.len()) && hit > 0, "loss: {} came", came.len());
+        let (came, _) = in_weather(lab, Weather { double: 250, ..fair })?;
+        ensure!((all * 11 / 10..all * 3 / 2).contains(&came.len()), "doubling: {} came", came.len());
+        let (came, _) = in_weather(lab, Weather { overtake: 250, ..fair })?;
+        ensure!(came.len() == all && !in_order(&came), "overtaking: {} came", came.len());
+        let (came, _) = in_weather(lab, Weather { damage: 250, ..fair })?;
+        let damaged = came.iter().filter(|(_, damaged, _)| *damaged).count();
+        ensure!(came.len() == all && damaged > all / 10, "damage: {damaged} of {} are damaged", came.len());
+        let delay = Duration::from_millis(40);
+        let (came, _) = in_weather(lab, Weather { delay, ..fair })?;
+        ensure!(came.len() == all && came.iter().all(|(.., late)| *late >= delay), "delay: {came:?}");
+        let (came, _) = in_weather(lab, Weather { rate: Some(200_000), ..fair })?;
+        // 400 kB and more at 200 kB a second, sent in less than half of that.
+        let latest = came.iter().map(|(.., late)| *late).max().unwrap_or_default();
+        ensure!(latest >= Duration::from_millis(500), "a narrow link: the last came after {latest:?}");
+        let came = send(&lab.namespace("a"), &lab.namespace("w"), WITNESS)?;
+        ensure!(came.len() == all && in_order(&came), "the cable is back: {} came", came.len());
+        Ok(())
+    });
+}
+
+#[test]
+fn who_is_deaf_on_one_side_is_heard_on_the_other() {
+    play("one-way partition", async |stage| {
+        let (a, b) = (stage.lab.namespace("a"), stage.lab.namespace("b"));
+        let all = usize::try_from(SENT)?;
+        set_deaf(&a, "br0", Host::B.address(), true)?;
+        let came = send(&a, &b, Host::B.address())?;
+        ensure!(came.is_empty(), "{} came through", came.len());
+        let came = send(&b, &a, Host::A.address())?;
+        ensure!(came.len() == all, "the other way: {} came", came.len());
+        set_deaf(&a, "br0", Host::B.address(), false)?;
+        let came = send(&a, &b, Host::B.address())?;
+        ensure!(came.len() == all, "afterwards: {} came", came.len());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_disk_is_full_or_hangs_for_its_own_host_alone() {
+    play("full and hanging disks", async |stage| {
+        let storage = Storage::make(&stage.lab)?;
+        let write = |host: Host| -> std::io::Result<()> {
+            let mut file = std::fs::File::create(stage.lab.state_dir(host).join("probe"))?;
+            file.write_all(&[1; 1 << 16])?;
+            file.sync_all()
+        };
+        let filler = storage.fill(Host::B)?;
+        let refused = write(Host::B).expect_err("it is full");
+        ensure!(refused.kind() == std::io::ErrorKind::StorageFull, "{refused}");
+        write(Host::A)?;
+        drop(filler);
+        write(Host::B)?;
+
+        let frozen = storage.freeze(Host::B)?;
+        write(Host::A)?;
+        let (tell, told) = mpsc::channel();
+        let probe = stage.lab.state_dir(Host::B).join("probe");
+        std::thread::spawn(move || tell.send(std::fs::write(probe, [2; 1 << 16])));
+        ensure!(told.recv_timeout(SILENCE).is_err(), "a disk that hangs took a write");
+        frozen.thaw()?;
+        told.recv()?.context("the write that waited")
+    });
+}
