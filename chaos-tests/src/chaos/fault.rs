@@ -409,6 +409,16 @@ impl Field<'_> {
         Ok(())
     }
 
+    /// What an operator does about an agent that could not write down what it had to: it stays in its error until it starts again.
+    async fn mend(&mut self, host: Host) -> Result<()> {
+        // An agent that knows no VM has nothing to mend.
+        let status = self.lab.client(host).vm_status(VM).await.ok();
+        let Some(status) = status.filter(|status| status.state == ProtectionState::Error) else { return Ok(()) };
+        self.note(format!("an operator reads `{}` on {}, and starts its agent again", status.reason, host.name()));
+        self.lab.stop_agent(host).await?;
+        self.start_agent(host).await
+    }
+
     /// Waits until a host's agent says something of the VM. One that does not answer says nothing.
     async fn until(&self, host: Host, what: &str, is: impl Fn(Role, &ProtectionState) -> bool) -> Result<()> {
         until(&format!("{} to say {what} of the VM", host.name()), PHASE, async || {
@@ -644,7 +654,7 @@ impl Fault {
                 field.hold().await;
                 drop(filler);
                 field.note(format!("the disk of {} has room again", host.name()));
-                Ok(())
+                field.mend(host).await
             }
             Self::HangDisk => {
                 let host = field.host(Standby);
