@@ -7,6 +7,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use replicator::control::api::FailoverRequest;
 use replicator::control::api::{ProtectionState, Role};
 use replicator::demo::lab::{GUEST, Host, Lab, REDIS, VM, WITNESS};
 use replicator::demo::netns::{ip, processes_in};
@@ -612,7 +613,7 @@ impl Fault {
                 let (client, most) = (field.lab.client(primary), field.rng.micros(0, 400_000));
                 field.note("an operator moves the VM");
                 let request =
-                    replicator::control::api::FailoverRequest { vm: VM.to_owned(), planned: true, back: false };
+                    FailoverRequest { vm: VM.to_owned(), planned: true, back: false, force: false, confirm: None };
                 // The order itself may be what is cut off.
                 let _ = tokio::time::timeout(most, async {
                     let _ = client.failover(&request).await;

@@ -36,6 +36,7 @@ impl World {
         let mut config = PrimaryConfig::new(VM, me, peer);
         config.ownership.generation = self.hosts[host].generation;
         config.ownership.first_request = self.hosts[host].take_requests();
+        config.ownership.store = self.options.pair.then(|| self.pair.store_of(host));
         config.first_epoch = self.hosts[host].next_epoch;
         config.start_within = Duration::from_secs(2);
         config.pair_within = Duration::from_secs(1);
@@ -196,7 +197,7 @@ impl World {
     }
 
     /// A guest that runs here alone is protected again after a while; ever later as long as nothing comes of it.
-    fn protect_later(&mut self, host: usize, well: bool) {
+    pub(super) fn protect_later(&mut self, host: usize, well: bool) {
         let again = self.options.again;
         let state = &mut self.hosts[host];
         if !again || state.guest.is_none() || state.unprotected {
@@ -216,6 +217,9 @@ impl World {
         if self.hosts[1 - host].alive {
             self.counts.again += 1;
             self.protect(host);
+        } else if self.options.pair {
+            // It may have power again.
+            self.protect_later(host, false);
         }
     }
 
@@ -456,6 +460,11 @@ impl World {
         let mut config = StandbyConfig::new(VM, me, peer, generation);
         config.ownership.generation = self.hosts[host].generation;
         config.ownership.first_request = self.hosts[host].take_requests();
+        if self.options.pair {
+            // The primary says who keeps the record.
+            self.pair.follow(host);
+            config.ownership.store = Some(self.pair.store_of(host));
+        }
         self.hosts[host].standby = Some(Standby::new(config));
         self.hosts[host].had_guest = false;
         let wait = self.rng.micros(1_000, 50_000);
@@ -583,6 +592,8 @@ impl World {
                 Some(Owner::Paired { primary, standby }) => can(self, primary.node) || can(self, standby.node),
                 Some(Owner::Stopped { .. }) => false,
             };
+        // Without the host that keeps it nobody knows, nor without the one that must say whether it was forced out.
+        let expected = expected && (!self.options.pair || self.is_kept());
         let heard = self.last_heard + quiet >= self.options.end && self.last_heard > Time::ZERO;
         if expected && !heard {
             self.checker.broken(|| format!("nobody runs, and the record says {owner:?}"));

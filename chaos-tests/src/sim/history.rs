@@ -127,6 +127,18 @@ impl Checker {
         }
     }
 
+    /// The VM goes on from `state` by force. Whether something is lost by it that was heard. That may be only where the dead host had gone `alone`.
+    pub fn forced(&mut self, histories: &Histories, state: State, alone: bool) -> bool {
+        let lost = self.newest.is_some_and(|newest| !histories.contains(state, newest));
+        if lost && !alone {
+            self.broken(|| "by force something was lost that a copy was held of".into());
+        }
+        if lost {
+            self.newest = None;
+        }
+        lost
+    }
+
     /// The witness tells somebody of this record.
     pub fn shows(&mut self, record: Option<Record>) {
         if record.map(|record| record.revision) > self.shown.map(|record| record.revision) {

@@ -11,6 +11,7 @@ mod host;
 mod mistakes;
 mod network;
 pub mod options;
+mod pair;
 pub mod rng;
 #[cfg(test)]
 mod tests;
@@ -59,10 +60,13 @@ impl fmt::Display for Outcome {
             freed,
             returned,
             again,
+            forced,
+            learnt,
+            rolled_back,
         } = self.counts;
         write!(
             f,
-            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen} restarts={restarts} freed={freed} returned={returned} again={again}",
+            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen} restarts={restarts} freed={freed} returned={returned} again={again} forced={forced} learnt={learnt} rolled_back={rolled_back}",
             self.seed,
             self.violation.as_deref().unwrap_or("ok"),
             self.heard
@@ -107,6 +111,9 @@ pub fn run_many(first: u64, seeds: u64, wiring: Wiring) -> (Counts, Option<Outco
         sums.restarts += outcome.counts.restarts;
         sums.freed += outcome.counts.freed;
         sums.returned += outcome.counts.returned;
+        sums.forced += outcome.counts.forced;
+        sums.learnt += outcome.counts.learnt;
+        sums.rolled_back += outcome.counts.rolled_back;
         sums.again += outcome.counts.again;
     }
     (sums, None)

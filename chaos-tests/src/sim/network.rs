@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
+use heartbeat_core::record::Record;
 use heartbeat_core::store::{StoreAnswer, StoreRequest};
 use heartbeat_core::time::Time;
 use replicator_core::message::PeerMessage;
@@ -17,8 +18,17 @@ pub(super) const WITNESS: usize = 2;
 #[derive(Clone, Debug)]
 pub(super) enum Datagram {
     Heartbeat(Incarnation),
-    Request { from: usize, request: StoreRequest },
+    Request {
+        from: usize,
+        request: StoreRequest,
+    },
     Answer(StoreAnswer),
+    /// What does the other host keep of the VM?
+    AskKept,
+    /// This.
+    Kept {
+        record: Option<Record>,
+    },
 }
 
 /// What travels on a stream.

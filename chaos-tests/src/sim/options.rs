@@ -39,6 +39,10 @@ pub enum Wiring {
     DestroyEarly,
     /// An agent that restarts loads the copy that it had activated once more.
     ActivateTwice,
+    /// An operator forces the other host out without anything that says that it is dead.
+    ForceUnconfirmed,
+    /// A store that one of the two hosts keeps answers in a new life before it knows that its host was not forced out.
+    AnswerUnconfirmed,
 }
 
 /// What goes wrong, or is asked for.
@@ -82,6 +86,10 @@ pub enum Fault {
     GuestShutsDownAndEnds,
     /// The operator protects the VM, where it runs, with the other host.
     Protect,
+    /// A host loses power for so long. Then it begins anew, without a guest.
+    PowerLoss(usize, Duration),
+    /// The operator of this host forces the other one out, which is fenced: it loses power for so long.
+    Force(usize, Duration),
 }
 
 /// Everything a seed decided.
@@ -107,6 +115,8 @@ pub struct Options {
     pub auto: bool,
     /// What was protected is protected again by itself.
     pub again: bool,
+    /// There is no third host: the record is kept by one of the two.
+    pub pair: bool,
     /// How long the replication connection lives without a sign of the other side.
     pub connection_timeout: Duration,
     /// When what goes wrong.
@@ -121,8 +131,28 @@ pub struct Options {
 const MAX_FAULTS: u64 = 5;
 
 impl Options {
-    /// What this seed decides. Swarm: each seed leaves some kinds of trouble out, so that others meet undisturbed.
-    pub fn draw(rng: &mut Rng) -> Self {
+    /// What a seed decides. One seed in four has no third host.
+    pub fn of(seed: u64, rng: &mut Rng) -> Self {
+        let mut options = Self::draw(rng);
+        if seed.is_multiple_of(4) {
+            options.pair = true;
+            // What fails to be written is the witness's business.
+            options.disk_failures = 0;
+            for _ in 0..=rng.below(2) {
+                let (host, long) = (rng.index(2), rng.micros(10_000, 1_500_000));
+                let at = Time::from_start(rng.micros(300_000, 1_800_000));
+                let forced = at + rng.micros(100_000, 900_000);
+                let trouble = [Fault::PowerLoss(host, long), Fault::PauseHost(host, long), Fault::CutBoth(0, 1, long)];
+                options.faults.push((at, trouble[rng.index(3)]));
+                options.faults.push((forced, Fault::Force(1 - host, rng.micros(10_000, 1_200_000))));
+            }
+            options.faults.sort_by_key(|&(at, _)| at);
+        }
+        options
+    }
+
+    /// What does not depend on who keeps the record. Swarm: each seed leaves some kinds of trouble out, so that others meet undisturbed.
+    fn draw(rng: &mut Rng) -> Self {
         let mut dial = |most: u64| if rng.chance(500) { 0 } else { rng.below(most + 1) };
         let (loss, doubled, straggle) = (dial(200), dial(200), dial(100));
         let (capture_failures, disk_failures, some) = (dial(30), dial(150), dial(900));
@@ -182,6 +212,7 @@ impl Options {
             delay: if rng.chance(800) { 3_000 } else { 40_000 },
             auto: rng.chance(500),
             again: rng.chance(700),
+            pair: false,
             connection_timeout: rng.micros(100_000, 2_000_000),
             faults,
             healed: Time::from_start(Duration::from_millis(2_800)),

@@ -30,6 +30,7 @@ fn five_hundred_seeds_hold_and_meet_what_they_should() {
     assert!(sums.activations > 50 && sums.fenced > 30 && sums.opened > 100, "{sums:?}");
     assert!(sums.muted > 30 && sums.given_back > 5, "{sums:?}");
     assert!(sums.rehearsed > 400 && sums.latched > 20 && sums.frozen > 10, "{sums:?}");
+    assert!(sums.forced > 5 && sums.learnt > 2, "{sums:?}");
     assert!(sums.restarts > 50 && sums.freed > 10 && sums.returned > 0 && sums.again > 50, "{sums:?}");
 }
 
@@ -127,4 +128,14 @@ fn finds_a_loser_that_is_destroyed_before_the_winner_runs() {
 #[test]
 fn finds_an_agent_that_activates_twice() {
     found(Wiring::ActivateTwice, "two audible copies");
+}
+
+#[test]
+fn finds_an_operator_who_forces_a_living_host_out() {
+    found(Wiring::ForceUnconfirmed, "");
+}
+
+#[test]
+fn finds_a_store_that_does_not_ask_whether_its_host_was_forced_out() {
+    found(Wiring::AnswerUnconfirmed, "");
 }

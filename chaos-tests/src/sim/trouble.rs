@@ -135,12 +135,15 @@ impl World {
                     }
                 }
             }
+            Fault::PowerLoss(host, long) => self.power_off(host, long),
+            Fault::Force(host, long) => self.force(host, long),
             Fault::Protect => {
                 if let Some(host) = runs(self).filter(|&host| {
                     self.acting(host)
                         .is_some_and(|host| host.primary.is_none() && host.standby.is_none() && host.restart.is_none())
                 }) {
-                    self.hosts[host].unprotected = false;
+                    // Nobody can be asked to stand by who has no power.
+                    self.hosts[host].unprotected &= !self.hosts[1 - host].alive;
                     self.protect(host);
                 }
             }
@@ -173,7 +176,7 @@ impl World {
     }
 
     /// A host whose agent can be talked to.
-    fn acting(&mut self, host: usize) -> Option<&mut Host> {
+    pub(super) fn acting(&mut self, host: usize) -> Option<&mut Host> {
         let now = self.now;
         let state = &mut self.hosts[host];
         (state.alive && state.frozen_until.max(state.agent_frozen_until) <= now).then_some(state)
@@ -181,8 +184,9 @@ impl World {
 
     /// The agent is killed and another life of it begins at once. What the former one was about to do does not happen, or has just
     /// happened.
-    fn restart(&mut self, host: usize) {
+    pub(super) fn restart(&mut self, host: usize) {
         self.counts.restarts += 1;
+        self.kept_restarts(host);
         let mut activating = None;
         let mut marking = None;
         self.events.retain(|Reverse(queued)| match queued.event {
@@ -256,6 +260,7 @@ impl World {
         let mut config = OwnershipConfig::new(VM, super::host::party(host, state.incarnation));
         config.generation = state.generation;
         config.first_request = state.take_requests();
+        config.store = self.options.pair.then(|| self.pair.store_of(host));
         let mut restart = Restart::new(config, here);
         restart.handle_start(self.now);
         if let (Wiring::FreeUnread, Some(guest)) = (self.wiring, &mut state.guest) {

@@ -19,6 +19,7 @@ use super::history::{Checker, Histories, State, may_only_run_on};
 use super::host::{Guest, Host, node};
 use super::network::{Connection, Cuts, Datagram, Streamed, WITNESS};
 use super::options::{Fault, Options, Wiring};
+use super::pair::Pair;
 use super::rng::Rng;
 
 pub(super) const VM: VmId = VmId([9; 16]);
@@ -37,8 +38,15 @@ pub(super) enum Event {
     Beat(usize),
     CheckPeer(usize),
     CheckConnection(usize),
-    Deliver { to: usize, datagram: Datagram },
-    Stream { connection: u64, to: usize, stream: usize },
+    Deliver {
+        to: usize,
+        datagram: Datagram,
+    },
+    Stream {
+        connection: u64,
+        to: usize,
+        stream: usize,
+    },
     Timer(usize),
     Synced(usize),
     TryCapture(usize),
@@ -50,6 +58,11 @@ pub(super) enum Event {
     GenerationDurable(usize, Generation),
     Marked(usize, Generation),
     RecordDurable(u64),
+    /// Of the store that this host keeps.
+    KeptDurable(usize, u64),
+    /// A host asks the other one about what it keeps.
+    AskOther(usize),
+    PowerOn(usize),
     RecordFailed(u64, Record),
     WitnessRestarts,
     GuestGoesOn(usize),
@@ -83,8 +96,11 @@ fn target(event: &Event) -> Option<(usize, bool)> {
         | Event::Marked(host, _)
         | Event::GuestSays(host, _)
         | Event::Again(host)
+        | Event::AskOther(host)
+        | Event::KeptDurable(host, _)
         | Event::Lose(host) => Some((host, true)),
-        Event::RecordDurable(_)
+        Event::PowerOn(_)
+        | Event::RecordDurable(_)
         | Event::RecordFailed(..)
         | Event::WitnessRestarts
         | Event::Fault(_)
@@ -147,6 +163,12 @@ pub struct Counts {
     pub returned: u64,
     /// Times that a guest was to be protected again by itself.
     pub again: u64,
+    /// Hosts that were forced out.
+    pub forced: u64,
+    /// Those that learnt of it from the other one.
+    pub learnt: u64,
+    /// Those by which something was lost that had been heard.
+    pub rolled_back: u64,
 }
 
 pub(super) struct World {
@@ -171,6 +193,8 @@ pub(super) struct World {
     pub(super) trace: Option<Vec<String>>,
     pub(super) cuts: Cuts,
     pub(super) witness: Witness,
+    /// In place of the witness, where there is no third host.
+    pub(super) pair: Pair,
     /// What the witness is making durable.
     pub(super) writing: Option<Record>,
     /// What a witness whose write failed will find when it restarts.
@@ -182,7 +206,7 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(seed: u64, wiring: Wiring, traced: bool) -> Self {
         let mut rng = Rng::new(seed);
-        let options = Options::draw(&mut rng);
+        let options = Options::of(seed, &mut rng);
         let histories = Histories::new();
         let guest = Guest::running(histories.boot());
         let mut world = Self {
@@ -202,6 +226,7 @@ impl World {
             trace: traced.then(Vec::new),
             cuts: Cuts::default(),
             witness: Witness::new(STORE, []),
+            pair: Pair::new(),
             writing: None,
             on_disk: None,
             events: BinaryHeap::new(),
@@ -211,6 +236,9 @@ impl World {
         for host in 0..2 {
             world.after(Duration::from_micros(7), Event::GuestRuns(host));
             world.after(Duration::from_millis(3), Event::Beat(host));
+            if world.options.pair {
+                world.after(Duration::from_millis(5), Event::AskOther(host));
+            }
         }
         world.after(Duration::from_millis(10), Event::Fault(Fault::Protect));
         for (at, fault) in world.options.faults.clone() {
@@ -238,7 +266,7 @@ impl World {
     }
 
     pub(super) fn record(&self) -> Option<&Record> {
-        self.witness.record(VM)
+        if self.options.pair { self.pair.record() } else { self.witness.record(VM) }
     }
 
     fn owner(&self) -> Option<&Owner> {
@@ -306,6 +334,9 @@ impl World {
                 self.after(wait, Event::WitnessRestarts);
             }
             Event::WitnessRestarts => self.restart_witness(),
+            Event::KeptDurable(host, token) => self.kept_durable(host, token),
+            Event::AskOther(host) => self.ask_other(host),
+            Event::PowerOn(host) => self.power_on(host),
             Event::GuestGoesOn(host) => {
                 if let Some(guest) = &mut self.hosts[host].guest {
                     guest.stopped = false;
@@ -384,6 +415,9 @@ impl World {
     fn delivered(&mut self, to: usize, datagram: Datagram) {
         match datagram {
             Datagram::Heartbeat(incarnation) => self.heartbeat(to, incarnation),
+            Datagram::Request { from, request } if to != WITNESS => self.asked_of_host(to, from, request),
+            Datagram::Kept { record } => self.told_of_kept(to, record),
+            Datagram::AskKept => self.asked_of_kept(to),
             Datagram::Request { from, request } => {
                 if self.answered_by_mistake(from, &request) {
                     return;
@@ -425,7 +459,11 @@ impl World {
         if own_cause && self.hosts[host].asking_since.is_none() {
             self.hosts[host].asking_since = Some(self.now);
         }
-        self.datagram(host, WITNESS, Datagram::Request { from: host, request });
+        if self.options.pair {
+            self.ask_pair(host, request);
+        } else {
+            self.datagram(host, WITNESS, Datagram::Request { from: host, request });
+        }
     }
 
     fn pump_witness(&mut self) {

@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use replicator::control::api::{EventKind, FailoverCause, Role, VmEvent};
 use replicator::demo::lab::{COMMAND, Host, VM};
+use replicator::demo::wait::until;
 
 use crate::stage::{SOON, play};
 
@@ -18,7 +19,16 @@ fn unprotected_as_it_was_found_and_protected_again() {
             let said = stage.lab.understudy(host, &["rehearse", VM], COMMAND).await?;
             ensure!(said.contains("loads"), "{said}");
         }
+        let of_it = |host| Ok::<_, anyhow::Error>(stage.metrics(host)?.matches(&format!("vm=\"{VM}\"")).count());
+        ensure!(of_it(Host::A)? > 20 && of_it(Host::B)? > 20, "the VM is in no metrics");
         stage.lab.understudy(Host::A, &["unprotect", VM], COMMAND).await?;
+        for host in [Host::A, Host::B] {
+            until(&format!("{} to export nothing of it any more", host.name()), SOON, async || {
+                let left = of_it(host)?;
+                Ok(if left == 0 { Ok(()) } else { Err(format!("{left} series")) })
+            })
+            .await?;
+        }
         let left = stage.appearance().await?;
         left.has_nothing_of_ours()?;
         ensure!(left == found, "found {found:?}, left {left:?}");

@@ -160,6 +160,7 @@ fn request(vm: &str) -> replicator::control::api::ProtectRequest {
         witness: None,
         standbys: Vec::new(),
         once: true,
+        without_witness: None,
     }
 }
 

@@ -11,6 +11,7 @@ mod ends;
 mod fails;
 mod injected;
 mod monitor;
+mod pair;
 mod pressure;
 mod refuses;
 mod stage;

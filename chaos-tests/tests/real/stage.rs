@@ -175,7 +175,8 @@ impl Stage {
         self.protect_with(&[]).await
     }
 
-    async fn protect_with(&self, more: &[&str]) -> Result<()> {
+    /// `understudy protect` on host A with more words, to its end.
+    pub(crate) async fn protect_with(&self, more: &[&str]) -> Result<()> {
         let vm = self.vm()?;
         let words = [["protect", &vm, "--to", Host::B.name()].as_slice(), more].concat();
         self.lab.understudy(Host::A, &words, PROTECT).await?;
@@ -261,6 +262,23 @@ impl Stage {
         let checked: Checked = self.lab.helper("the comparison", &args)?.answer(WRITE_ANSWER).await?;
         ensure!(checked.lost == 0, "of {acked} acknowledged writes {} are lost: {checked:?}", checked.lost);
         Ok(written)
+    }
+
+    /// What a host's agent exports.
+    pub(crate) fn metrics(&self, host: Host) -> Result<String> {
+        let at: std::net::SocketAddr = host.metrics().parse()?;
+        let say = format!(
+            "exec 3<>/dev/tcp/{}/{}; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3",
+            at.ip(),
+            at.port()
+        );
+        let namespace = self.lab.namespace(host.role());
+        let said = std::process::Command::new("ip")
+            .args(["netns", "exec", &namespace, "timeout", &SOON.as_secs().to_string(), "bash", "-c", &say])
+            .output()?;
+        let text = String::from_utf8(said.stdout)?;
+        ensure!(text.contains("understudy_build_info"), "{} exports no metrics: {text}", host.name());
+        Ok(text)
     }
 
     /// The VM's process on host A stands still.

@@ -134,6 +134,7 @@ fn request(stage: &Stage) -> Result<ProtectRequest> {
         witness: None,
         standbys: Vec::new(),
         once: true,
+        without_witness: None,
     })
 }
 

@@ -119,5 +119,13 @@ fn witness() -> Vec<Panel> {
                 ),
                 "{{instance}} {{outcome}}",
             ),
+        Panel::stat(
+            "Fence commands in the last day",
+            "How often the program of `[fence]` was asked to switch another host off, and whether it confirmed that. One that failed \
+             confirmed nothing: nobody was forced out by it.",
+            "none",
+        )
+        .size(8, 8)
+        .now("increase(understudy_fence_seconds_count{instance=~\"$instance\"}[1d])", "{{instance}} {{outcome}}"),
     ]
 }

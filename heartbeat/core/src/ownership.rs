@@ -302,6 +302,16 @@ impl Ownership {
         self.drive(now);
     }
 
+    /// The record goes on in another store, or was forced in the same one (`docs/protocol.md` P13): whoever calls this made durable that it names this
+    /// node alone. What was read or asked before says nothing any more: the host that kept it, or that it named, is dead.
+    pub fn handle_forced(&mut self, now: Time, store: StoreId) {
+        self.config.store = Some(store);
+        self.config.first_request = self.next_id;
+        (self.seen, self.acted, self.exposed) = (Known::Nothing, Known::Nothing, false);
+        (self.persisting, self.in_flight, self.not_before) = (None, None, now);
+        self.drive(now);
+    }
+
     /// What the record says.
     #[must_use]
     pub fn verdict(&self) -> Verdict {

@@ -4,16 +4,24 @@
 //! persist of its VM is in flight waits for it. A failed persist latches: that VM answers nothing more until restart, since nobody
 //! knows which of two records a restart will find.
 
+//!
+//! One of a VM's two hosts may keep the record itself ([`Witness::of_pair`]) where there is no third one. Then a host that is known to be
+//! dead can be *forced* out (`docs/protocol.md` P13): the record goes on in the other host's store. A later life of the dead host's store answers nothing of a
+//! VM before the other host has said whether that happened.
+
 use alloc::boxed::Box;
-use alloc::collections::{BTreeMap, VecDeque};
+use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
 use core::hash::{Hash, Hasher};
 
-use crate::ids::{NodeId, StoreId, VmId};
-use crate::record::{Record, Refusal, permitted};
+use crate::ids::{Generation, NodeId, Party, Revision, StoreId, VmId};
+use crate::record::{Owner, Record, Refusal, permitted};
 use crate::store::{StoreAnswer, StoreOp, StoreRequest};
 
 /// Bound on the VMs of one witness. A request that would make one more gets the answer "absent, not applied".
 pub const MAX_VMS: usize = 4096;
+
+/// A forced record's generation is this much higher than any that its node has seen: more than the other host can have made alone.
+pub const FORCED: u64 = 1 << 32;
 
 /// Bound on requests that wait for one VM's persist. One more is dropped, as a network would drop it.
 pub const MAX_WAITING: usize = 64;
@@ -64,11 +72,11 @@ struct Waiting {
     request: StoreRequest,
 }
 
-/// What is being made durable, and for whom.
+/// What is being made durable, and for whom, if somebody asked.
 #[derive(Clone, Debug, Hash)]
 struct Write {
     next: Record,
-    asker: Waiting,
+    asker: Option<Waiting>,
 }
 
 #[derive(Clone, Debug, Hash)]
@@ -90,6 +98,8 @@ struct Slot {
 pub struct Witness {
     store: StoreId,
     slots: BTreeMap<VmId, Slot>,
+    /// Kept by a host of the pair, and the other one did not say yet that it was not forced out of it.
+    unconfirmed: BTreeSet<VmId>,
     outputs: VecDeque<WitnessOutput>,
     next_token: u64,
     stats: WitnessStats,
@@ -98,8 +108,8 @@ pub struct Witness {
 /// What decides how it goes on; counters are left out. For checkers that explore states.
 impl Hash for Witness {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { store, slots, outputs, next_token, stats: _ } = self;
-        (store, slots, outputs, next_token).hash(state);
+        let Self { store, slots, unconfirmed, outputs, next_token, stats: _ } = self;
+        (store, slots, unconfirmed, outputs, next_token).hash(state);
     }
 }
 
@@ -110,10 +120,76 @@ impl Witness {
         Self {
             store,
             slots: records.into_iter().map(|(vm, record)| (vm, slot(record))).collect(),
+            unconfirmed: BTreeSet::new(),
             outputs: VecDeque::new(),
             next_token: 1,
             stats: WitnessStats::default(),
         }
+    }
+
+    /// A witness in a new life of the agent of `me`, which may be a host of the VMs themselves. Of each VM that another host may have a
+    /// copy of it answers nothing before [`Witness::handle_others_record`]: this host may have been forced out meanwhile.
+    pub fn of_pair(store: StoreId, records: impl IntoIterator<Item = (VmId, Record)>, me: NodeId) -> Self {
+        let mut witness = Self::new(store, records);
+        let names_another = |owner: &Owner| match *owner {
+            Owner::Paired { .. } => true,
+            Owner::Solo { node, other, .. } => node.node != me || other.is_some(),
+            // Who stood by is not said.
+            Owner::Stopped { .. } => true,
+        };
+        witness.unconfirmed =
+            witness.records().filter(|(_, record)| names_another(&record.owner)).map(|(vm, _)| vm).collect();
+        witness
+    }
+
+    /// Whether the other host of this VM has still to say that this one was not forced out.
+    #[must_use]
+    pub fn is_unconfirmed(&self, vm: VmId) -> bool {
+        self.unconfirmed.contains(&vm)
+    }
+
+    /// The other host's own record of this VM, or that it has none. One of a higher generation, or of what it became, was forced there: it is taken over.
+    /// While a record is being written nothing happens; ask again.
+    pub fn handle_others_record(&mut self, vm: VmId, theirs: Option<&Record>) {
+        let Some(slot) = self.slots.get_mut(&vm).filter(|slot| matches!(slot.disk, Disk::Idle)) else { return };
+        let Some(own) = slot.durable else { return };
+        let runs = |owner: &Owner| matches!(owner, Owner::Solo { activated: true, .. });
+        match theirs {
+            Some(theirs)
+                if theirs.generation > own.generation
+                    || theirs.generation == own.generation && runs(&theirs.owner) && !runs(&own.owner) =>
+            {
+                let revision = own.revision.next();
+                self.write(vm, Record { store: self.store, revision, ..*theirs }, None);
+            }
+            _ => drop(self.unconfirmed.remove(&vm)),
+        }
+    }
+
+    /// The other host of this VM is dead, as a fence or an operator confirmed: the record names `me` alone from now on, in this
+    /// store. `seen`: the highest generation that `me` knows of. It counts when the persist is done ([`Witness::record`] shows it).
+    ///
+    /// `false`: not now, a record is being written or is damaged.
+    pub fn handle_force(&mut self, vm: VmId, me: Party, seen: Generation) -> bool {
+        let fresh = Slot { durable: None, disk: Disk::Idle, waiting: VecDeque::new() };
+        let slot = self.slots.entry(vm).or_insert(fresh);
+        if !matches!(slot.disk, Disk::Idle) {
+            return false;
+        }
+        let (revision, known) =
+            slot.durable.map_or((Revision(1), seen), |old| (old.revision.next(), old.generation.max(seen)));
+        let owner = Owner::Solo { node: me, activated: false, other: None };
+        let generation = Generation(known.0.saturating_add(FORCED));
+        self.write(vm, Record { store: self.store, revision, generation, owner }, None);
+        true
+    }
+
+    fn write(&mut self, vm: VmId, next: Record, asker: Option<Waiting>) {
+        let token = self.next_token;
+        self.next_token += 1;
+        let slot = self.slots.get_mut(&vm).expect("written only when there");
+        slot.disk = Disk::Writing { token, write: Box::new(Write { next, asker }) };
+        self.outputs.push_back(WitnessOutput::Persist { vm, record: next, token });
     }
 
     /// The store's id.
@@ -141,7 +217,7 @@ impl Witness {
 
     /// A request from `from`, as the connection proved it. `tag` names where the answer goes.
     pub fn handle_request(&mut self, from: NodeId, tag: u64, request: StoreRequest) {
-        if request.asker.node != from {
+        if request.asker.node != from || self.unconfirmed.contains(&request.vm) {
             self.stats.dropped += 1;
             return;
         }
@@ -174,8 +250,14 @@ impl Witness {
         };
         let Write { next, asker } = *write;
         slot.durable = Some(next);
-        self.stats.applied += 1;
-        self.answer(asker.from, asker.tag, &asker.request, Some(next), true);
+        match asker {
+            Some(asker) => {
+                self.stats.applied += 1;
+                self.answer(asker.from, asker.tag, &asker.request, Some(next), true);
+            }
+            // Forced here, or there and learnt of.
+            None => drop(self.unconfirmed.remove(&vm)),
+        }
         // Serve who waited, until one of them starts a persist of its own.
         while let Some(slot) = self.slots.get_mut(&vm) {
             if !matches!(slot.disk, Disk::Idle) {
@@ -217,10 +299,7 @@ impl Witness {
         match verdict {
             Ok(()) => {
                 let next = Record::changed(self.store, old.as_ref(), owner);
-                let token = self.next_token;
-                self.next_token += 1;
-                slot.disk = Disk::Writing { token, write: Box::new(Write { next, asker: asked }) };
-                self.outputs.push_back(WitnessOutput::Persist { vm: asked.request.vm, record: next, token });
+                self.write(asked.request.vm, next, Some(asked));
             }
             Err(refusal) => {
                 match refusal {

@@ -18,8 +18,10 @@ pub enum Purpose {
     Replication,
     /// Heartbeat datagrams.
     Heartbeat,
-    /// Questions to a witness.
+    /// Questions to a witness, or to a host that keeps records in place of one.
     Witness,
+    /// What does such a host keep, as it is?
+    Kept,
 }
 
 /// Dialer's first message on the first bidirectional stream.
@@ -63,7 +65,7 @@ mod tests {
 
     #[test]
     fn hello_and_welcome_survive_the_round_trip() {
-        for purpose in [Purpose::Replication, Purpose::Heartbeat, Purpose::Witness] {
+        for purpose in [Purpose::Replication, Purpose::Heartbeat, Purpose::Witness, Purpose::Kept] {
             let hello = Hello::new(purpose, Incarnation(7));
             assert_eq!(decode::<Hello>(&encode(&hello)).expect("hello"), hello);
         }

@@ -5,6 +5,7 @@
 //! counts only in the name that its connection proved; a damaged record is refused, never taken for absent.
 
 pub(crate) mod disk;
+pub mod keeper;
 mod serve;
 
 use std::net::SocketAddr;

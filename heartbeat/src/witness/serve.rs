@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use heartbeat_core::ids::{NodeId, StoreId, VmId};
+use heartbeat_core::ids::{Generation, NodeId, Party, StoreId, VmId};
 use heartbeat_core::record::Record;
 use heartbeat_core::store::{StoreAnswer, StoreRequest};
 use heartbeat_core::wire::MAX_STORE_MESSAGE;
@@ -43,11 +43,27 @@ struct State {
     /// VMs whose record cannot be trusted, and why.
     latched: BTreeMap<VmId, String>,
     answers: HashMap<u64, oneshot::Sender<StoreAnswer>>,
+    /// Who waits for a forced record, by VM.
+    forced: BTreeMap<VmId, oneshot::Sender<bool>>,
     next_tag: u64,
 }
 
 impl Server {
     pub(super) fn new(disk: Disk, found: Vec<Found>, peers: Arc<Peers>) -> Self {
+        Self::with(disk, found, peers, Witness::new)
+    }
+
+    /// Kept by a host of the pair itself.
+    pub(super) fn of_pair(disk: Disk, found: Vec<Found>, peers: Arc<Peers>, me: NodeId) -> Self {
+        Self::with(disk, found, peers, |store, records| Witness::of_pair(store, records, me))
+    }
+
+    fn with(
+        disk: Disk,
+        found: Vec<Found>,
+        peers: Arc<Peers>,
+        machine: impl FnOnce(StoreId, Vec<(VmId, Record)>) -> Witness,
+    ) -> Self {
         let mut records: Vec<(VmId, Record)> = Vec::new();
         let mut latched = BTreeMap::new();
         for (vm, state) in found {
@@ -59,8 +75,8 @@ impl Server {
                 }
             }
         }
-        let machine = Witness::new(disk.store(), records);
-        let state = State { machine, latched, answers: HashMap::new(), next_tag: 0 };
+        let machine = machine(disk.store(), records);
+        let state = State { machine, latched, answers: HashMap::new(), forced: BTreeMap::new(), next_tag: 0 };
         let writes = Arc::new(Semaphore::new(usize::try_from(MAX_WRITES).expect("small")));
         Self { disk: Arc::new(disk), peers, writes, state: Mutex::new(state) }
     }
@@ -81,6 +97,34 @@ impl Server {
         records.into_iter().map(|(vm, state)| WitnessRecord { vm, state }).collect()
     }
 
+    pub(super) fn record(&self, vm: VmId) -> Option<Record> {
+        self.lock().machine.record(vm).copied()
+    }
+
+    pub(super) fn is_unconfirmed(&self, vm: VmId) -> bool {
+        self.lock().machine.is_unconfirmed(vm)
+    }
+
+    /// See [`Witness::handle_others_record`].
+    pub(super) fn told_of_other(self: &Arc<Self>, vm: VmId, theirs: Option<&Record>) {
+        self.lock().machine.handle_others_record(vm, theirs);
+        self.pump();
+    }
+
+    /// See [`Witness::handle_force`]. The receiver hears whether the record became durable.
+    pub(super) fn force(self: &Arc<Self>, vm: VmId, me: Party, seen: Generation) -> Option<oneshot::Receiver<bool>> {
+        let (sender, receiver) = oneshot::channel();
+        {
+            let mut state = self.lock();
+            if state.latched.contains_key(&vm) || !state.machine.handle_force(vm, me, seen) {
+                return None;
+            }
+            state.forced.insert(vm, sender);
+        }
+        self.pump();
+        Some(receiver)
+    }
+
     /// Waits until no disk write is under way.
     pub(super) async fn settle(&self) {
         let all = self.writes.acquire_many(MAX_WRITES).await;
@@ -93,7 +137,7 @@ impl Server {
     }
 
     /// Feeds a request. The answer comes by the receiver; if the machine drops the request, never.
-    fn request(self: &Arc<Self>, from: NodeId, request: StoreRequest) -> Result<Pending, Latched> {
+    pub(super) fn request(self: &Arc<Self>, from: NodeId, request: StoreRequest) -> Result<Pending, Latched> {
         let (sender, receiver) = oneshot::channel();
         let tag = {
             let mut state = self.lock();
@@ -142,6 +186,10 @@ impl Server {
         let written = written.await.expect("writing a record does not panic");
         {
             let mut state = self.lock();
+            if let Some(waiting) = state.forced.remove(&vm) {
+                // Who forced it may have gone.
+                let _ = waiting.send(written.is_ok());
+            }
             match written {
                 Ok(()) => {
                     state.machine.handle_persisted(token);
@@ -161,14 +209,14 @@ impl Server {
 
 /// The VM is refused.
 #[derive(Debug)]
-struct Latched;
+pub(super) struct Latched;
 
 /// A request that waits for its answer. Dropping it forgets the answer.
 #[derive(Debug)]
-struct Pending {
+pub(super) struct Pending {
     server: Arc<Server>,
     tag: u64,
-    receiver: oneshot::Receiver<StoreAnswer>,
+    pub(super) receiver: oneshot::Receiver<StoreAnswer>,
 }
 
 impl Drop for Pending {
@@ -198,7 +246,7 @@ pub(super) async fn accept_all(server: Arc<Server>, endpoint: Arc<Endpoint>) {
 }
 
 /// One request per stream; the transport bounds how many are open.
-async fn serve_connection(server: Arc<Server>, connection: Connection) {
+pub(super) async fn serve_connection(server: Arc<Server>, connection: Connection) {
     let from = connection.peer.node;
     while let Ok((send, recv)) = connection.quic.accept_bi().await {
         if server.peers.by_certificate(&connection.peer.certificate).is_none() {
@@ -252,7 +300,7 @@ async fn serve_request(
 
 #[cfg(test)]
 mod tests {
-    use heartbeat_core::ids::{Incarnation, Party};
+    use heartbeat_core::ids::Incarnation;
     use heartbeat_core::record::Owner;
     use heartbeat_core::store::StoreOp;
 

@@ -13,7 +13,7 @@ use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::{String, ToString};
 
-use heartbeat_core::ids::{Generation, NodeId};
+use heartbeat_core::ids::{Generation, NodeId, StoreId};
 use heartbeat_core::ownership::{Ownership, OwnershipConfig, OwnershipOutput, Verdict, Want};
 use heartbeat_core::record::Owner;
 use heartbeat_core::store::StoreAnswer;
@@ -114,6 +114,27 @@ impl Restart {
     pub fn handle_gone(&mut self, now: Time) {
         if self.here == Here::Guest {
             self.here = Here::Gone;
+        }
+        self.advance(now);
+    }
+
+    /// Whether the guest that was found could go on if the other host were known to be dead (`docs/protocol.md` P13).
+    ///
+    /// # Errors
+    /// One sentence for the operator: why not.
+    pub fn may_be_forced(&self) -> Result<(), &'static str> {
+        if self.here != Here::Guest {
+            return Err("no guest of it is here");
+        }
+        if self.finished { Err("it is known whose the VM is") } else { Ok(()) }
+    }
+
+    /// The other host is dead, as was confirmed, and the record names this node alone, durably, in `store`: see
+    /// [`Ownership::handle_forced`].
+    pub fn handle_forced(&mut self, now: Time, store: StoreId) {
+        if self.may_be_forced().is_ok() {
+            self.ownership.handle_forced(now, store);
+            self.ownership.want(now, Want::Solo { activated: true });
         }
         self.advance(now);
     }

@@ -166,6 +166,9 @@ impl AgentApi for Agent {
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {
+        if request.force {
+            return self.force(&request.vm, request.confirm.as_deref()).await;
+        }
         if request.back {
             self.check_way_back(&request.vm)?;
         }

@@ -1,15 +1,17 @@
-//! Whom this agent asks who may run a VM: a paired witness, or etcd where it is configured.
+//! Whom this agent asks who may run a VM: a paired witness, etcd where it is configured, or one of the VM's own hosts where there is no third one.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use heartbeat::store::{OwnershipStore, WitnessClient};
 use heartbeat::trust::{Peer, Role};
+use heartbeat_core::ids::NodeId;
 use heartbeat_core::store::StoreAnswer;
 use tokio::sync::mpsc;
 
 use super::Agent;
 use super::asker::Asker;
+use super::durable::Durable;
 use super::protection::Protection;
 use crate::control::api::{ErrorBody, ErrorKind};
 
@@ -25,6 +27,8 @@ pub(super) enum Arbiter {
     Witness(Peer),
     /// The configured cluster.
     Etcd,
+    /// One of the VM's own hosts: this one, or a paired one.
+    Host(NodeId),
 }
 
 impl Arbiter {
@@ -33,11 +37,37 @@ impl Arbiter {
         match self {
             Self::Witness(peer) => peer.node.to_string(),
             Self::Etcd => ETCD.to_owned(),
+            Self::Host(node) => node.to_string(),
         }
     }
 }
 
 impl Agent {
+    /// The store that a VM is recorded in as far as this host remembers; else the one that its protection names.
+    pub(super) fn arbiter_for(&self, protection: &Protection, durable: &Durable) -> Result<Arbiter, ErrorBody> {
+        durable.keeper().map_or_else(|| self.arbiter_of(protection), |keeper| Ok(Arbiter::Host(keeper)))
+    }
+
+    /// Who keeps the record of a VM that is to be protected without a third host: whoever did, or this host.
+    pub(super) fn arbiter_of_pair(&self, name: &str) -> Result<Arbiter, ErrorBody> {
+        if self.etcd.is_some() {
+            return Err(ErrorBody::new(ErrorKind::Refused, "this agent asks etcd who may run a VM")
+                .advise("leave --without-witness out: with etcd no host of the VM needs to keep the record"));
+        }
+        let known = Durable::find(&self.config.state_dir, name).map_err(|error| {
+            ErrorBody::new(ErrorKind::Failed, format!("what this host remembers of {name} cannot be used"))
+                .because(&error)
+        })?;
+        match known {
+            Some(durable) if durable.keeper().is_none() && durable.store().is_some() => {
+                Err(ErrorBody::new(ErrorKind::Refused, format!("the record of {name} is kept by a third host already"))
+                    .advise("leave --without-witness out"))
+            }
+            Some(durable) => Ok(Arbiter::Host(durable.keeper().unwrap_or(self.me().node))),
+            None => Ok(Arbiter::Host(self.me().node)),
+        }
+    }
+
     /// The store that a protection names; this agent's own witness if it names none that this agent knows: one that never heard of the VM
     /// grants nothing.
     pub(super) fn arbiter_of(&self, protection: &Protection) -> Result<Arbiter, ErrorBody> {
@@ -48,6 +78,12 @@ impl Agent {
             return Err(ErrorBody::new(ErrorKind::Refused, message).advise(
                 "nothing was changed; write the same `[etcd]` into the configuration of all agents of the VM",
             ));
+        }
+        if protection.without_witness.is_some() {
+            let keeper: NodeId = named.parse().map_err(|_| {
+                ErrorBody::new(ErrorKind::Failed, "the VM's protection does not say which host keeps its record")
+            })?;
+            return Ok(Arbiter::Host(keeper));
         }
         let known = named.parse().ok().and_then(|node| self.peers.by_node(node));
         known
@@ -74,7 +110,7 @@ impl Agent {
         };
         found.map(Arbiter::Witness).ok_or_else(|| {
             ErrorBody::new(ErrorKind::NotFound, "this agent is paired with no such witness").advise(
-                "run `understudy witness` on a third host and pair with it, or configure etcd: without either nobody may go alone",
+                "run `understudy witness` on a third host and pair with it, or configure etcd; with two hosts only, protect with --without-witness",
             )
         })
     }
@@ -86,14 +122,17 @@ impl Agent {
                 let etcd: Arc<dyn OwnershipStore> = self.etcd.clone().expect("named only where it is configured");
                 etcd
             }
+            Arbiter::Host(node) if *node == self.me().node => Arc::new(self.keeper.clone()),
+            Arbiter::Host(node) => Arc::new(WitnessClient::new(Arc::clone(&self.control), *node, ASK_WITHIN)),
         }
     }
 
     pub(super) fn asker(&self, arbiter: &Arbiter) -> (Asker, mpsc::UnboundedReceiver<StoreAnswer>) {
-        let name = match arbiter {
-            Arbiter::Witness(peer) => peer.name.as_str(),
-            Arbiter::Etcd => ETCD,
+        let metrics = match arbiter {
+            Arbiter::Witness(peer) => self.metrics.witness(&peer.name),
+            Arbiter::Etcd => self.metrics.witness(ETCD),
+            Arbiter::Host(node) => self.metrics.keeper(&self.name_of(*node)),
         };
-        Asker::new(self.store(arbiter), self.metrics.witness(name))
+        Asker::new(self.store(arbiter), metrics)
     }
 }

@@ -34,6 +34,11 @@ impl Asker {
         (Self { store, metrics, answers, under_way: Arc::new(Semaphore::new(UNDER_WAY)) }, queue)
     }
 
+    /// Asks another store from now on. What the former one was asked may still be answered.
+    pub(super) fn turn_to(&mut self, (store, metrics): (Arc<dyn OwnershipStore>, WitnessMetrics)) {
+        (self.store, self.metrics) = (store, metrics);
+    }
+
     /// Asks, in the background.
     pub(super) fn ask(&self, request: StoreRequest) {
         let Ok(permit) = Arc::clone(&self.under_way).try_acquire_owned() else {

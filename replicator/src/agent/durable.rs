@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use heartbeat::files;
-use heartbeat_core::ids::VmId;
+use heartbeat_core::ids::{NodeId, StoreId, VmId};
 use serde::{Deserialize, Serialize};
 
 use super::protection::Protection;
@@ -35,6 +35,9 @@ struct Text {
     name: String,
     #[serde(default)]
     store: Option<String>,
+    /// Which of the VM's hosts keeps the record, where no third one does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    keeper: Option<String>,
     #[serde(default)]
     generation: u64,
     #[serde(default)]
@@ -79,8 +82,9 @@ pub(super) struct Mark {
 
 impl Text {
     fn fresh(vm: VmId, name: String) -> Self {
-        let (store, mark, guest, protection) = (None, None, None, None);
-        Self { vm: vm.to_string(), name, store, generation: 0, sessions: 0, mark, guest, protection, disks: Vec::new() }
+        let (store, keeper, mark, guest, protection) = (None, None, None, None, None);
+        let (sessions, disks) = (0, Vec::new());
+        Self { vm: vm.to_string(), name, store, keeper, generation: 0, sessions, mark, guest, protection, disks }
     }
 }
 
@@ -208,6 +212,21 @@ impl Durable {
     /// Remembers the store.
     pub(super) fn set_store(&mut self, store: &str) -> io::Result<()> {
         self.change(|text| text.store = Some(store.to_owned()))
+    }
+
+    /// Which of the VM's hosts keeps its record, where no third one does.
+    pub(super) fn keeper(&self) -> Option<NodeId> {
+        self.text.keeper.as_ref()?.parse().ok()
+    }
+
+    /// Remembers who keeps the record from now on, and the store's identity if it is known.
+    pub(super) fn set_keeper(&mut self, keeper: NodeId, store: Option<StoreId>) -> io::Result<()> {
+        self.change(|text| {
+            if text.keeper.as_deref() != Some(keeper.to_string().as_str()) || store.is_some() {
+                text.keeper = Some(keeper.to_string());
+                text.store = store.map(|store| store.to_string());
+            }
+        })
     }
 
     /// Remembers an activation before it begins.

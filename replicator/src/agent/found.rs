@@ -26,7 +26,7 @@ use super::primary::{Left, wait_until};
 use super::reprotect::Life;
 use super::sessions::blocking;
 use super::view::api_state;
-use super::{Agent, REQUESTS, Request, Vm, clock};
+use super::{Agent, REQUESTS, Request, Vm, clock, force};
 use crate::control::api::{ErrorBody, ErrorKind, ProtectionState, Role};
 
 /// How long a killed guest may take to end.
@@ -88,7 +88,7 @@ impl Agent {
             "takes up what a former life of this agent had"
         );
         let protection = durable.protection().cloned().unwrap_or_default();
-        let (asker, answers) = self.asker(&self.arbiter_of(&protection)?);
+        let (asker, answers) = self.asker(&self.arbiter_for(&protection, &durable)?);
         let numbers = durable.begin_session().map_err(unwritten)?;
         let ownership = OwnershipConfig {
             store: durable.store().and_then(|store| store.parse().ok()),
@@ -227,7 +227,7 @@ impl Found {
     }
 
     /// Whether that was the last one.
-    fn request(&self, request: Option<Request>) -> bool {
+    fn request(&mut self, request: Option<Request>) -> bool {
         let status = self.life.view.status();
         let not_yet = || {
             ErrorBody::new(ErrorKind::Busy, format!("it is not known yet who runs {}: {}", status.name, status.reason))
@@ -241,6 +241,19 @@ impl Found {
                 return true;
             }
             Some(Request::Unprotect(reply)) => drop(reply.send(Err(not_yet()))),
+            Some(Request::MayForce(reply)) => {
+                let forceable = self.core.may_be_forced().map(|()| self.durable.forceable());
+                let refused = |why: &str| ErrorBody::new(ErrorKind::Refused, why);
+                let _ = reply.send(forceable.map_err(refused));
+            }
+            Some(Request::Forced { store, keeper, reply }) => {
+                let kept = self.durable.set_keeper(self.life.agent.me().node, Some(store));
+                if kept.is_ok() {
+                    self.asker.turn_to(keeper);
+                    self.core.handle_forced(clock::now(), store);
+                }
+                let _ = reply.send(kept.map_err(|error| force::not_noted(&error)));
+            }
             Some(Request::Rehearse(reply)) => drop(reply.send(Err(not_yet()))),
             Some(Request::Failover { reply, .. }) => drop(reply.send(Err(not_yet()))),
         }

@@ -10,6 +10,7 @@ use vmm_hooks::qemu;
 
 use super::Agent;
 use super::durable::Durable;
+use super::protection::Protection;
 use super::sessions::blocking;
 use crate::control::api::{ErrorBody, ErrorKind, ProtectionState, Role, VmStatus};
 
@@ -50,7 +51,7 @@ impl Agent {
 
     /// Wins the record for this node in this life, or says who has it. Returns the record's generation.
     async fn own_alone(&self, name: &str, durable: &mut Durable, first_request: u64) -> Result<u64, ErrorBody> {
-        let store = self.store(&self.arbiter(None)?);
+        let store = self.store(&self.arbiter_for(&Protection::default(), durable)?);
         let (vm, me) = (durable.vm(), self.me());
         let silent = |error: heartbeat::store::StoreError| {
             ErrorBody::new(ErrorKind::Unavailable, format!("the witness does not say who owns {name}"))

@@ -13,6 +13,7 @@
 //! | `view` | what operators see |
 //! | `api`, `sessions` | the control API; protections that begin |
 //! | `protection`, `reprotect` | how a VM is to be protected, and a standby that is looked for again and again |
+//! | `force`, `fence` | a host that is confirmed dead is forced out, where no third one keeps the record |
 //! | `found`, `leftovers` | what a former life of the agent left |
 
 mod api;
@@ -24,6 +25,8 @@ mod disks;
 mod durable;
 mod encoder;
 mod events;
+mod fence;
+mod force;
 mod found;
 mod intake;
 mod lag;
@@ -47,8 +50,10 @@ use std::time::Duration;
 use heartbeat::beat::{Beat, BeatOptions, DetectorConfig};
 use heartbeat::etcd::EtcdStore;
 use heartbeat::quic::{Endpoint, EndpointOptions, Profile, Purpose, close};
+use heartbeat::store::OwnershipStore;
 use heartbeat::trust::{Card, Identity, Peers, Role};
-use heartbeat_core::ids::Party;
+use heartbeat::witness::keeper::Keeper;
+use heartbeat_core::ids::{Generation, NodeId, Party, StoreId, VmId};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -58,11 +63,11 @@ use vmm_hooks::qemu::{QemuTwinHost, TwinHostOptions};
 use self::beats::Beats;
 use self::view::View;
 use crate::cli::config::AgentConfig;
-use crate::control::api::{ErrorBody, ErrorKind, RehearsalReport};
+use crate::control::api::{ErrorBody, ErrorKind, RehearsalReport, WithoutWitness};
 use crate::control::server::serve_agent;
 use crate::control::socket::ControlSocket;
 use crate::control::window::PairingWindow;
-use crate::metrics::{Metrics, MetricsServer};
+use crate::metrics::{Metrics, MetricsServer, WitnessMetrics};
 
 /// Requests of operators that may wait for one VM's task.
 const REQUESTS: usize = 8;
@@ -85,6 +90,17 @@ enum Request {
     Stop(oneshot::Sender<Result<(), ErrorBody>>),
     /// Prove that the copy loads; answered when that is done.
     Rehearse(oneshot::Sender<Result<RehearsalReport, ErrorBody>>),
+    /// Whether the VM could go on here if the other host were known to be dead.
+    MayForce(oneshot::Sender<Result<Forceable, ErrorBody>>),
+    /// The other host is dead, and this store's record names this node, durably: go on by it.
+    Forced {
+        /// This host's own.
+        store: StoreId,
+        /// How to ask it.
+        keeper: (Arc<dyn OwnershipStore>, WitnessMetrics),
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), ErrorBody>>,
+    },
     /// Change hands; answered when that has begun.
     Failover {
         /// Without loss, from the primary.
@@ -92,6 +108,16 @@ enum Request {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), ErrorBody>>,
     },
+}
+
+/// A VM that waits for a host that may be dead.
+#[derive(Debug, Clone, Copy)]
+struct Forceable {
+    vm: VmId,
+    /// The highest that this host has seen.
+    generation: Generation,
+    /// What its operator said when it was protected.
+    without_witness: Option<WithoutWitness>,
 }
 
 /// A VM that this agent knows.
@@ -114,6 +140,8 @@ struct Agent {
     control: Arc<Endpoint>,
     /// Asked instead of a witness, where it is configured.
     etcd: Option<Arc<EtcdStore>>,
+    /// What this host keeps itself, for VMs that no third host keeps the record of.
+    keeper: Keeper,
     beat: Arc<Beat>,
     beats: Beats,
     metrics: Metrics,
@@ -147,6 +175,9 @@ pub enum AgentError {
     /// What the configuration says of etcd cannot be used.
     #[error("etcd cannot be asked")]
     Etcd(#[from] heartbeat::etcd::EtcdConfigError),
+    /// The records that this host keeps itself cannot be read.
+    #[error("the records that this host keeps cannot be used")]
+    Keeper(#[from] heartbeat::witness::DiskError),
     /// Heartbeats cannot start.
     #[error("heartbeats cannot start")]
     Beat(#[from] heartbeat::beat::BeatError),
@@ -183,6 +214,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         Some(etcd) => Some(Arc::new(EtcdStore::new(etcd, arbiter::ASK_WITHIN)?)),
         None => None,
     };
+    let keeper = Keeper::open(&config.state_dir.join("keeper"), identity.node(), Arc::clone(&peers))?;
     let detector = DetectorConfig {
         interval: config.heartbeat.interval,
         silence: config.heartbeat.silence,
@@ -223,6 +255,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         bulk,
         control,
         etcd,
+        keeper,
         beat: Arc::new(beat),
         beats: Beats::default(),
         metrics,
@@ -236,6 +269,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     tokio::spawn(async move { told.beats.run(events).await });
     tokio::spawn(Arc::clone(&agent).look());
     tokio::spawn(Arc::clone(&agent).look_for_witnesses());
+    tokio::spawn(Arc::clone(&agent).ask_what_others_keep());
     // Before anybody can ask for anything: what was left behind decides what may be asked.
     agent.take_up(survivors, &removed.never_ran);
     tokio::spawn(Arc::clone(&agent).accept());
@@ -286,6 +320,14 @@ impl Agent {
         Party { node: self.identity.node(), incarnation: self.identity.incarnation() }
     }
 
+    /// What a host is called here.
+    fn name_of(&self, node: NodeId) -> String {
+        if node == self.me().node {
+            return self.identity.name().to_owned();
+        }
+        self.peers.by_node(node).map_or_else(|| node.to_string(), |peer| peer.name)
+    }
+
     /// What it tells of itself when it pairs.
     fn card(&self) -> Card {
         Card { role: Role::Agent, addresses: vec![self.config.listen], heartbeat: self.beat.addresses().to_vec() }
@@ -296,6 +338,9 @@ impl Agent {
         while let Some(connection) = self.bulk.accept().await {
             if connection.purpose == Purpose::Replication {
                 tokio::spawn(Arc::clone(&self).stand_by(connection));
+            } else if matches!(connection.purpose, Purpose::Witness | Purpose::Kept) {
+                let keeper = self.keeper.clone();
+                tokio::spawn(async move { keeper.serve(connection).await });
             } else {
                 connection.close(close::PROTOCOL, "this address is for replication");
             }

@@ -29,7 +29,7 @@ use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
 use super::sessions::blocking;
 use super::view::{View, api_state};
-use super::{Request, clock};
+use super::{Request, clock, force};
 use crate::control::api::{
     EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SyncProgress,
 };
@@ -617,6 +617,18 @@ impl Task {
                 let body = refused(format!("{} runs here, and its host is not lost", self.name))
                     .advise("use --planned to move it, or ask the standby's agent to take over");
                 let _ = reply.send(Err(body));
+            }
+            Request::MayForce(reply) => {
+                let forceable = self.core.may_be_forced().map(|()| self.durable.forceable());
+                let _ = reply.send(forceable.map_err(|why| refused(why.to_owned())));
+            }
+            Request::Forced { store, keeper, reply } => {
+                let kept = self.durable.set_keeper(self.core.config().ownership.me.node, Some(store));
+                if kept.is_ok() {
+                    self.asker.turn_to(keeper);
+                    self.core.handle_forced(now, store);
+                }
+                let _ = reply.send(kept.map_err(|error| force::not_noted(&error)));
             }
             Request::Rehearse(reply) => match self.core.handle_operator(now, Operator::Rehearse) {
                 Ok(()) => self.rehearsals.push(reply),

@@ -8,7 +8,9 @@ use heartbeat_core::ids::NodeId;
 use serde::{Deserialize, Serialize};
 
 use super::arbiter::Arbiter;
-use crate::control::api::{DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, ShadowPolicy};
+use crate::control::api::{
+    DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, ShadowPolicy, WithoutWitness,
+};
 
 /// The most hosts that one VM may have.
 pub(super) const MAX_HOSTS: usize = 16;
@@ -40,6 +42,9 @@ pub(super) struct Protection {
     /// Who is asked who may run it: [`Arbiter::id`].
     #[serde(default)]
     pub(super) witness: String,
+    /// No third host keeps the record; `witness` names the host of the VM that does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) without_witness: Option<WithoutWitness>,
     /// The host that it was first protected on, then those that may stand by, best first.
     #[serde(default)]
     pub(super) hosts: Vec<HostRef>,
@@ -74,6 +79,7 @@ impl Protection {
             shadow: request.shadow,
             durability: request.durability,
             witness: arbiter.id(),
+            without_witness: request.without_witness,
             hosts,
         })
     }

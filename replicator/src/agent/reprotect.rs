@@ -232,6 +232,8 @@ impl Life {
                 let _ = reply.send(Ok(()));
                 return Some(Left::Stopped);
             }
+            Some(Request::MayForce(reply)) => drop(reply.send(Err(nobody()))),
+            Some(Request::Forced { reply, .. }) => drop(reply.send(Err(nobody()))),
             Some(Request::Rehearse(reply)) => drop(reply.send(Err(nobody()))),
             Some(Request::Failover { reply, .. }) => drop(reply.send(Err(nobody()))),
             None => return Some(Left::Stopped),

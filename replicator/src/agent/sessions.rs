@@ -31,7 +31,8 @@ use super::reprotect::Life;
 use super::view::View;
 use super::{Agent, REQUESTS, Request, Vm, primary, protection, standby};
 use crate::control::api::{
-    Accepted, DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, Role as VmRole, ShadowPolicy,
+    Accepted, DurabilityPolicy, EpochPolicy, ErrorBody, ErrorKind, ProtectRequest, ProtectionState, Role as VmRole,
+    ShadowPolicy,
 };
 use crate::pages::shadow::ShadowMode;
 
@@ -49,13 +50,16 @@ impl Agent {
     /// Starts to protect a VM; returns when its task runs.
     pub(super) async fn protect_vm(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {
         let peer = protection::host(&self.peers, &request.to)?;
-        let arbiter = self.arbiter(request.witness.as_deref())?;
         let me = HostRef { node: self.me().node.to_string(), name: self.identity.name().to_owned() };
-        let protection = Protection::asked(&request, me, &peer, &arbiter, &self.peers)?;
         let options = self.attach_options();
         let asked = request.vm.clone();
         let target = blocking(move || qemu::resolve(&asked)).await??;
         let name = vm_name(&request.vm, &target);
+        let arbiter = match request.without_witness {
+            Some(_) => self.arbiter_of_pair(&name)?,
+            None => self.arbiter(request.witness.as_deref())?,
+        };
+        let protection = Protection::asked(&request, me, &peer, &arbiter, &self.peers)?;
         self.settled(&name).await;
         self.forget_ended(&name);
         if self.vms().contains_key(&name) {
@@ -124,6 +128,7 @@ impl Agent {
         let mut vms = self.vms();
         if vms.get(name).is_some_and(|vm| vm.task.is_finished()) {
             vms.remove(name);
+            self.metrics.remove_vm(name);
         }
     }
 
@@ -156,10 +161,13 @@ impl Agent {
     ) -> Result<(primary::Setup, Arc<View>), (Box<dyn Guest>, ErrorBody)> {
         let name = at.name.as_str();
         let opened = self.open_durable(name, VmId(*uuid::Uuid::new_v4().as_bytes()), false);
-        let (arbiter, (mut durable, ownership, first_epoch)) = match (self.arbiter_of(protection), opened) {
-            (Ok(arbiter), Ok(opened)) => (arbiter, opened),
-            (Err(error), _) | (_, Err(error)) => return Err((guest, error)),
+        let opened = opened.and_then(|opened| Ok((self.arbiter_for(protection, &opened.0)?, opened)));
+        let (arbiter, (mut durable, ownership, first_epoch)) = match opened {
+            Ok(opened) => opened,
+            Err(error) => return Err((guest, error)),
         };
+        // By force another host may have come to keep the record.
+        let protection = &Protection { witness: arbiter.id(), ..protection.clone() };
         let connection = match connection {
             Some(connection) => connection,
             None => match self.reach(peer, durable.vm()).await {
@@ -171,7 +179,11 @@ impl Agent {
         let noted = durable
             .set_guest(Some(GuestAt { attached: true, ..at.clone() }))
             .and_then(|()| durable.set_protection(Some(protection.clone())))
-            .and_then(|()| durable.set_disks(guest.disk_images()));
+            .and_then(|()| durable.set_disks(guest.disk_images()))
+            .and_then(|()| match arbiter {
+                Arbiter::Host(node) => durable.set_keeper(node, None),
+                _ => Ok(()),
+            });
         if let Err(error) = noted {
             return Err((guest, failed(format!("this host cannot remember that it protects {name}"), &error)));
         }
@@ -302,6 +314,7 @@ impl Agent {
                 .advise("see `understudy status` on this host"));
         }
         tracing::info!(vm = name, from, rtt = ?link.rtt(), pages = layout.pages(), "prepares a twin");
+        self.follow_keeper(&name, vm, primary, &arbiter)?;
         let (mut durable, ownership, _) = self.open_durable(&name, vm, true)?;
         if let Some(guest) = durable.guest().filter(|guest| !guest.is_gone()) {
             let message = format!("process {} on this host is an earlier copy of {name}", guest.pid);
@@ -411,6 +424,10 @@ impl Agent {
                 .and_then(|durable| durable.map_or(Ok(()), |mut durable| durable.set_protection(None)));
             if let Err(error) = forgotten {
                 tracing::warn!(vm = name, %error, "it could not be noted that the copy is gone");
+            }
+            if view.status().state == ProtectionState::Unprotected {
+                // Its protection was ended: nobody is to look after what is shown of it.
+                self.metrics.remove_vm(&name);
             }
             return;
         };

@@ -26,8 +26,10 @@ use super::link::{Link, Received};
 use super::primary::wait_until;
 use super::twin::{self, Command, TwinThread};
 use super::view::{View, api_state};
-use super::{Request, clock, wrong_side};
-use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt};
+use super::{Request, clock, force, wrong_side};
+use crate::control::api::{
+    ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt, WithoutWitness,
+};
 
 /// How often the waiting twin is looked after.
 const LOOK: Duration = Duration::from_secs(1);
@@ -237,7 +239,10 @@ impl Task {
                     self.command(Command::Destroy);
                 }
                 Output::Close(code) => self.link.close(code, ""),
-                Output::State { state, reason } => self.view.set_state(api_state(state), &reason),
+                Output::State { state, reason } => {
+                    self.view.set_state(api_state(state), &reason);
+                    self.advise(state == replicator_core::state::ProtectionState::FailingOver);
+                }
                 Output::Finished => self.finished = true,
             }
         }
@@ -271,6 +276,22 @@ impl Task {
             Ok(()) => self.core.handle_marked(clock::now(), generation),
             Err(error) => self.disk_failed(&error),
         }
+    }
+
+    /// Says what can be done about a primary that is gone and that keeps the record itself.
+    fn advise(&self, failing_over: bool) {
+        let alone = self.durable.forceable().without_witness.filter(|_| failing_over);
+        let Some(policy) = alone.filter(|_| self.durable.keeper() == Some(self.core.config().primary.node)) else {
+            return;
+        };
+        let peer = self.view.peer();
+        let forced = match policy {
+            WithoutWitness::Manual => format!("; if it is dead: `understudy failover {} --force`", self.name),
+            WithoutWitness::Stall => String::new(),
+        };
+        let advice =
+            format!("{peer} keeps the record of who may run the VM: the VM stands until {peer} is back{forced}");
+        self.view.set(|status| status.advice = advice);
     }
 
     /// Without the write nothing may be acted upon: the copy stays as it is, and the operator must see to the disk.
@@ -446,6 +467,19 @@ impl Task {
                 Ok(()) => self.rehearsal_replies.push(reply),
                 Err(why) => drop(reply.send(Err(refused(why)))),
             },
+            Request::MayForce(reply) => {
+                let forceable = self.core.may_be_forced().map(|()| self.durable.forceable());
+                let _ = reply.send(forceable.map_err(|why| refused(why.to_owned())));
+            }
+            Request::Forced { store, keeper, reply } => {
+                let kept = self.durable.set_keeper(self.core.config().ownership.me.node, Some(store));
+                if kept.is_ok() {
+                    self.asker.turn_to(keeper);
+                    self.view.failover_began(FailoverCause::Forced, None);
+                    self.core.handle_forced(now, store);
+                }
+                let _ = reply.send(kept.map_err(|error| force::not_noted(&error)));
+            }
             Request::Failover { planned: false, reply } => {
                 let answer = self.core.handle_operator_failover(now);
                 if answer.is_ok() {

@@ -251,6 +251,11 @@ impl View {
         });
     }
 
+    /// The other host was forced out.
+    pub(super) fn forced(&self, text: &str) {
+        self.tell(&self.lock(), EventKind::Ownership, text.to_owned());
+    }
+
     /// The failover that began is off: the peer is heard again and nothing was granted.
     pub(super) fn failover_ceased(&self) {
         let mut inner = self.lock();

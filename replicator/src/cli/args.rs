@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use super::dashboards::DashboardsCommand;
 use super::exit::EXIT_CODES;
 use super::units::{HostPort, Listen};
-use crate::control::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy};
+use crate::control::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy, WithoutWitness};
 use crate::demo::DemoArgs;
 
 /// The longest time that a pairing window may stay open.
@@ -184,6 +184,10 @@ pub struct ProtectArgs {
     /// The witness, by the name it was paired as [default: the agent's]
     #[arg(long, value_name = "NAME")]
     pub witness: Option<String>,
+    /// There is no third host: one of the two keeps the record of who may run the VM, this one at first. When that host is lost the VM
+    /// stands until it is back (`stall`), or until `failover --force` on the other one (`manual`)
+    #[arg(long, value_name = "stall|manual", num_args = 0..=1, require_equals = true, default_missing_value = "stall", conflicts_with = "witness")]
+    pub without_witness: Option<WithoutWitness>,
     /// One more host that may stand by later, by the name it was paired as; may be given again, best first
     ///
     /// After a failure whoever runs the VM protects it again by itself: with the host of --to, with one of these, or with the
@@ -224,6 +228,13 @@ pub struct FailoverArgs {
     /// ownership at once, as if the primary were silent
     #[arg(long)]
     pub planned: bool,
+    /// Of a VM that is protected with `--without-witness=manual`: go on here, because the other host is dead. That must be confirmed, by the
+    /// agent's fence command or by --confirm-dead; what the other host did alone since is lost
+    #[arg(long, conflicts_with = "planned")]
+    pub force: bool,
+    /// You know that this host is dead: it has no power, or was reset. To cut its network is not enough
+    #[arg(long, value_name = "HOST", requires = "force")]
+    pub confirm_dead: Option<String>,
 }
 
 fn pairing_time(text: &str) -> Result<Duration, String> {
@@ -291,7 +302,9 @@ mod tests {
             ("protect web-1 --to b --durability some", "write `disk` or `memory`"),
             ("agent --metrics yes", "write IP:PORT, or `off`"),
             ("agent --listen host-a", "invalid socket address"),
-            ("failover web-1 --force", "unexpected argument '--force'"),
+            ("failover web-1 --force --planned", "cannot be used with"),
+            ("failover web-1 --confirm-dead host-a", "--force"),
+            ("protect web-1 --to b --without-witness=never", "stall, manual"),
             ("rehearse", "<VM>"),
         ] {
             let error = parse(line).unwrap_err();

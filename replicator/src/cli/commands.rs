@@ -120,6 +120,7 @@ async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
         witness: args.witness,
         standbys: args.standbys,
         once: args.once,
+        without_witness: args.without_witness,
     };
     let accepted = client.protect(&request).await?;
     let status = follow(client, &accepted.vm, Goal::Protected).await?;
@@ -176,17 +177,19 @@ async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
 }
 
 async fn failover(args: FailoverArgs, client: &Client) -> Result<Exit, CliError> {
-    hand_over(&FailoverRequest { vm: args.vm, planned: args.planned, back: false }, client).await
+    let FailoverArgs { vm, planned, force, confirm_dead } = args;
+    hand_over(&FailoverRequest { vm, planned, back: false, force, confirm: confirm_dead }, client).await
 }
 
 async fn failback(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
-    hand_over(&FailoverRequest { vm: args.vm, planned: true, back: true }, client).await
+    hand_over(&FailoverRequest { vm: args.vm, planned: true, back: true, force: false, confirm: None }, client).await
 }
 
 async fn hand_over(request: &FailoverRequest, client: &Client) -> Result<Exit, CliError> {
     let accepted = client.failover(request).await?;
-    let status = follow(client, &accepted.vm, Goal::HandedOver).await?;
-    let here = status.role == Role::Survivor;
+    let goal = if request.force { Goal::GoesOn } else { Goal::HandedOver };
+    let status = follow(client, &accepted.vm, goal).await?;
+    let here = request.force || status.role == Role::Survivor;
     print(&match (here, status.peer.as_str()) {
         (true, _) => format!("{} runs here now\n", status.name),
         (false, "") => format!("{} runs on the other host now\n", status.name),

@@ -92,6 +92,8 @@ pub struct AgentConfig {
     pub witness: Option<String>,
     /// The cluster that is asked instead of a witness.
     pub etcd: Option<EtcdConfig>,
+    /// What switches another host off, or says that it is off.
+    pub fence: Option<FenceConfig>,
     /// Failure detection.
     pub heartbeat: HeartbeatConfig,
     /// Epochs.
@@ -133,6 +135,15 @@ pub struct HeartbeatConfig {
     pub silence: Duration,
     /// Age of the oldest unacknowledged epoch after which the standby is suspected.
     pub unacknowledged: Duration,
+}
+
+/// A program that switches another host off and confirms it, as the fence agents of cluster managers do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FenceConfig {
+    /// The program and its arguments.
+    pub command: Vec<String>,
+    /// How long it may take.
+    pub timeout: Duration,
 }
 
 /// When an epoch ends and how many may be under way.
@@ -209,11 +220,33 @@ struct AgentFile {
     metrics: Option<Listen>,
     witness: Option<String>,
     etcd: Option<EtcdFile>,
+    fence: Option<FenceFile>,
     tracker: TrackerChoice,
     heartbeat: HeartbeatFile,
     epoch: EpochFile,
     gate: GateFile,
     standby: StandbyFile,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FenceFile {
+    command: Vec<String>,
+    timeout: Option<Span>,
+}
+
+impl FenceFile {
+    fn build(self) -> Result<FenceConfig, ConfigError> {
+        let program = self.command.first().map(String::as_str).unwrap_or_default();
+        if !program.starts_with('/') {
+            return Err(value("fence.command", program, "write the absolute path of a program, then its arguments"));
+        }
+        let timeout = self.timeout.map_or(Duration::from_secs(60), |span| span.0);
+        if timeout.is_zero() {
+            return Err(value("fence.timeout", "0s", "a program that switches a host off needs some time"));
+        }
+        Ok(FenceConfig { command: self.command, timeout })
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -398,6 +431,7 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
         },
         witness: file.witness,
         etcd: file.etcd.map(EtcdFile::build).transpose()?,
+        fence: file.fence.map(FenceFile::build).transpose()?,
         heartbeat: HeartbeatConfig {
             interval: file.heartbeat.interval.0,
             silence: file.heartbeat.silence.0,

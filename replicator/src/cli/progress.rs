@@ -18,6 +18,8 @@ pub(super) enum Goal {
     Protected,
     /// The VM has changed hands.
     HandedOver,
+    /// The VM goes on here.
+    GoesOn,
 }
 
 /// How far a goal is.
@@ -51,11 +53,14 @@ pub(super) async fn follow(client: &Client, vm: &str, goal: Goal) -> Result<VmSt
 fn stage(status: &VmStatus, goal: Goal) -> Stage {
     use ProtectionState as State;
     match (goal, &status.state) {
-        (Goal::Protected, State::Pairing | State::Syncing(_)) | (Goal::HandedOver, State::FailingOver) => {
-            Stage::UnderWay
-        }
+        (Goal::Protected, State::Pairing | State::Syncing(_))
+        | (Goal::HandedOver | Goal::GoesOn, State::FailingOver) => Stage::UnderWay,
+        // It was this host's guest that waited.
+        (Goal::GoesOn, State::Degraded | State::Unprotected) if status.role == Role::Primary => Stage::Reached,
         (Goal::Protected, State::Protected) | (Goal::HandedOver, State::Fenced) => Stage::Reached,
-        (Goal::HandedOver, state) if status.role == Role::Survivor && *state != State::Error => Stage::Reached,
+        (Goal::HandedOver | Goal::GoesOn, state) if status.role == Role::Survivor && *state != State::Error => {
+            Stage::Reached
+        }
         _ => Stage::Missed,
     }
 }
@@ -64,6 +69,7 @@ fn missed(status: &VmStatus, goal: Goal) -> CliError {
     let what = match goal {
         Goal::Protected => "is not protected",
         Goal::HandedOver => "did not change hands",
+        Goal::GoesOn => "does not go on here",
     };
     let mut error = CliError::new(Exit::Failed, format!("{} {what}: it is {}", status.name, status.state));
     if !status.reason.is_empty() {
@@ -152,6 +158,21 @@ mod tests {
             (State::Protected, Role::Standby, Stage::Missed),
         ] {
             assert_eq!(stage(&at(state.clone(), role), Goal::HandedOver), expected, "{state} {role:?}");
+        }
+    }
+
+    #[test]
+    fn a_forced_vm_goes_on_here_as_either_copy() {
+        use ProtectionState as State;
+        for (state, role, expected) in [
+            (State::FailingOver, Role::Standby, Stage::UnderWay),
+            (State::Degraded, Role::Survivor, Stage::Reached),
+            (State::Degraded, Role::Primary, Stage::Reached),
+            (State::Degraded, Role::Standby, Stage::Missed),
+            (State::Fenced, Role::Primary, Stage::Missed),
+            (State::Error, Role::Survivor, Stage::Missed),
+        ] {
+            assert_eq!(stage(&at(state.clone(), role), Goal::GoesOn), expected, "{state} {role:?}");
         }
     }
 

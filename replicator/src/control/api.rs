@@ -8,7 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use super::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy};
+pub use super::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy, WithoutWitness};
 
 /// The highest phi that is reported: more means nothing more, and JSON has no infinity.
 pub const MAX_PHI: f64 = 1_000.0;
@@ -341,12 +341,14 @@ pub enum FailoverCause {
     GuestDied,
     /// An operator asked for a switch-over.
     Planned,
+    /// An operator forced the other host out, which was confirmed to be dead.
+    Forced,
 }
 
 impl FailoverCause {
     /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::Silence, Self::Unacknowledged, Self::PeerRestarted, Self::GuestDied, Self::Planned];
+    pub const ALL: [Self; 6] =
+        [Self::Silence, Self::Unacknowledged, Self::PeerRestarted, Self::GuestDied, Self::Planned, Self::Forced];
 
     /// The word that operators and metrics use.
     #[must_use]
@@ -356,6 +358,7 @@ impl FailoverCause {
             Self::Unacknowledged => "unacknowledged",
             Self::PeerRestarted => "peer-restarted",
             Self::GuestDied => "guest-died",
+            Self::Forced => "forced",
             Self::Planned => "planned",
         }
     }
@@ -507,6 +510,9 @@ pub struct ProtectRequest {
     /// Protect it once: when the protection ends by a failure, nobody looks for another standby.
     #[serde(default)]
     pub once: bool,
+    /// There is no third host: the record is kept by one of the two, this one at first. What is done if that one is lost.
+    #[serde(default)]
+    pub without_witness: Option<WithoutWitness>,
 }
 
 /// What kind of thing happened.
@@ -565,6 +571,12 @@ pub struct FailoverRequest {
     /// Only to the VM's first host: refused, with nothing changed, unless the VM is protected there now.
     #[serde(default)]
     pub back: bool,
+    /// Without a third host and without the other one, which is dead: go on here. The agent's fence command must say so, or `confirm`.
+    #[serde(default)]
+    pub force: bool,
+    /// The name of the host that the operator knows to be dead.
+    #[serde(default)]
+    pub confirm: Option<String>,
 }
 
 /// `POST /v1/pair/open`: let one node pair with this one.

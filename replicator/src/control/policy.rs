@@ -46,6 +46,17 @@ pub enum DurabilityPolicy {
     Memory,
 }
 
+/// What is done without a third host, be it a witness or etcd, when the host that keeps the record is gone. Written `stall` or `manual`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum WithoutWitness {
+    /// Nothing: the VM stands until that host is back.
+    #[default]
+    Stall,
+    /// An operator may force that host out, once it is confirmed to be dead.
+    Manual,
+}
+
 /// A policy that cannot be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {

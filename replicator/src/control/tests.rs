@@ -180,6 +180,7 @@ async fn every_request_arrives_and_is_answered() {
         witness: None,
         standbys: vec!["host-c".into()],
         once: false,
+        without_witness: None,
     };
     assert_eq!(client.protect(&request).await.unwrap().vm, "/run/web.qmp");
     assert_eq!(
@@ -201,8 +202,14 @@ async fn errors_keep_their_kind_advice_and_causes() {
     let fixture = Fixture::new();
     let missing = refused(fixture.client.vm_status("web-2")).await;
     assert_eq!((missing.kind, missing.advice.as_str()), (ErrorKind::NotFound, "See `understudy status`."));
-    let busy =
-        refused(fixture.client.failover(&FailoverRequest { vm: "web-1".into(), planned: true, back: false })).await;
+    let busy = refused(fixture.client.failover(&FailoverRequest {
+        vm: "web-1".into(),
+        planned: true,
+        back: false,
+        force: false,
+        confirm: None,
+    }))
+    .await;
     assert_eq!((busy.kind, busy.causes), (ErrorKind::Busy, vec!["the disk is full".to_owned()]));
     let ended = refused(fixture.client.rehearse(&VmRequest { vm: "web-1".into() })).await;
     assert_eq!(ended.kind, ErrorKind::Failed, "a panic is answered, and the server lives: {ended:?}");

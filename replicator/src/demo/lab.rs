@@ -326,6 +326,10 @@ impl Lab {
         args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
         args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
         args.extend(["--metrics".to_owned(), host.metrics()]);
+        let config = self.agent_config(host)?;
+        if config.is_file() {
+            args.extend(["--config".to_owned(), config.display().to_string()]);
+        }
         let what = format!("the agent of {}", host.name());
         let (namespace, log) = (self.namespace(host.role()), dir.join("agent.log"));
         let mut agent = Daemon::start(&what, &namespace, &self.understudy, &args, &log_env(), &log)?;
@@ -438,6 +442,20 @@ impl Lab {
     pub fn agent_pid(&self, host: Host) -> Result<u32> {
         let agent = self.agents.iter().find(|(its, _)| *its == host).and_then(|(_, agent)| agent.pid());
         agent.with_context(|| format!("{} runs no agent", host.name()))
+    }
+
+    /// The configuration file of a host's agent, which it reads if there is one.
+    ///
+    /// # Errors
+    /// If its directory cannot be made.
+    pub fn agent_config(&self, host: Host) -> Result<PathBuf> {
+        Ok(self.part(host.name())?.join("agent.toml"))
+    }
+
+    /// A path in the laboratory's directory.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
     }
 
     /// What a host's agent keeps over restarts.

@@ -108,7 +108,7 @@ pub(super) struct Talker {
 impl Talker {
     /// Starts `program` in `namespace`; what it says besides goes to `log`.
     pub(super) fn start(what: &str, namespace: &str, program: &Path, args: &[String], log: &Path) -> Result<Self> {
-        let file = File::options().create(true).append(true).open(log);
+        let file = OpenOptions::new().create(true).append(true).open(log);
         let mut command = command(namespace, program, args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         command.stderr(file.with_context(|| format!("cannot open {}", log.display()))?);

@@ -1,6 +1,6 @@
 //! What the metrics are, for those who document, plot and check them: names, types, labels, the values that labels take.
 
-use super::families::{self, FAILOVER_PHASES, PAUSE_PARTS, REHEARSAL_OUTCOMES, WITNESS_OUTCOMES};
+use super::families::{self, FAILOVER_PHASES, FENCE_OUTCOMES, PAUSE_PARTS, REHEARSAL_OUTCOMES, WITNESS_OUTCOMES};
 use crate::control::api::{EncodedBytes, FailoverCause, ProtectionState, Role};
 
 /// The type of a metric.
@@ -69,6 +69,7 @@ pub fn label_values(name: &str, label: &str) -> Option<Vec<&'static str>> {
         "cause" => FailoverCause::ALL.map(FailoverCause::word).to_vec(),
         "encoding" => EncodedBytes::default().named().map(|(encoding, _)| encoding).to_vec(),
         "outcome" if name.contains("rehearsal") => REHEARSAL_OUTCOMES.to_vec(),
+        "outcome" if name.contains("fence") => FENCE_OUTCOMES.to_vec(),
         "outcome" => WITNESS_OUTCOMES.to_vec(),
         _ => return None,
     })

@@ -23,6 +23,8 @@ pub(super) const FAILOVER_PHASES: [&str; 5] = ["detection", "grant", "load", "re
 
 /// How a rehearsal ends, as label values.
 pub(super) const REHEARSAL_OUTCOMES: [&str; 2] = ["loads", "fails"];
+/// What the fence command says, as label values.
+pub(super) const FENCE_OUTCOMES: [&str; 2] = ["confirmed", "failed"];
 /// How a request to the witness ends, as label values.
 pub(super) const WITNESS_OUTCOMES: [&str; 4] = ["granted", "refused", "read", "lost"];
 
@@ -76,6 +78,7 @@ pub(super) struct Families {
     pub(super) heartbeats_received: IntCounterVec,
     pub(super) witness_request_seconds: HistogramVec,
     pub(super) witness_reachable: IntGaugeVec,
+    pub(super) fence_seconds: HistogramVec,
 }
 
 impl Families {
@@ -276,6 +279,12 @@ impl Families {
                 "A request to the witness: from sending until its answer was read (granted, refused, read) or given up \
                  (lost).",
                 &["witness", "outcome"],
+                LATENCY_SECONDS,
+            ),
+            fence_seconds: make.histograms(
+                "fence_seconds",
+                "Time from the fence command's start to its end, by whether it confirmed that the other host is off. Leaves out hosts that an operator confirmed to be dead.",
+                &["outcome"],
                 LATENCY_SECONDS,
             ),
             witness_reachable: make.gauges(

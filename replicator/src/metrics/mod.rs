@@ -17,7 +17,7 @@ use prometheus::{Encoder as _, Registry, TextEncoder};
 
 pub use describe::{Kind, MetricFamily, families, label_values};
 pub use http::{MetricsServer, MetricsServerError};
-pub use peer::{PeerMetrics, WitnessMetrics, WitnessOutcome};
+pub use peer::{FenceOutcome, PeerMetrics, WitnessMetrics, WitnessOutcome};
 pub use vm::VmMetrics;
 
 use families::Families;
@@ -41,6 +41,9 @@ impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
         let families = Families::new(&registry);
+        for outcome in families::FENCE_OUTCOMES {
+            let _ = families.fence_seconds.with_label_values(&[outcome]);
+        }
         families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Self { registry, families: Arc::new(families) }
     }
@@ -80,6 +83,19 @@ impl Metrics {
     #[must_use]
     pub fn witness(&self, name: &str) -> WitnessMetrics {
         WitnessMetrics::new(&self.families, name)
+    }
+
+    /// The handle of a host that keeps the record of a VM in place of a witness.
+    #[must_use]
+    pub fn keeper(&self, name: &str) -> WitnessMetrics {
+        WitnessMetrics::of_host(&self.families, name)
+    }
+
+    /// The fence command ended after `took`.
+    pub fn fenced(&self, outcome: FenceOutcome, took: Duration) {
+        let [confirmed, failed] = families::FENCE_OUTCOMES;
+        let word = if outcome == FenceOutcome::Confirmed { confirmed } else { failed };
+        self.families.fence_seconds.with_label_values(&[word]).observe(took.as_secs_f64());
     }
 
     /// Forgets a witness: whether it can be reached is exported no more.

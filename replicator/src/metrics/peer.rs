@@ -79,26 +79,30 @@ pub enum WitnessOutcome {
 #[derive(Debug, Clone)]
 pub struct WitnessMetrics {
     seconds: HistogramVec,
-    reachable: IntGauge,
+    /// Of what is looked for whether it is needed or not.
+    reachable: Option<IntGauge>,
     name: String,
 }
 
 impl WitnessMetrics {
     pub(super) fn new(families: &Families, name: &str) -> Self {
+        let reachable = families.witness_reachable.with_label_values(&[name]);
+        Self { reachable: Some(reachable), ..Self::of_host(families, name) }
+    }
+
+    pub(super) fn of_host(families: &Families, name: &str) -> Self {
         for outcome in WITNESS_OUTCOMES {
             // There from the start, so that the first one of its kind is seen as a growth.
             let _ = families.witness_request_seconds.with_label_values(&[name, outcome]);
         }
-        Self {
-            seconds: families.witness_request_seconds.clone(),
-            reachable: families.witness_reachable.with_label_values(&[name]),
-            name: name.to_owned(),
-        }
+        Self { seconds: families.witness_request_seconds.clone(), reachable: None, name: name.to_owned() }
     }
 
     /// Whether the witness answered when it was looked for.
     pub fn set_reachable(&self, reachable: bool) {
-        self.reachable.set(i64::from(reachable));
+        if let Some(gauge) = &self.reachable {
+            gauge.set(i64::from(reachable));
+        }
     }
 
     /// A request ended after `took`.
@@ -112,6 +116,15 @@ impl WitnessMetrics {
         };
         self.seconds.with_label_values(&[self.name.as_str(), word]).observe(took.as_secs_f64());
     }
+}
+
+/// What the fence command said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FenceOutcome {
+    /// The host is off.
+    Confirmed,
+    /// Nothing that can be relied on.
+    Failed,
 }
 
 /// Removes what says whether a witness can be reached; its requests stay counted.

@@ -16,7 +16,7 @@ use alloc::string::{String, ToString};
 use core::hash::{Hash, Hasher};
 use core::time::Duration;
 
-use heartbeat_core::ids::{Epoch, Generation, Incarnation};
+use heartbeat_core::ids::{Epoch, Generation, Incarnation, StoreId};
 use heartbeat_core::ownership::{Ownership, OwnershipOutput, Verdict, Want};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
@@ -391,6 +391,29 @@ impl Primary {
         };
         self.advance(now);
         done.map_err(ToString::to_string)
+    }
+
+    /// Whether this guest could go on alone if the standby's host were known to be dead (`docs/protocol.md` P13). If that had the VM, what was
+    /// heard of it is lost.
+    ///
+    /// # Errors
+    /// One sentence for the operator: why not.
+    pub fn may_be_forced(&self) -> Result<(), &'static str> {
+        match &self.phase {
+            Phase::Contesting { .. } | Phase::Lost if !self.ended => Ok(()),
+            Phase::Contesting { .. } | Phase::Lost | Phase::Dead { .. } => Err("the guest has ended here"),
+            _ => Err("the VM does not wait for anybody here"),
+        }
+    }
+
+    /// The standby's host is dead, as was confirmed, and the record names this node alone, durably, in `store`: see
+    /// [`Ownership::handle_forced`].
+    pub fn handle_forced(&mut self, now: Time, store: StoreId) {
+        if self.may_be_forced().is_ok() {
+            self.ownership.handle_forced(now, store);
+            self.contest(now, After::Degrade("the operator forced it: the other host is confirmed dead".into()), false);
+        }
+        self.advance(now);
     }
 
     /// Time has come.

@@ -13,7 +13,7 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use core::hash::{Hash, Hasher};
 
-use heartbeat_core::ids::{Epoch, Generation, Incarnation, Party};
+use heartbeat_core::ids::{Epoch, Generation, Incarnation, Party, StoreId};
 use heartbeat_core::ownership::{Ownership, OwnershipOutput, Verdict, Want};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
@@ -325,6 +325,41 @@ impl Standby {
         self.suspect(now, false, "the operator asked for it");
         self.advance(now);
         Ok(())
+    }
+
+    /// Whether this copy could be the VM's if the primary's host were known to be dead (`docs/protocol.md` P13).
+    ///
+    /// # Errors
+    /// One sentence for the operator: why not.
+    pub fn may_be_forced(&self) -> Result<(), &'static str> {
+        match self.phase {
+            _ if self.told_unprotect => Err("the primary ended this protection: this copy is of no use"),
+            Phase::Asking { .. } if self.is_named() && self.is_bound() => Ok(()),
+            Phase::Frozen if self.is_bound() => Ok(()),
+            Phase::Preparing | Phase::Asking { .. } | Phase::Frozen => {
+                Err("this host holds no copy of which it knows that the VM was protected by it")
+            }
+            Phase::Receiving => Err("the primary answers: move the VM with --planned"),
+            Phase::Marking { .. } | Phase::Activating { .. } | Phase::Announcing => Err("this copy is the VM already"),
+            Phase::GivingBack => Err("this copy could not be activated"),
+            Phase::Finished => Err("this copy is gone"),
+        }
+    }
+
+    /// The primary's host is dead, as was confirmed, and the record names this node alone, durably, in `store`: see
+    /// [`Ownership::handle_forced`].
+    pub fn handle_forced(&mut self, now: Time, store: StoreId) {
+        if self.may_be_forced().is_ok() {
+            self.disconnect(now);
+            if let Phase::Asking { recoverable } = &mut self.phase {
+                *recoverable = false;
+            }
+            self.asked = true;
+            self.show(ProtectionState::FailingOver, "the operator forced it: the primary's host is confirmed dead");
+            self.ownership.handle_forced(now, store);
+            self.ownership.want(now, Want::Solo { activated: false });
+        }
+        self.advance(now);
     }
 
     /// The operator asks to prove that the copy loads; the primary hears how it went.
