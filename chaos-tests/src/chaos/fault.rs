@@ -7,8 +7,7 @@ use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use replicator::control::api::FailoverRequest;
-use replicator::control::api::{ProtectionState, Role};
+use replicator::control::api::{FailoverRequest, ProtectionState, Role};
 use replicator::demo::lab::{GUEST, Host, Lab, REDIS, VM, WITNESS};
 use replicator::demo::netns::{ip, processes_in};
 use replicator::demo::wait::{now_ns, until};
