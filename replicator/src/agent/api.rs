@@ -17,6 +17,7 @@ use crate::control::api::{
     Suspicion, VmEvent, VmRequest, VmStatus,
 };
 use crate::control::doctor;
+use crate::control::microvm::RunRequest;
 
 /// How often it is looked whether a task that ends has ended.
 const ENDING_LOOK: Duration = Duration::from_millis(2);
@@ -119,13 +120,17 @@ impl AgentApi for Agent {
             node_id: self.identity.node().to_string(),
             incarnation: self.identity.incarnation().0,
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            vms: self.vms().values().map(|vm| vm.view.status()).collect(),
+            vms: {
+                let known: Vec<_> = self.vms().values().map(|vm| vm.view.status()).collect();
+                known.into_iter().chain(self.unprotected_microvms()).collect()
+            },
             peers: self.peers.list().into_iter().map(|peer| self.peer_status(peer)).collect(),
         })
     }
 
     async fn vm_status(&self, name: &str) -> Result<VmStatus, ErrorBody> {
-        self.vms().get(name).map(|vm| vm.view.status()).ok_or_else(|| not_known(name))
+        let known = self.vms().get(name).map(|vm| vm.view.status());
+        known.or_else(|| self.unprotected_microvm(name)).ok_or_else(|| not_known(name))
     }
 
     async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
@@ -141,6 +146,14 @@ impl AgentApi for Agent {
             .advise("see `understudy status` for names"));
         }
         Ok(events)
+    }
+
+    async fn run(&self, request: RunRequest) -> Result<Accepted, ErrorBody> {
+        self.run_microvm(request).await
+    }
+
+    async fn end(&self, request: VmRequest) -> Result<Accepted, ErrorBody> {
+        self.end_microvm(&request.vm).await
     }
 
     async fn protect(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {

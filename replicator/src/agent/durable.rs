@@ -68,6 +68,9 @@ pub(super) struct GuestAt {
     pub(super) control: Option<PathBuf>,
     /// The agent is attached to it, and so may have left it paused and with things of ours in it.
     pub(super) attached: bool,
+    /// It is a microVM: threads of that process, which was an agent.
+    #[serde(default)]
+    pub(super) microvm: bool,
 }
 
 /// A copy that was about to be activated, or was.

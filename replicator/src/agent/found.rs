@@ -75,11 +75,15 @@ impl Agent {
                 let marked = durable.mark().filter(|_| !never_ran).map(|mark| Generation(mark.generation));
                 (Here::Copy { marked }, None)
             }
+            // It ended with the former life.
+            _ if at.as_ref().is_some_and(|at| at.microvm) => (Here::Gone, None),
             Some(Ok(process)) => (Here::Guest, Some(process)),
             Some(Err(ProcessError::Gone { .. } | ProcessError::Reused { .. })) => (Here::Gone, None),
             Some(Err(error)) => return Err(ErrorBody::new(ErrorKind::Failed, error.to_string())),
         };
-        let at = at.unwrap_or(GuestAt { name: name.clone(), pid: 0, started: 0, control: None, attached: false });
+        let none =
+            || GuestAt { name: name.clone(), pid: 0, started: 0, control: None, attached: false, microvm: false };
+        let at = at.unwrap_or_else(none);
         tracing::warn!(
             vm = name,
             ?here,

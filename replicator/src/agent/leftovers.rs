@@ -21,6 +21,9 @@ impl Agent {
             ErrorBody::new(ErrorKind::Failed, format!("what this host remembers of {name} cannot be used"))
                 .because(&error)
         };
+        if let Some(status) = self.unprotected_microvm(name) {
+            return Ok(status);
+        }
         let Some(mut durable) = Durable::find(&self.config.state_dir, name).map_err(unusable)? else {
             return Err(super::api::not_known(name));
         };

@@ -14,6 +14,7 @@
 //! | `api`, `sessions` | the control API; protections that begin |
 //! | `protection`, `reprotect` | how a VM is to be protected, and a standby that is looked for again and again |
 //! | `force`, `fence` | a host that is confirmed dead is forced out, where no third one keeps the record |
+//! | `microvm` | microVMs: started, ended, handed over when the agent stops |
 //! | `found`, `leftovers` | what a former life of the agent left |
 
 mod api;
@@ -32,6 +33,7 @@ mod intake;
 mod lag;
 mod leftovers;
 mod link;
+mod microvm;
 mod pause;
 mod primary;
 mod protection;
@@ -61,6 +63,7 @@ use vmm_hooks::guest::TwinHost;
 use vmm_hooks::qemu::{QemuTwinHost, TwinHostOptions};
 
 use self::beats::Beats;
+use self::microvm::{Microvms, Twins};
 use self::view::View;
 use crate::cli::config::AgentConfig;
 use crate::control::api::{ErrorBody, ErrorKind, RehearsalReport, WithoutWitness};
@@ -146,6 +149,7 @@ struct Agent {
     beats: Beats,
     metrics: Metrics,
     twins: Arc<dyn TwinHost>,
+    microvms: Microvms,
     vms: Mutex<BTreeMap<String, Vm>>,
     window: PairingWindow,
     /// Itself, for tasks that outlive a request.
@@ -192,8 +196,8 @@ pub enum AgentError {
     Io(#[from] std::io::Error),
 }
 
-/// Runs an agent until SIGTERM or SIGINT. Then its primaries are unprotected, so that their guests run on and are heard, and
-/// its standbys are given up.
+/// Runs an agent until SIGTERM or SIGINT. Then its primaries are unprotected, so that their guests run on and are heard, its protected microVMs
+/// are handed to their standbys, and its standbys are given up.
 ///
 /// # Errors
 /// [`AgentError`].
@@ -248,6 +252,8 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     if !removed.paths.is_empty() {
         tracing::warn!(?removed, "removed twins that a former life of this agent had left waiting");
     }
+    let microvms = Microvms::new(&config);
+    let twins = Twins { qemu: twins, kvm: microvms.twins() };
     let agent = Arc::new_cyclic(|own| Agent {
         config,
         identity,
@@ -260,6 +266,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         beats: Beats::default(),
         metrics,
         twins: Arc::new(twins),
+        microvms,
         vms: Mutex::new(BTreeMap::new()),
         window: PairingWindow::default(),
         own: own.clone(),
@@ -356,6 +363,7 @@ impl Agent {
             for vm in self.vms().values() {
                 vm.view.look();
             }
+            self.forget_microvms();
             for path in self.beat.stats() {
                 let metrics = self.metrics.peer(&path.name);
                 let silence = path.silence.unwrap_or_default().as_secs_f64() * 1e3;
@@ -382,7 +390,12 @@ impl Agent {
     async fn stop(&self) {
         tracing::info!("the agent stops");
         let vms = std::mem::take(&mut *self.vms());
-        for (name, vm) in vms {
+        for (name, mut vm) in vms {
+            if self.microvms.get(&name).is_some() {
+                self.hand_over(&name, &mut vm).await;
+                vm.task.abort();
+                continue;
+            }
             let (reply, answer) = oneshot::channel();
             if vm.requests.send(Request::Stop(reply)).await.is_ok() {
                 match tokio::time::timeout(STOP_WITHIN, answer).await {

@@ -16,7 +16,7 @@ use heartbeat::quic::Purpose;
 use heartbeat::trust::Peer;
 use heartbeat_core::ids::VmId;
 use tokio::sync::mpsc;
-use vmm_hooks::guest::{Guest, GuestErrorKind, Survivor};
+use vmm_hooks::guest::{GuestErrorKind, Survivor};
 use vmm_hooks::qemu;
 use vmm_hooks::sys::process::{PidFd, ProcessError};
 
@@ -77,7 +77,7 @@ impl GuestAt {
     }
 
     /// Whether its process has ended for sure.
-    pub(super) fn is_gone(&self) -> bool {
+    pub(super) fn process_is_gone(&self) -> bool {
         match PidFd::open_same(self.pid, self.started) {
             Ok(process) => process.has_exited(),
             Err(error) => matches!(error, ProcessError::Gone { .. } | ProcessError::Reused { .. }),
@@ -88,7 +88,14 @@ impl GuestAt {
     pub(super) fn of(name: &str, survivor: &Survivor) -> Option<Self> {
         let process = PidFd::open(survivor.pid).ok()?;
         let control = Some(survivor.control.clone().into());
-        Some(Self { name: name.to_owned(), pid: survivor.pid, started: process.start_time(), control, attached: false })
+        Some(Self {
+            name: name.to_owned(),
+            pid: survivor.pid,
+            started: process.start_time(),
+            control,
+            attached: false,
+            microvm: false,
+        })
     }
 }
 
@@ -120,7 +127,10 @@ impl Life {
 
     /// What is remembered after the last session.
     fn rest(&self, left: Left) {
-        let gone = self.at.is_gone();
+        let gone = self.agent.is_gone(&self.at);
+        if gone && self.at.microvm {
+            self.agent.microvms.forget(&self.at.name);
+        }
         // Its end may not be over yet; no copy is made here before it is.
         if left == Left::Over && self.view.status().state == ProtectionState::Fenced {
             survivor_left(&self.agent.config.standby.images, &self.at.name);
@@ -199,7 +209,7 @@ impl Life {
                 Some(beat) = news.recv() => if let Beat::Heard | Beat::Restarted(_) = beat {
                     return Ok(true);
                 },
-                _ = look.tick() => if self.at.is_gone() {
+                _ = look.tick() => if self.agent.is_gone(&self.at) {
                     self.view.set_state(ProtectionState::Unprotected, "its process has ended; nobody stood by");
                     return Err(Left::Over);
                 },
@@ -283,27 +293,15 @@ impl Life {
         if let Err(error) = link::greet(&mut connection, agent.me(), self.vm, true).await {
             return Tried::Failed(format!("{} does not take part: {error}", peer.name));
         }
-        let (target, options) = (self.at.target(), agent.attach_options());
-        let guest = match blocking(move || qemu::attach(&target, &options)).await {
-            Ok(Ok(guest)) => guest,
-            Ok(Err(error)) if error.kind == GuestErrorKind::Gone => {
+        let guest = match agent.attach_again(&self.at).await {
+            Ok(guest) => guest,
+            Err(error) if error.kind == GuestErrorKind::Gone => {
                 self.view.set_state(ProtectionState::Unprotected, "its process has ended; nobody stood by");
                 return Tried::Left(Left::Over);
             }
-            Ok(Err(error)) => return Tried::Failed(error.to_string()),
-            Err(error) => return Tried::Failed(error.message),
+            Err(error) => return Tried::Failed(error.to_string()),
         };
-        if guest.pid() != self.at.pid {
-            let other = guest.pid();
-            return match blocking(move || Guest::detach(Box::new(guest))).await {
-                Ok(Ok(())) => Tried::Failed(format!("process {other} answers where the guest should be")),
-                _ => Tried::Failed(format!(
-                    "process {other} answers where the guest should be, and was not left in order"
-                )),
-            };
-        }
-        match agent.session(&self.at, &self.protection, peer, Some(connection), Box::new(guest), Some(&self.view)).await
-        {
+        match agent.session(&self.at, &self.protection, peer, Some(connection), guest, Some(&self.view)).await {
             Ok((setup, _)) => match primary::run(setup, &mut self.requests).await {
                 Ok(left) => Tried::Left(left),
                 Err(error) => Tried::Failed(error.message),

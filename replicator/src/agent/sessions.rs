@@ -17,7 +17,6 @@ use vmm_hooks::disk::{DiskSpec, MAX_DISKS};
 use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions};
-use vmm_hooks::sys::process::PidFd;
 
 use super::arbiter::Arbiter;
 use super::disks::StandbyDisks;
@@ -52,9 +51,8 @@ impl Agent {
         let peer = protection::host(&self.peers, &request.to)?;
         let me = HostRef { node: self.me().node.to_string(), name: self.identity.name().to_owned() };
         let options = self.attach_options();
-        let asked = request.vm.clone();
-        let target = blocking(move || qemu::resolve(&asked)).await??;
-        let name = vm_name(&request.vm, &target);
+        let place = self.place(&request.vm).await?;
+        let name = place.name(&request.vm);
         let arbiter = match request.without_witness {
             Some(_) => self.arbiter_of_pair(&name)?,
             None => self.arbiter(request.witness.as_deref())?,
@@ -66,20 +64,9 @@ impl Agent {
             return Err(ErrorBody::new(ErrorKind::Busy, format!("{name} is protected already, or stands by here"))
                 .advise("see `understudy status`"));
         }
-        let control = match &target {
-            qemu::Target::QmpSocket(path) => Some(path.clone()),
-            qemu::Target::Pid(_) => None,
-        };
-        let (guest, started) = blocking(move || {
-            let guest = qemu::attach(&target, &options)?;
-            match PidFd::open(guest.pid()) {
-                Ok(process) => Ok((guest, process.start_time())),
-                Err(error) => Box::new(guest).detach().and(Err(error.into())),
-            }
-        })
-        .await??;
-        let at = GuestAt { name: name.clone(), pid: guest.pid(), started, control, attached: false };
-        let (guest, error) = match self.session(&at, &protection, &peer, None, Box::new(guest), None).await {
+        let asked = name.clone();
+        let (guest, at) = blocking(move || place.attach(asked, &options)).await??;
+        let (guest, error) = match self.session(&at, &protection, &peer, None, guest, None).await {
             Ok((setup, view)) => match self.start_life(at, protection, setup, view) {
                 Ok(()) => return Ok(Accepted { vm: name }),
                 Err(refused) => refused,
@@ -309,14 +296,15 @@ impl Agent {
         self.settled(&name).await;
         self.forget_ended(&name);
         self.make_way(&name, vm).await;
-        if self.vms().contains_key(&name) {
+        self.microvms.forget(&name);
+        if self.vms().contains_key(&name) || self.microvms.get(&name).is_some() {
             return Err(ErrorBody::new(ErrorKind::Busy, format!("a VM called {name} is known here already"))
                 .advise("see `understudy status` on this host"));
         }
         tracing::info!(vm = name, from, rtt = ?link.rtt(), pages = layout.pages(), "prepares a twin");
         self.follow_keeper(&name, vm, primary, &arbiter)?;
         let (mut durable, ownership, _) = self.open_durable(&name, vm, true)?;
-        if let Some(guest) = durable.guest().filter(|guest| !guest.is_gone()) {
+        if let Some(guest) = durable.guest().filter(|guest| !self.is_gone(guest)) {
             let message = format!("process {} on this host is an earlier copy of {name}", guest.pid);
             return Err(ErrorBody::new(ErrorKind::Busy, message).advise("it must end first; nothing was changed"));
         }
@@ -417,7 +405,7 @@ impl Agent {
     ) {
         let (name, view, vm) = (setup.name.clone(), Arc::clone(&setup.view), setup.config.ownership.vm);
         let survivor = standby::run(setup, &mut requests).await;
-        let at = survivor.and_then(|survivor| GuestAt::of(&name, &survivor));
+        let at = survivor.and_then(|survivor| self.survivor_at(&name, &survivor));
         let Some(at) = at else {
             // Nothing is here any more that a later life of this agent could take up.
             let forgotten = Durable::find(&self.config.state_dir, &name)
@@ -502,7 +490,7 @@ fn shadow(policy: ShadowPolicy) -> ShadowMode {
 }
 
 /// What the VM is called from now on: what QEMU calls it, else what the operator called it.
-fn vm_name(asked: &str, target: &qemu::Target) -> String {
+pub(super) fn vm_name(asked: &str, target: &qemu::Target) -> String {
     let pid = match target {
         qemu::Target::Pid(pid) => Some(*pid),
         qemu::Target::QmpSocket(_) => None,

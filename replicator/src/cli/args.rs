@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::dashboards::DashboardsCommand;
 use super::exit::EXIT_CODES;
+use super::microvm::RunArgs;
 use super::units::{HostPort, Listen};
 use crate::control::policy::{DurabilityPolicy, EpochPolicy, ShadowPolicy, WithoutWitness};
 use crate::demo::DemoArgs;
@@ -54,6 +55,12 @@ pub enum AskCommand {
     Pair(PairArgs),
     /// Say what would stop protection here, and what to do about it
     Doctor(DoctorArgs),
+    /// Start a microVM on KVM, in this host's agent
+    ///
+    /// It ends when the agent's process does: one that is protected goes on with its standby then.
+    Run(RunArgs),
+    /// End a microVM that is not protected
+    End(VmArgs),
     /// Protect a running VM: keep a copy of it ready on another host
     ///
     /// Shows progress until the VM is protected. Interrupting it does not end the work.

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::args::{AskCommand, DoctorArgs, EventsArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
 use super::exit::{CliError, Exit};
 use super::progress::{Goal, follow};
-use super::{client, config};
+use super::{client, config, microvm};
 use crate::control::api::{
     DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest, Role,
     VmRequest,
@@ -26,6 +26,8 @@ pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result
     match command {
         AskCommand::Pair(args) => pair(args, control).await,
         AskCommand::Doctor(args) => doctor_command(args, &client(control)).await,
+        AskCommand::Run(args) => microvm::run(args, &client(control)).await,
+        AskCommand::End(args) => microvm::end(args, &client(control)).await,
         AskCommand::Protect(args) => protect(args, &client(control)).await,
         AskCommand::Status(args) => status(args, &client(control)).await,
         AskCommand::Events(args) => events(args, &client(control)).await,
@@ -110,7 +112,7 @@ async fn doctor_command(args: DoctorArgs, client: &Client) -> Result<Exit, CliEr
     Ok(if report.passed() { Exit::Ok } else { Exit::Refused })
 }
 
-async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
+pub(super) async fn protect(args: ProtectArgs, client: &Client) -> Result<Exit, CliError> {
     let request = ProtectRequest {
         vm: args.vm,
         to: args.to,

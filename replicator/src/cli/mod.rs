@@ -9,6 +9,7 @@ pub mod config;
 pub mod dashboards;
 mod exit;
 mod logging;
+mod microvm;
 mod progress;
 mod units;
 mod witness;

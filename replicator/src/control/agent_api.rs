@@ -9,6 +9,7 @@ use super::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
     PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
+use super::microvm::RunRequest;
 
 /// An agent, as its control server sees it.
 pub trait AgentApi: Send + Sync + 'static {
@@ -20,6 +21,12 @@ pub trait AgentApi: Send + Sync + 'static {
 
     /// The last `last` things that happened to a VM here, oldest first; also of one that is protected no more.
     fn vm_events(&self, name: &str, last: usize) -> impl Future<Output = Result<Vec<VmEvent>, ErrorBody>> + Send;
+
+    /// Starts a microVM, unprotected. Returns when it runs.
+    fn run(&self, request: RunRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
+
+    /// Ends a microVM that nobody protects. Returns when it has ended.
+    fn end(&self, request: VmRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
 
     /// Starts to protect a VM. Returns when it was found, is not refused and work has begun; from then on its status shows
     /// how far it is, until it is `protected`, or `error` with a reason.

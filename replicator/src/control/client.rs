@@ -19,6 +19,7 @@ use super::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
     PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
+use super::microvm::RunRequest;
 
 /// The longest answer that is read, in bytes.
 pub const MAX_ANSWER: usize = 8 << 20;
@@ -110,6 +111,18 @@ impl Client {
     #[allow(clippy::missing_errors_doc)]
     pub async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ClientError> {
         self.get(&format!("/v1/vms/{}/events?last={last}", percent_encode(name))).await
+    }
+
+    /// Starts a microVM.
+    #[allow(clippy::missing_errors_doc)]
+    pub async fn run(&self, request: &RunRequest) -> Result<Accepted, ClientError> {
+        self.post("/v1/run", request).await
+    }
+
+    /// Ends a microVM that nobody protects.
+    #[allow(clippy::missing_errors_doc)]
+    pub async fn end(&self, request: &VmRequest) -> Result<Accepted, ClientError> {
+        self.post("/v1/end", request).await
     }
 
     /// Starts to protect a VM.

@@ -88,6 +88,8 @@ fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
                 answer(async move { api.vm_events(&name, asked.last).await }).await
             }),
         )
+        .route("/v1/run", handle!(run))
+        .route("/v1/end", handle!(end))
         .route("/v1/protect", handle!(protect))
         .route("/v1/unprotect", handle!(unprotect))
         .route("/v1/rehearse", handle!(rehearse))

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use super::agent_api::AgentApi;
 use super::api::*;
 use super::client::{Client, ClientError};
+use super::microvm::RunRequest;
 use super::server::{MAX_REQUEST, serve_agent};
 use super::socket::ControlSocket;
 
@@ -84,6 +85,15 @@ impl AgentApi for FakeAgent {
     async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
         self.note(format!("{last} events of {name}"));
         Ok(vec![event()])
+    }
+
+    async fn run(&self, request: RunRequest) -> Result<Accepted, ErrorBody> {
+        self.note(serde_json::to_string(&request).unwrap());
+        Ok(Accepted { vm: request.name })
+    }
+
+    async fn end(&self, request: VmRequest) -> Result<Accepted, ErrorBody> {
+        Ok(Accepted { vm: request.vm })
     }
 
     async fn protect(&self, request: ProtectRequest) -> Result<Accepted, ErrorBody> {

@@ -12,6 +12,8 @@
 //! Each host has state and run directories of its own; all share one file system and one set of process numbers.
 //! Promise: dropping the laboratory ends every process in it and removes everything it made in the kernel.
 
+mod microvm;
+
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -27,6 +29,8 @@ use super::process::{Daemon, Ended, Helper, outcome};
 use super::wait::{now_ns, until};
 use crate::control::api::PairOpenRequest;
 use crate::control::client::Client;
+
+pub use microvm::Microvm;
 
 /// The guest's hardware address.
 pub const MAC: &str = "52:54:00:77:00:10";
@@ -139,6 +143,8 @@ pub struct Lab {
     guest: PathBuf,
     understudy: PathBuf,
     vm: Option<Daemon>,
+    /// The VM is a part of host A's agent.
+    microvm: bool,
     agents: Vec<(Host, Daemon)>,
     witness: Option<Daemon>,
 }
@@ -155,6 +161,7 @@ impl Lab {
             guest: guest.to_path_buf(),
             understudy: understudy.to_path_buf(),
             vm: None,
+            microvm: false,
             agents: Vec::new(),
             witness: None,
         };
@@ -561,16 +568,25 @@ impl Lab {
     /// # Errors
     /// If the VM had ended before, or a process does not end.
     pub async fn kill_host_a(&mut self) -> Result<Death> {
-        let mut vm = self.vm.take().context("no VM was booted")?;
-        vm.check().context("before its host was killed")?;
+        let mut vm = self.vm.take();
+        match &mut vm {
+            Some(vm) => vm.check().context("before its host was killed")?,
+            None => ensure!(self.microvm, "no VM was booted"),
+        }
         let agent = self.agents.iter().find(|(host, _)| *host == Host::A).and_then(|(_, agent)| agent.pid());
-        let pids: Vec<Pid> =
-            [vm.pid(), agent].into_iter().flatten().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).collect();
+        let pids: Vec<Pid> = [vm.as_ref().and_then(Daemon::pid), agent]
+            .into_iter()
+            .flatten()
+            .filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?))
+            .collect();
         let begun_ns = now_ns();
         for pid in pids {
             kill_process(pid, Signal::KILL).context("cannot kill host A")?;
         }
-        vm.ended(END).await?;
+        match &mut vm {
+            Some(vm) => drop(vm.ended(END).await?),
+            None => self.agent_ended(Host::A).await?,
+        }
         let over_ns = now_ns();
         ip(&format!("-n {} link set to-a down", self.namespace("s")))?;
         kill_all(&self.namespace("a"))?;

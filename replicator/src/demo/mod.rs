@@ -44,13 +44,20 @@ pub struct DemoArgs {
     /// Directory of the guest image, built by `cargo xtask setup`
     #[arg(long, value_name = "DIR", default_value = "target/guest")]
     pub guest: PathBuf,
+    /// What the VM is: a QEMU with Linux and Redis, or a microVM with the pilot, a small guest that speaks as Redis does
+    #[arg(long, value_enum, default_value_t = Backend::Qemu)]
+    pub backend: Backend,
+    /// The pilot's image, built by `cargo xtask setup`
+    #[arg(long, value_name = "FILE", default_value = "target/pilot/pilot")]
+    pub pilot: PathBuf,
     /// When an epoch ends: `auto` or a length such as `25ms`
     #[arg(long, value_name = "auto|TIME", default_value = "auto")]
     pub epoch: String,
     /// Length of each throughput measurement, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub load_seconds: u64,
-    /// Size of the VM's disk in MiB, on which Redis keeps every write before it says that it is done; 0: it has none
+    /// Size of the VM's disk in MiB, on which Redis keeps every write before it says that it is done; 0: it has none. A microVM has one in any
+    /// case
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = disk_mib)]
     pub disk: u64,
     /// What the VM serves: `redis`, or `postgres` on a disk
@@ -89,6 +96,15 @@ pub enum Workload {
     Postgres,
 }
 
+/// What runs the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Backend {
+    /// An unmodified QEMU.
+    Qemu,
+    /// Our own microVM on KVM.
+    Kvm,
+}
+
 /// Not for operators.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Inner {
@@ -115,7 +131,7 @@ pub fn run(args: DemoArgs) -> ExitCode {
 }
 
 fn demo(args: &DemoArgs) -> Result<bool> {
-    check_means(&args.guest)?;
+    check_means(args)?;
     for pid in netns::sweep_leftovers().context("looking for what an earlier demo left")? {
         println!("removed what the demo of process {pid} had left");
         // It is there only if that demo was given the same place, and was killed before it could remove it.
@@ -172,8 +188,9 @@ async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
             number,
             load_seconds: args.load_seconds,
             epoch: args.epoch.clone(),
-            disk: args.disk > 0 || args.workload == Workload::Postgres,
+            disk: args.disk > 0 || args.workload == Workload::Postgres || args.backend == Backend::Kvm,
             disk_mib: (args.disk > 0).then_some(args.disk),
+            microvm: (args.backend == Backend::Kvm).then(|| lab::Microvm::new(&args.pilot)),
             durability: args.durability.clone(),
         };
         let outcome = match args.workload {
@@ -198,13 +215,17 @@ async fn rounds(args: &DemoArgs, dir: &Path) -> Result<Figures> {
 }
 
 /// An error if this machine or this user cannot run the demo.
-fn check_means(guest: &Path) -> Result<()> {
+fn check_means(args: &DemoArgs) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         bail!("the demo makes network namespaces: run it as root");
     }
+    if args.backend == Backend::Kvm {
+        return lab::Microvm::missing(&args.pilot)
+            .map_or(Ok(()), |missing| bail!("no microVM can run here: {missing}"));
+    }
     for file in ["vmlinuz", "initrd.img", "cmdline"] {
-        if !guest.join(file).is_file() {
-            bail!("there is no guest image in {}: build it with `cargo xtask setup`", guest.display());
+        if !args.guest.join(file).is_file() {
+            bail!("there is no guest image in {}: build it with `cargo xtask setup`", args.guest.display());
         }
     }
     Ok(())

@@ -1,15 +1,16 @@
 //! One round of the demo: boot, measure, protect, measure, write, kill, check, and back to where it began.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
 use super::figures::Figures;
 use super::image;
-use super::lab::{COMMAND, Death, Host, Lab, Machine, REDIS, VM};
+use super::lab::{COMMAND, Death, Host, Lab, Machine, Microvm, REDIS, VM};
 use super::process::Helper;
 use super::wait::{ms_between, now_ns, until};
-use super::worker::{Checked, FIRST_REPLY, FirstReply, Loaded, Started, Ticked, WRITE_ANSWER, Written};
+use super::worker::{Checked, FIRST_REPLY, FirstReply, Loaded, Started, Ticked, WRITE_ANSWER, Written, logged};
 use crate::control::api::{EpochSummary, FailoverReport, Role, VmStatus};
 
 /// Connections of the throughput measurement.
@@ -39,8 +40,10 @@ pub(super) struct Plan {
     pub(super) epoch: String,
     /// Whether the VM has a disk.
     pub(super) disk: bool,
-    /// Size of the VM's disk, if it has one for Redis.
+    /// Size of a QEMU's disk, if it has one for Redis.
     pub(super) disk_mib: Option<u64>,
+    /// What the VM is, if it is a microVM.
+    pub(super) microvm: Option<Microvm>,
     /// Policy given to `protect`.
     pub(super) durability: String,
 }
@@ -50,13 +53,22 @@ pub(super) struct Plan {
 /// # Errors
 /// If something does not work at all. A lost write and a broken connection are figures, not errors.
 pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
-    let boot = lab.boot_as(&Machine { disk_mib: plan.disk_mib, ..Machine::default() }).await?;
-    println!("  VM {VM} runs on {}, Redis answers after {:.1} s", Host::A.name(), boot.as_secs_f64());
+    if let Some(microvm) = &plan.microvm {
+        // It runs inside of the agent, which is there first.
+        lab.start_daemons().await?;
+        lab.pair().await.context("pairing")?;
+        let boot = lab.run_microvm(microvm).await?;
+        println!("  microVM {VM} runs on {}, its guest answers after {:.2} s", Host::A.name(), boot.as_secs_f64());
+    } else {
+        let boot = lab.boot_as(&Machine { disk_mib: plan.disk_mib, ..Machine::default() }).await?;
+        println!("  VM {VM} runs on {}, Redis answers after {:.1} s", Host::A.name(), boot.as_secs_f64());
+    }
     let unprotected = load(lab, plan).await.context("unprotected")?;
     println!("  unprotected: {:.0} SET/s over {CONNECTIONS} connections", unprotected.ops_per_s);
-
-    lab.start_daemons().await?;
-    lab.pair().await.context("pairing")?;
+    if plan.microvm.is_none() {
+        lab.start_daemons().await?;
+        lab.pair().await.context("pairing")?;
+    }
     let begun = now_ns();
     protect(lab, plan).await?;
     println!("  protected after {:.1} s", ms_between(begun, now_ns()) / 1e3);
@@ -74,7 +86,10 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
 
     let run = write_and_kill(lab, plan).await?;
     let report = failover_report(lab).await?;
-    let checked = check(lab, plan, run.written.acked).await?;
+    let mut checked = check(lab, plan, run.written.acked).await?;
+    if plan.microvm.is_some() {
+        checked.lost = checked.lost.max(check_log(lab, plan, run.written.acked)?);
+    }
     if let Some(why) = &run.written.broken {
         println!("  BROKEN CONNECTION: {why}");
     }
@@ -82,7 +97,7 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan) -> Result<Figures> {
         println!("  LOST WRITES: {} of {}, the first: {:?}", checked.lost, run.written.acked, checked.first_lost);
     }
     let home = go_home(lab, plan).await.context("on the way back to host-a")?;
-    if plan.disk_mib.is_some() {
+    if plan.disk_mib.is_some() && plan.microvm.is_none() {
         look_at_disk(lab, plan, &run.written, &home.written).await?;
     }
     let activation = report.activation_ms.context("the survivor's agent reports no activation")?;
@@ -127,10 +142,10 @@ fn watch_clock(lab: &Lab, seconds: u64) -> Result<Helper> {
 
 /// `understudy protect` on host A; checks that the VM is protected when it returns.
 pub(super) async fn protect(lab: &Lab, plan: &Plan) -> Result<()> {
-    let pid = lab.vm_pid()?.to_string();
     // Other laboratories on this machine may run a VM of this name; its own operator would write the name.
-    let is_only_one = vmm_hooks::qemu::resolve(VM).is_ok();
-    let vm = if is_only_one { VM } else { pid.as_str() };
+    let is_only_one = plan.microvm.is_some() || vmm_hooks::qemu::resolve(VM).is_ok();
+    let vm = if is_only_one { VM.to_owned() } else { lab.vm_pid()?.to_string() };
+    let vm = vm.as_str();
     let mut words = vec!["protect", vm, "--to", Host::B.name(), "--epoch", &plan.epoch];
     if plan.disk {
         words.extend(["--durability", &plan.durability]);
@@ -278,6 +293,18 @@ async fn check_tag(lab: &Lab, tag: &str, acked: u64) -> Result<Checked> {
     let (to, acked) = (REDIS.to_string(), acked.to_string());
     let args = ["check", "--to", &to, "--tag", tag, "--acked", &acked];
     lab.helper("the comparison of what was acknowledged with what is there", &args)?.answer(WRITE_ANSWER).await
+}
+
+/// How many acknowledged writes are missing in the log on the survivor's disk.
+fn check_log(lab: &Lab, plan: &Plan, acked: u64) -> Result<u64> {
+    let records = lab.log_on(Host::B).context("the log on the survivor's disk")?;
+    let there: BTreeSet<&[u8]> = records.iter().map(Vec::as_slice).collect();
+    let lost = (0..acked).filter(|&number| !there.contains(logged(&tag(plan), number).as_bytes())).count();
+    println!(
+        "  the log on the survivor's disk has {} records; {lost} of {acked} acknowledged writes are missing",
+        records.len()
+    );
+    Ok(u64::try_from(lost).expect("a count of writes"))
 }
 
 fn tag(plan: &Plan) -> String {

@@ -147,6 +147,12 @@ pub(super) fn key(tag: &str, number: u64) -> String {
     format!("write:{tag}:{number:010}")
 }
 
+/// What the pilot logs of the numbered write `number`.
+#[must_use]
+pub fn logged(tag: &str, number: u64) -> String {
+    format!("{}={}", key(tag, number), value(tag, number))
+}
+
 /// What the numbered write `number` writes: differs from key to key.
 fn value(tag: &str, number: u64) -> String {
     format!("{:016x}{tag}", number.wrapping_mul(0x9e37_79b9_7f4a_7c15))
