@@ -10,6 +10,7 @@ mod disks;
 mod ends;
 mod fails;
 mod injected;
+mod microvm;
 mod monitor;
 mod pair;
 mod pressure;

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use replicator::control::api::{ProtectionState, VmStatus};
-use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, MAC, Machine, REDIS, VM};
+use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, MAC, Machine, Microvm, REDIS, VM};
 use replicator::demo::netns::{self, ip};
 use replicator::demo::process::{Helper, log_tails};
 use replicator::demo::wait::until;
@@ -51,7 +51,29 @@ pub(crate) fn play_long(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Re
 /// If it fails, after everything it made was removed.
 pub(crate) fn play(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) {
     let guest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
-    if let Some(missing) = missing(&guest) {
+    play_unless(name, missing(&guest), &guest, scenario);
+}
+
+/// Plays one scenario with a microVM. Skips it, and says so, where it cannot be played.
+///
+/// # Panics
+/// See [`play`].
+pub(crate) fn play_microvm(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) {
+    let missing = without(&["ip"]).or_else(|| Microvm::missing(&pilot()));
+    play_unless(name, missing, Path::new("no guest image"), scenario);
+}
+
+fn pilot() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/pilot/pilot")
+}
+
+fn play_unless(
+    name: &str,
+    missing: Option<String>,
+    guest: &Path,
+    scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>,
+) {
+    if let Some(missing) = missing {
         println!("skipped: {name}: {missing}");
         return;
     }
@@ -63,7 +85,7 @@ pub(crate) fn play(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<
         let _ = fs::remove_dir_all(env::temp_dir().join(format!("us-real-{maker}")));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-    let outcome = runtime.block_on(perform(&dir, &guest, scenario));
+    let outcome = runtime.block_on(perform(&dir, guest, scenario));
     fs::remove_dir_all(&dir).expect("the scenario's directory can be removed");
     if let Err(error) = outcome {
         panic!("{name}: {error:#}");
@@ -90,18 +112,22 @@ async fn perform(dir: &Path, guest: &Path, scenario: impl AsyncFnOnce(&mut Stage
 
 /// What is missing on this machine, if anything.
 fn missing(guest: &Path) -> Option<String> {
-    if !rustix::process::geteuid().is_root() {
-        return Some("needs root, for network namespaces".to_owned());
-    }
-    let path = env::var_os("PATH").unwrap_or_default();
-    for program in ["qemu-system-x86_64", "ip"] {
-        if !env::split_paths(&path).any(|dir| dir.join(program).is_file()) {
-            return Some(format!("{program} is not installed"));
-        }
+    if let Some(missing) = without(&["qemu-system-x86_64", "ip"]) {
+        return Some(missing);
     }
     let files = ["vmlinuz", "initrd.img", "cmdline"];
     let absent = files.into_iter().find(|file| !guest.join(file).is_file())?;
     Some(format!("{} is missing: run `cargo xtask setup`", guest.join(absent).display()))
+}
+
+/// The same of rights and programs.
+fn without(programs: &[&str]) -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("needs root, for network namespaces".to_owned());
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let absent = programs.iter().find(|program| !env::split_paths(&path).any(|dir| dir.join(program).is_file()))?;
+    Some(format!("{absent} is not installed"))
 }
 
 /// The program, as it was built beside this test.
@@ -136,7 +162,20 @@ impl Stage {
         self.lab.pair().await
     }
 
-    /// The same, with a monitor of the VM's owner beside the one that the agent uses.
+    /// The same, with a microVM.
+    pub(crate) async fn set_microvm(&mut self) -> Result<()> {
+        self.lab.start_daemons().await?;
+        self.lab.pair().await?;
+        let microvm = self.microvm();
+        self.lab.run_microvm(&microvm).await.map(drop)
+    }
+
+    /// What a microVM is made of.
+    pub(crate) fn microvm(&self) -> Microvm {
+        Microvm::new(&pilot())
+    }
+
+    /// The same as [`Stage::set`], with a monitor of the VM's owner beside the one that the agent uses.
     pub(crate) async fn set_with_owner(&mut self) -> Result<()> {
         let second = format!("unix:{},server=on,wait=off", self.lab.vm_second().display());
         self.lab.boot_as(&Machine { more: vec!["-qmp".to_owned(), second], ..Machine::default() }).await?;
@@ -162,6 +201,9 @@ impl Stage {
 
     /// What an operator calls the VM: other VMs of its name may run on this machine.
     pub(crate) fn vm(&self) -> Result<String> {
+        if self.lab.is_microvm() {
+            return Ok(VM.to_owned());
+        }
         Ok(self.lab.vm_pid()?.to_string())
     }
 
