@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use promql_parser::parser::{Expr, parse};
+use promql_parser::parser::{Expr, VectorSelector, parse};
 use promql_parser::util::{ExprVisitor, walk_expr};
 use replicator::demo::lab::Host;
 use replicator::demo::wait::until;
@@ -66,16 +66,22 @@ fn replaced(expr: &str) -> String {
     all.iter().fold(expr.to_owned(), |text, (variable, value)| text.replace(variable, value))
 }
 
-/// The series that an expression looks at.
+/// The series that an expression looks at, now: whether there were some an hour ago is not asked.
 struct Selectors(BTreeSet<String>);
+
+impl Selectors {
+    fn add(&mut self, selector: &VectorSelector) {
+        self.0.insert(VectorSelector { offset: None, ..selector.clone() }.to_string());
+    }
+}
 
 impl ExprVisitor for Selectors {
     type Error = std::convert::Infallible;
 
     fn pre_visit(&mut self, expr: &Expr) -> Result<bool, Self::Error> {
         match expr {
-            Expr::VectorSelector(selector) => drop(self.0.insert(selector.to_string())),
-            Expr::MatrixSelector(selector) => drop(self.0.insert(selector.vs.to_string())),
+            Expr::VectorSelector(selector) => self.add(selector),
+            Expr::MatrixSelector(selector) => self.add(&selector.vs),
             _ => {}
         }
         Ok(true)

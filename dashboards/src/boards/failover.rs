@@ -2,6 +2,7 @@
 
 use super::{roles, states, with_marks, with_vms};
 use crate::grafana::{Dashboard, Panel};
+use crate::rules::failovers;
 
 pub(super) fn board() -> Dashboard {
     let board = Dashboard::new(
@@ -27,7 +28,10 @@ fn counts() -> Vec<Panel> {
             "Failovers by cause",
             "silence: the host was not heard. unacknowledged: it was heard but did not commit. peer-restarted, guest-died: \
              its agent said so. planned: somebody asked. Find the cause on the old host before you protect towards it again.",
-            "sum by (vm, instance, cause) (increase(understudy_failovers_total{instance=~\"$instance\",vm=~\"$vm\"}[$__range])) > 0",
+            &format!(
+                "sum by (vm, instance, cause) ({})",
+                failovers("instance=~\"$instance\",vm=~\"$vm\"", "$__range")
+            ),
             &["vm", "instance", "cause"],
             Some("failovers"),
         )

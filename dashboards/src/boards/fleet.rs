@@ -2,6 +2,7 @@
 
 use super::{states, with_marks, with_vms};
 use crate::grafana::{Dashboard, Panel};
+use crate::rules::failovers;
 
 pub(super) fn board() -> Dashboard {
     let board = Dashboard::new(
@@ -51,7 +52,7 @@ fn counts() -> Vec<Panel> {
             "none",
         )
         .bad_from(1.0, 5.0)
-        .now("sum(increase(understudy_failovers_total{instance=~\"$instance\",vm=~\"$vm\"}[$__range])) or vector(0)", "failovers"),
+        .now(&format!("sum({}) or vector(0)", failovers("instance=~\"$instance\",vm=~\"$vm\"", "$__range")), "failovers"),
         Panel::stat(
             "Worst replication lag",
             "The age of the oldest copy that a standby could go on with. Above a second: the standby or the network to it \

@@ -11,6 +11,7 @@ mod vm;
 use replicator::control::api::{ProtectionState, Role};
 
 use crate::grafana::{Dashboard, Panel, ValueMapping};
+use crate::rules::failovers;
 
 /// All of them.
 #[must_use]
@@ -28,20 +29,19 @@ fn with_vms(board: Dashboard) -> Dashboard {
     with_hosts(board).variable("vm", "VM", "understudy_vm_state{instance=~\"$instance\"}", "vm")
 }
 
+/// How long a mark lasts. Grafana asks for the marks of a week every 55 s, and Prometheus scrapes every minute unless it is told
+/// otherwise: what lasts shorter than two of either can be missed.
+const MARKED: &str = "2m";
+
 /// Marks failovers and lost protection.
 fn with_marks(board: Dashboard) -> Dashboard {
     let picked = "instance=~\"$instance\",vm=~\"$vm\"";
     board
-        .annotation(
-            "Failover",
-            "red",
-            &format!("increase(understudy_failovers_total{{{picked}}}[30s]) > 0"),
-            "{{vm}} went on on {{instance}}: {{cause}}",
-        )
+        .annotation("Failover", "red", &failovers(picked, MARKED), "{{vm}} went on on {{instance}}: {{cause}}")
         .annotation(
             "State changed",
             "blue",
-            &format!("changes(instance_vm:understudy_vm_state:code{{{picked}}}[30s]) > 0"),
+            &format!("changes(instance_vm:understudy_vm_state:code{{{picked}}}[{MARKED}]) > 0"),
             "{{vm}} on {{instance}}",
         )
 }

@@ -105,6 +105,21 @@ impl Case {
     }
 }
 
+/// The failovers in the last `range`, by series; `matchers` pick them.
+///
+/// `increase` sees a counter grow, not appear. An agent has its counters at 0 before it can fail anything over, but one that
+/// started or paired less than a scrape ago may be seen with a failover in them at once. Such a series counts what it has, if its
+/// host was scraped before: a Prometheus that is new tells nothing of what happened before it.
+pub(crate) fn failovers(matchers: &str, range: &str) -> String {
+    let counted = if matchers.is_empty() { FAILOVERS.to_owned() } else { format!("{FAILOVERS}{{{matchers}}}") };
+    format!(
+        "increase({counted}[{range}]) > 0\n  or ({counted} > 0 unless {counted} offset {range}) and on (instance, job) up offset \
+         {range}"
+    )
+}
+
+const FAILOVERS: &str = "understudy_failovers_total";
+
 /// The state of each copy as a number: its place among the words, from 1.
 fn state_code() -> String {
     let codes = (1..)

@@ -17,6 +17,8 @@ use crate::stage::{SOON, Stage};
 
 /// Bound on one answer.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Time between two steps of a query over time.
+const STEP: Duration = Duration::from_millis(500);
 /// Where it listens, in the client's namespace.
 const ADDRESS: &str = "10.77.0.100:9090";
 
@@ -84,10 +86,16 @@ impl Prometheus {
     }
 
     /// How many numbers a query has over all the time since the start.
+    ///
+    /// The steps are counted back from now: what an instant query has just seen is in the last one. Counted from the start, the
+    /// last step can lie up to a whole one before now, and what came with the last scrape would not be seen.
     pub(super) fn over_all(&self, stage: &Stage, query: &str) -> Result<usize> {
-        let unix = |at: SystemTime| at.duration_since(UNIX_EPOCH).map(|since| since.as_secs_f64().to_string());
-        let (start, end) = (unix(self.started)?, unix(SystemTime::now())?);
-        let asked = [("query", query), ("start", &start), ("end", &end), ("step", "0.5")];
+        let end = SystemTime::now();
+        let steps = end.duration_since(self.started)?.as_millis() / STEP.as_millis();
+        let start = end - STEP * u32::try_from(steps)?;
+        let unix = |at: SystemTime| at.duration_since(UNIX_EPOCH).map(|since| format!("{:.3}", since.as_secs_f64()));
+        let (start, end, step) = (unix(start)?, unix(end)?, STEP.as_secs_f64().to_string());
+        let asked = [("query", query), ("start", &start), ("end", &end), ("step", &step)];
         let data = ask(&stage.lab.namespace("c"), &path("query_range", &asked))?;
         let series = data["result"].as_array().context("the answer has no result")?;
         let values = series.iter().filter_map(|one| one["values"].as_array()).flatten();

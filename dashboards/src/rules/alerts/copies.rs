@@ -1,6 +1,6 @@
 //! Whether each VM has a copy to go on with, and who runs it.
 
-use crate::rules::{Alert, Case, Severity};
+use crate::rules::{Alert, Case, Severity, failovers};
 
 const A: &str = "understudy_vm_state{job=\"understudy\",instance=\"a:9644\",vm=\"web-1\"";
 const PRIMARY: (&str, &str) =
@@ -174,7 +174,7 @@ pub(super) fn alerts() -> Vec<Alert> {
         Alert {
             name: "UnderstudyFailover",
             severity: Severity::Info,
-            expr: "increase(understudy_failovers_total[10m]) > 0".to_owned(),
+            expr: failovers("", "10m"),
             hold: "0s",
             summary: "{{ $labels.vm }} went on on {{ $labels.instance }}: {{ $labels.cause }}",
             description: "A failover happened in the last ten minutes. Clients saw a pause of a fraction of a second.",
@@ -185,12 +185,17 @@ pub(super) fn alerts() -> Vec<Alert> {
                     ("vm", "web-1"),
                     ("cause", "silence"),
                 ]),
+                Case::new("a failover before its agent was first scraped", "15m", &[(UP, "1x200"), (FAILOVERS, "_x50 1x200")])
+                    .fires(&[("job", "understudy"), ("instance", "b:9644"), ("vm", "web-1"), ("cause", "silence")]),
+                Case::new("one that happened before Prometheus started", "15m", &[(UP, "_x50 1x200"), (FAILOVERS, "_x50 1x200")]),
+                Case::new("a VM that was never failed over, new", "15m", &[(UP, "1x200"), (FAILOVERS, "_x50 0x200")]),
                 Case::new("long ago", "30m", &[(FAILOVERS, "0x8 1x200")]),
             ],
         },
     ]
 }
 
+const UP: &str = "up{job=\"understudy\",instance=\"b:9644\"}";
 const FAILOVERS: &str =
     "understudy_failovers_total{job=\"understudy\",instance=\"b:9644\",vm=\"web-1\",cause=\"silence\"}";
 const LOADS: &str =
