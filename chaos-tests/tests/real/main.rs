@@ -12,6 +12,7 @@ mod fails;
 mod injected;
 mod microvm;
 mod monitor;
+mod page;
 mod pair;
 mod pressure;
 mod refuses;

@@ -84,8 +84,7 @@ fn play_unless(
     for maker in netns::sweep_leftovers().expect("namespaces can be listed") {
         let _ = fs::remove_dir_all(env::temp_dir().join(format!("us-real-{maker}")));
     }
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made");
-    let outcome = runtime.block_on(perform(&dir, guest, scenario));
+    let outcome = runtime().block_on(perform(&dir, guest, scenario));
     fs::remove_dir_all(&dir).expect("the scenario's directory can be removed");
     if let Err(error) = outcome {
         panic!("{name}: {error:#}");
@@ -94,6 +93,11 @@ fn play_unless(
         let left = Path::new("/run/netns").join(netns::full_name(std::process::id(), role));
         assert!(!left.exists(), "{name} left {}", left.display());
     }
+}
+
+/// What a scenario is played in.
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be made")
 }
 
 async fn perform(dir: &Path, guest: &Path, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) -> Result<()> {

@@ -234,7 +234,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     let metrics = Metrics::new();
     metrics.set_held_limits(config.gate.bytes, config.gate.age);
     if let Some(address) = config.metrics {
-        let server = MetricsServer::bind(address, metrics.clone()).await?;
+        let server = MetricsServer::bind(address, metrics.clone(), identity.name()).await?;
         tokio::spawn(server.serve());
     }
     let twins = QemuTwinHost::new(TwinHostOptions {

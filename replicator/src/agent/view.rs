@@ -171,6 +171,7 @@ impl View {
         let held = inner.gate.as_ref().map(|gate| HeldOutput::from(gate.held()));
         let covered = matches!(inner.status.state, ProtectionState::Protected | ProtectionState::FailingOver);
         let captured = inner.captured.filter(|_| covered && inner.status.role == Role::Primary);
+        self.metrics.set_peer(&inner.status.peer);
         drop(inner);
         if let Some(held) = held {
             self.metrics.set_held(&held);

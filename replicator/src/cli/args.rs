@@ -116,7 +116,7 @@ pub struct AgentArgs {
     /// Sockets of the agent and of twins [default: /run/understudy]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
-    /// Where /metrics is served, or `off` [default: 127.0.0.1:9644]
+    /// Where /metrics and the status page are served, or `off` [default: 127.0.0.1:9644]
     #[arg(long, value_name = "ADDR")]
     pub metrics: Option<Listen>,
 }

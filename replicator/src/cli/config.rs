@@ -86,7 +86,7 @@ pub struct AgentConfig {
     pub state_dir: PathBuf,
     /// What need not: the control socket, the twins' directories.
     pub run_dir: PathBuf,
-    /// Where `/metrics` is served.
+    /// Where `/metrics` and the status page are served.
     pub metrics: Option<SocketAddr>,
     /// The witness that is asked if a request names none; `None`: the one that this agent is paired with.
     pub witness: Option<String>,

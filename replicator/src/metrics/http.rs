@@ -1,15 +1,14 @@
-//! `/metrics` on a TCP address.
+//! `/metrics` and the status page on a TCP address.
 
 use std::io;
 use std::net::SocketAddr;
 
-use axum::Router;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse as _;
 use axum::routing::get;
 use tokio::net::TcpListener;
 
-use super::Metrics;
+use super::{Metrics, page};
 
 /// The endpoint could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -21,21 +20,23 @@ pub struct MetricsServerError {
     pub source: io::Error,
 }
 
-/// A bound endpoint that serves `/metrics`. Not authenticated: bind it where only your Prometheus reaches it.
+/// A bound endpoint that serves `/metrics`, and the status page at `/`. Not authenticated: bind it where only your Prometheus and
+/// your operators reach it.
 #[derive(Debug)]
 pub struct MetricsServer {
     listener: TcpListener,
     metrics: Metrics,
+    agent: String,
 }
 
 impl MetricsServer {
-    /// Binds; port 0 takes a free one.
+    /// Binds; port 0 takes a free one. The page is headed by `agent`, the agent's name.
     ///
     /// # Errors
     /// If the address cannot be bound.
-    pub async fn bind(address: SocketAddr, metrics: Metrics) -> Result<Self, MetricsServerError> {
+    pub async fn bind(address: SocketAddr, metrics: Metrics, agent: &str) -> Result<Self, MetricsServerError> {
         let listener = TcpListener::bind(address).await.map_err(|source| MetricsServerError { address, source })?;
-        Ok(Self { listener, metrics })
+        Ok(Self { listener, metrics, agent: agent.to_owned() })
     }
 
     /// Where it listens.
@@ -52,10 +53,11 @@ impl MetricsServer {
     /// If accepting fails for good.
     pub async fn serve(self) -> io::Result<()> {
         let metrics = self.metrics;
-        let page = move || {
+        let routes = page::routes(metrics.clone(), self.agent);
+        let series = move || {
             let text = metrics.encode();
             async move { ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response() }
         };
-        axum::serve(self.listener, Router::new().route("/metrics", get(page))).await
+        axum::serve(self.listener, routes.route("/metrics", get(series))).await
     }
 }

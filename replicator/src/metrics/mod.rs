@@ -7,6 +7,7 @@
 mod describe;
 mod families;
 mod http;
+mod page;
 mod peer;
 mod vm;
 
@@ -17,16 +18,19 @@ use prometheus::{Encoder as _, Registry, TextEncoder};
 
 pub use describe::{Kind, MetricFamily, families, label_values};
 pub use http::{MetricsServer, MetricsServerError};
+pub use page::Page;
 pub use peer::{FenceOutcome, PeerMetrics, WitnessMetrics, WitnessOutcome};
 pub use vm::VmMetrics;
 
 use families::Families;
+use page::Recent;
 
 /// The metrics of one agent. Clones are the same metrics.
 #[derive(Debug, Clone)]
 pub struct Metrics {
     registry: Registry,
     families: Arc<Families>,
+    recent: Arc<Recent>,
 }
 
 impl Default for Metrics {
@@ -45,7 +49,7 @@ impl Metrics {
             let _ = families.fence_seconds.with_label_values(&[outcome]);
         }
         families.build_info.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        Self { registry, families: Arc::new(families) }
+        Self { registry, families: Arc::new(families), recent: Arc::new(Recent::new()) }
     }
 
     /// The bounds beyond which held output is dropped.
@@ -60,29 +64,37 @@ impl Metrics {
     /// handle.
     #[must_use]
     pub fn vm(&self, name: &str) -> VmMetrics {
-        VmMetrics::new(Arc::clone(&self.families), name)
+        let vm = VmMetrics::new(Arc::clone(&self.families), name, self.recent.of_vm(name));
+        self.recent.add_vm(name, vm.clone());
+        vm
     }
 
     /// Forgets a VM: its series are exported no more. Handles that are left write nowhere.
     pub fn remove_vm(&self, name: &str) {
+        self.recent.remove_vm(name);
         vm::remove(&self.families, name);
     }
 
     /// The handle of one peer.
     #[must_use]
     pub fn peer(&self, name: &str) -> PeerMetrics {
-        PeerMetrics::new(&self.families, name)
+        let peer = PeerMetrics::new(&self.families, name);
+        self.recent.add_peer(name, peer.clone());
+        peer
     }
 
     /// Forgets a peer.
     pub fn remove_peer(&self, name: &str) {
+        self.recent.remove_peer(name);
         peer::remove(&self.families, name);
     }
 
     /// The handle of one witness.
     #[must_use]
     pub fn witness(&self, name: &str) -> WitnessMetrics {
-        WitnessMetrics::new(&self.families, name)
+        let witness = WitnessMetrics::new(&self.families, name);
+        self.recent.add_witness(name, witness.clone());
+        witness
     }
 
     /// The handle of a host that keeps the record of a VM in place of a witness.
@@ -100,7 +112,14 @@ impl Metrics {
 
     /// Forgets a witness: whether it can be reached is exported no more.
     pub fn remove_witness(&self, name: &str) {
+        self.recent.remove_witness(name);
         peer::remove_witness(&self.families, name);
+    }
+
+    /// What the status page of the agent called `agent` shows now.
+    #[must_use]
+    pub fn page(&self, agent: &str) -> Page {
+        self.recent.page(agent)
     }
 
     /// All series in Prometheus' text format.

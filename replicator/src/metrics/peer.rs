@@ -5,6 +5,7 @@ use std::time::Duration;
 use prometheus::{Gauge, HistogramVec, IntCounter, IntGauge};
 
 use super::families::{Families, WITNESS_OUTCOMES};
+use super::page::{PeerOnPage, WitnessOnPage};
 use crate::control::api::Suspicion;
 
 /// The handle of one peer's metrics. Clones are the same handle.
@@ -27,6 +28,12 @@ impl PeerMetrics {
             sent: families.heartbeats_sent.with_label_values(peer),
             received: families.heartbeats_received.with_label_values(peer),
         }
+    }
+
+    /// What the status page shows of the peer.
+    pub(super) fn on_page(&self, name: &str) -> PeerOnPage {
+        let [silence_ms, rtt_ms] = [&self.silence, &self.rtt].map(|gauge| gauge.get() * 1e3);
+        PeerOnPage { name: name.to_owned(), phi: self.phi.get(), silence_ms, rtt_ms }
     }
 
     /// What the failure detector thinks now.
@@ -96,6 +103,12 @@ impl WitnessMetrics {
             let _ = families.witness_request_seconds.with_label_values(&[name, outcome]);
         }
         Self { seconds: families.witness_request_seconds.clone(), reachable: None, name: name.to_owned() }
+    }
+
+    /// What the status page shows of the witness; nothing of a host that keeps a record, which is a peer.
+    pub(super) fn on_page(&self, name: &str) -> Option<WitnessOnPage> {
+        let reachable = self.reachable.as_ref()?.get() == 1;
+        Some(WitnessOnPage { name: name.to_owned(), reachable })
     }
 
     /// Whether the witness answered when it was looked for.

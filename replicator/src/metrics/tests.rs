@@ -199,7 +199,7 @@ fn two_agents_in_one_process_do_not_mix() {
 
 #[tokio::test]
 async fn metrics_are_served_as_text() {
-    let server = MetricsServer::bind("127.0.0.1:0".parse().unwrap(), all()).await.unwrap();
+    let server = MetricsServer::bind("127.0.0.1:0".parse().unwrap(), all(), "host-a").await.unwrap();
     let address = server.address().unwrap();
     let serving = tokio::spawn(server.serve());
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
@@ -211,7 +211,7 @@ async fn metrics_are_served_as_text() {
     assert!(answer.contains("# HELP understudy_epochs_total "), "{answer}");
     serving.abort();
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let error = MetricsServer::bind(taken.local_addr().unwrap(), Metrics::new()).await.unwrap_err();
+    let error = MetricsServer::bind(taken.local_addr().unwrap(), Metrics::new(), "host-a").await.unwrap_err();
     assert!(error.to_string().contains("metrics cannot be served"), "{error}");
 }
 

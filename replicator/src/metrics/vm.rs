@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use prometheus::{Counter, Gauge, Histogram, IntCounter, IntGauge};
 
 use super::families::{FAILOVER_PHASES, Families, PAUSE_PARTS, REHEARSAL_OUTCOMES};
+use super::page::{VmOnPage, VmRecent};
 use crate::control::api::{
     EncodedBytes, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SyncProgress,
 };
@@ -21,6 +22,7 @@ pub struct VmMetrics {
 struct Series {
     families: Arc<Families>,
     name: String,
+    recent: Arc<VmRecent>,
     epochs: IntCounter,
     epoch_committed: IntGauge,
     epoch_seconds: Histogram,
@@ -48,7 +50,7 @@ struct Series {
 const ENCODINGS: usize = 6;
 
 impl VmMetrics {
-    pub(super) fn new(families: Arc<Families>, name: &str) -> Self {
+    pub(super) fn new(families: Arc<Families>, name: &str, recent: Arc<VmRecent>) -> Self {
         let vm = &[name];
         let bytes = EncodedBytes::default().named();
         let series = Series {
@@ -77,6 +79,7 @@ impl VmMetrics {
             gate_totals: Mutex::new((0, 0)),
             lag: Mutex::new(0.0),
             name: name.to_owned(),
+            recent,
             families,
         };
         for cause in FailoverCause::ALL {
@@ -87,8 +90,28 @@ impl VmMetrics {
             let _ = series.families.failover_phase_seconds.with_label_values(&[name, phase]);
         }
         let handle = Self { series: Arc::new(series) };
-        handle.set_state(&ProtectionState::Unprotected);
+        // Until its state is set it is none that an operator would be told of.
+        handle.count_state(&ProtectionState::Unprotected);
         handle
+    }
+
+    /// What happened to the VM lately.
+    pub(super) fn recent(&self) -> &Arc<VmRecent> {
+        &self.series.recent
+    }
+
+    /// What the status page shows of the VM.
+    pub(super) fn on_page(&self) -> VmOnPage {
+        let series = &*self.series;
+        let failovers = FailoverCause::ALL
+            .map(|cause| series.families.failovers.with_label_values(&[series.name.as_str(), cause.word()]).get());
+        let mut page = series.recent.on_page();
+        page.epoch_committed = series.epoch_committed.get();
+        page.pause_share = series.pause_share.get();
+        (page.held_frames, page.held_bytes) = (series.held_frames.get(), series.held_bytes.get());
+        page.held_oldest_ms = series.held_age_seconds.get() * 1e3;
+        page.failovers = failovers.iter().sum();
+        page
     }
 
     /// Counts a committed epoch.
@@ -109,6 +132,7 @@ impl VmMetrics {
             counter.inc_by(bytes);
         }
         series.wire_bytes.inc_by(epoch.wire_bytes);
+        series.recent.epoch(epoch.pause.total);
     }
 
     /// The standby holds this epoch whole. (The primary's side is in [`VmMetrics::observe_epoch`].)
@@ -118,6 +142,12 @@ impl VmMetrics {
 
     /// The protection's state, and the sync's progress with it.
     pub fn set_state(&self, state: &ProtectionState) {
+        let sync = if let ProtectionState::Syncing(progress) = state { Some(*progress) } else { None };
+        self.series.recent.state(state.word(), sync);
+        self.count_state(state);
+    }
+
+    fn count_state(&self, state: &ProtectionState) {
         let series = &*self.series;
         for word in ProtectionState::WORDS {
             let is = i64::from(word == state.word());
@@ -134,6 +164,7 @@ impl VmMetrics {
 
     /// Which copy this agent has.
     pub fn set_role(&self, role: Role) {
+        self.series.recent.role(role);
         for one in [Role::Primary, Role::Standby, Role::Survivor] {
             let labels = [self.series.name.as_str(), one.word()];
             self.series.families.vm_role.with_label_values(&labels).set(i64::from(one == role));
@@ -142,7 +173,13 @@ impl VmMetrics {
 
     /// The generation that this agent knows.
     pub fn set_generation(&self, generation: u64) {
+        self.series.recent.generation(generation);
         self.series.generation.set(gauge(generation));
+    }
+
+    /// The other side's name. No metric has it by VM; the peers' metrics have it.
+    pub fn set_peer(&self, peer: &str) {
+        self.series.recent.peer(peer);
     }
 
     /// What the gate holds, and its totals.
@@ -157,8 +194,10 @@ impl VmMetrics {
         *last = (held.released, held.dropped);
     }
 
-    /// How old the state is that the standby could go on with; 0 where that is no question.
+    /// How old the state is that the standby could go on with; 0 where that is no question. To be told twice a second: the
+    /// status page's steps are made of it.
     pub fn set_replication_lag(&self, lag: Duration) {
+        self.series.recent.lag(lag);
         self.series.lag_seconds.set(lag.as_secs_f64());
     }
 
@@ -188,6 +227,7 @@ impl VmMetrics {
     /// A rehearsal on this host ended now.
     pub fn rehearsed(&self, loads: bool) {
         let series = &*self.series;
+        series.recent.rehearsed(loads);
         let of =
             |outcome| series.families.rehearsal_timestamp_seconds.with_label_values(&[series.name.as_str(), outcome]);
         let [good, bad] = REHEARSAL_OUTCOMES.map(of);
@@ -208,6 +248,7 @@ impl VmMetrics {
     /// Counts a failover whose survivor runs here. Call once, when the report is complete.
     pub fn observe_failover(&self, report: &FailoverReport) {
         let series = &*self.series;
+        series.recent.failover(report);
         let labels = [series.name.as_str(), report.cause.word()];
         series.families.failovers.with_label_values(&labels).inc();
         let activation = report.activation_ms;
