@@ -98,6 +98,19 @@ pub(crate) fn bench(args: &[String]) -> Result<ExitCode> {
     bail!("cannot run {}: {error}", release.join("bench").display())
 }
 
+/// Holds the dashboards to the types that Grafana publishes. They come from npm's registry.
+fn grafana_types() -> Outcome {
+    if shell::find("npm").is_none() {
+        return Outcome::Skipped("npm is not installed".to_owned());
+    }
+    let npm =
+        |args: &[&str]| shell::run(Command::new("npm").args(args).current_dir(shell::root().join("dashboards/schema")));
+    if let Err(error) = npm(&["install", "--no-audit", "--no-fund", "--no-package-lock"]) {
+        return Outcome::Skipped(format!("Grafana's types cannot be had here: {error:#}"));
+    }
+    outcome(npm(&["run", "check"]))
+}
+
 /// How a lane ended.
 enum Outcome {
     Passed,
@@ -111,6 +124,9 @@ enum Outcome {
 /// If the set-up cannot write.
 pub(crate) fn test(all: bool) -> Result<ExitCode> {
     let means = setup::run(false)?;
+    if all {
+        setup::for_long_tests();
+    }
     means.print();
     let mut summary = Vec::new();
     let mut lane = |name: &str, run: &dyn Fn() -> Outcome| {
@@ -193,6 +209,12 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
             outcome(shell::run(command.args(["--seeds", "20000"])))
         });
     }
+    lane("dashboards as Grafana's types say", &|| {
+        if !all {
+            return Outcome::Skipped("only with --all".to_owned());
+        }
+        grafana_types()
+    });
     println!("\n== summary");
     for (_, line) in &summary {
         println!("{line}");

@@ -26,6 +26,8 @@ const PROGRAMS: [(&str, &str); 4] = [
 /// Programs that single tests call, which say `skipped` without them.
 const FOR_TESTS: [(&str, &str); 4] =
     [("prometheus", "prometheus"), ("promtool", "prometheus"), ("etcd", "etcd-server"), ("etcdctl", "etcd-client")];
+/// The same, for long tests alone: a browser is a download of 120 MB.
+const FOR_LONG_TESTS: [(&str, &str); 1] = [("chromium", "chromium")];
 
 /// What this machine can do, after the set-up.
 #[derive(Debug)]
@@ -78,6 +80,13 @@ pub(crate) fn run(refresh: bool) -> Result<Means> {
     pilot::build()?;
     let guest = guest::build(&mut apt, refresh)?;
     Ok(Means { missing, guest })
+}
+
+/// Installs what only long tests need.
+pub(crate) fn for_long_tests() {
+    for what in programs(&mut apt::Apt::new(), &FOR_LONG_TESTS) {
+        println!("setup: the tests of the status page in a browser will be skipped here: {what}");
+    }
 }
 
 /// Installs what is not there of `wanted`; returns what is still missing.
