@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::args::{AskCommand, DoctorArgs, EventsArgs, FailoverArgs, PairArgs, ProtectArgs, StatusArgs, VmArgs};
 use super::exit::{CliError, Exit};
 use super::progress::{Goal, follow};
+use super::screen::Screen;
 use super::{client, config, microvm};
 use crate::control::api::{
     DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest, Role,
@@ -20,6 +22,8 @@ use crate::status::render;
 
 /// Time between two drawings of `status --watch`.
 const DRAW_EVERY: Duration = Duration::from_secs(1);
+/// How many events it shows of one VM.
+const WATCHED_EVENTS: usize = 8;
 
 /// Runs one of them.
 pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result<Exit, CliError> {
@@ -138,19 +142,56 @@ async fn status(args: StatusArgs, client: &Client) -> Result<Exit, CliError> {
         print(&status_text(&args, client).await?)?;
         return Ok(Exit::Ok);
     }
-    let clear = if !args.json && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+    // From the beginning: one that comes while the agent is asked ends it too, and leaves the terminal as it was.
+    let listen = |kind| signal(kind).map_err(|error| CliError::of(Exit::Failed, &error));
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    tokio::select! {
+        outcome = watch(&args, client) => outcome,
+        _ = interrupt.recv() => Ok(Exit::Ok),
+        _ = terminate.recv() => Ok(Exit::Ok),
+    }
+}
+
+/// Shows the status again and again, until it is dropped.
+async fn watch(args: &StatusArgs, client: &Client) -> Result<Exit, CliError> {
+    let drawn = !args.json && std::io::stdout().is_terminal();
+    let mut screen = if drawn { Some(Screen::open()?) } else { None };
+    let mut seen = String::new();
     loop {
-        match status_text(&args, client).await {
-            Ok(text) => print(&format!("{clear}{text}"))?,
+        let text = match watched_text(args, client).await {
+            Ok(text) if args.json => text,
+            Ok(text) => {
+                seen = format!("{}\n\n{text}", now());
+                seen.clone()
+            }
             Err(error) if args.json => return Err(error),
-            // An agent that restarts comes back: keep watching.
-            Err(error) => print(&format!("{clear}{}", error.render()))?,
+            // An agent that restarts comes back: keep watching, and keep what it said last in sight.
+            Err(error) if seen.is_empty() => error.render(),
+            Err(error) => format!("{}\nLast seen at {seen}", error.render()),
+        };
+        match &mut screen {
+            Some(screen) => screen.draw(text)?,
+            None => print(&text)?,
         }
-        tokio::select! {
-            () = tokio::time::sleep(DRAW_EVERY) => {}
-            _ = tokio::signal::ctrl_c() => return Ok(Exit::Ok),
+        tokio::time::sleep(DRAW_EVERY).await;
+    }
+}
+
+/// The status, and of one VM what happened last.
+async fn watched_text(args: &StatusArgs, client: &Client) -> Result<String, CliError> {
+    let mut text = status_text(args, client).await?;
+    if let (Some(vm), false) = (&args.vm, args.json) {
+        text.push('\n');
+        for event in client.vm_events(vm, WATCHED_EVENTS).await? {
+            text.push_str(&render::event(&event));
+            text.push('\n');
         }
     }
+    Ok(text)
+}
+
+fn now() -> String {
+    humantime::format_rfc3339_seconds(std::time::SystemTime::now()).to_string()
 }
 
 async fn status_text(args: &StatusArgs, client: &Client) -> Result<String, CliError> {

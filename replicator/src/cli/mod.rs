@@ -11,6 +11,7 @@ mod exit;
 mod logging;
 mod microvm;
 mod progress;
+mod screen;
 mod units;
 mod witness;
 
