@@ -103,6 +103,10 @@ fn the_page_shows_a_failover() {
         stage.lab.kill_host_a().await?;
         client.goes_on().await?;
         b.until("the survivor", &format!("{}.includes('survivor')", fact("Role")), TEXT).await?;
+        let epochs = "[...document.querySelectorAll('.vm dl > div')].filter((one) => !one.hidden)\
+                      .map((one) => one.firstChild.textContent).filter((title) => title.startsWith('Epoch '))";
+        let epochs = b.value(epochs).await?;
+        ensure!(epochs == serde_json::json!(["Epoch committed"]), "what the standby had is left: {epochs}");
         b.until("the failover", &format!("{}.includes('silence')", fact("Last failover to here")), TEXT).await?;
         b.until("the event", "document.querySelector('#events .e-failover') !== null", TEXT).await?;
         let risk = "document.querySelector('#sums .bad').innerText.includes('at risk')";
