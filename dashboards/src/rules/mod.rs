@@ -109,12 +109,12 @@ impl Case {
 ///
 /// `increase` sees a counter grow, not appear. An agent has its counters at 0 before it can fail anything over, but one that
 /// started or paired less than a scrape ago may be seen with a failover in them at once. Such a series counts what it has, if its
-/// host was scraped before: a Prometheus that is new tells nothing of what happened before it.
+/// host was scraped before, and answered: a Prometheus that is new, or a host that was not reached, tells nothing of what happened before.
 pub(crate) fn failovers(matchers: &str, range: &str) -> String {
     let counted = if matchers.is_empty() { FAILOVERS.to_owned() } else { format!("{FAILOVERS}{{{matchers}}}") };
     format!(
-        "increase({counted}[{range}]) > 0\n  or ({counted} > 0 unless {counted} offset {range}) and on (instance, job) up offset \
-         {range}"
+        "increase({counted}[{range}]) > 0\n  or ({counted} > 0 unless {counted} offset {range}) and on (instance, job) (up offset \
+         {range} == 1)"
     )
 }
 

@@ -3,6 +3,7 @@
 //! They run by `chroot` in the tree that the guest's disk was made of ([`super::lab::Machine::database`]).
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::image;
 use super::lab::GUEST;
-use super::process::{Talker, outcome};
+use super::process::{Daemon, Talker, outcome};
 use super::wait::until;
 
 /// Bound on an answer of the database.
@@ -27,12 +28,16 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects from a namespace. What `psql` complains about goes to `log`.
+    /// Connects to the guest from a namespace. What `psql` complains about goes to `log`.
     ///
     /// # Errors
     /// If `psql` cannot be started.
     pub fn connect(namespace: &str, database: &Path, log: &Path) -> Result<Self> {
-        let words = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", &GUEST.to_string(), "-U", "postgres"];
+        Self::connect_to(&GUEST.to_string(), namespace, database, log)
+    }
+
+    fn connect_to(host: &str, namespace: &str, database: &Path, log: &Path) -> Result<Self> {
+        let words = ["-X", "-q", "-A", "-t", "-v", "ON_ERROR_STOP=1", "-h", host, "-U", "postgres"];
         let args = program(database, "psql", &words);
         Ok(Self { psql: Talker::start("psql", namespace, Path::new("chroot"), &args, log)?, asked: 0 })
     }
@@ -70,7 +75,11 @@ fn program(database: &Path, name: &str, words: &[&str]) -> Vec<String> {
 /// # Errors
 /// If it does not within `bound`.
 pub(super) async fn until_ready(namespace: &str, database: &Path, bound: Duration) -> Result<()> {
-    let args = program(database, "pg_isready", &["-q", "-t", "2", "-h", &GUEST.to_string(), "-U", "postgres"]);
+    until_ready_at(&GUEST.to_string(), namespace, database, bound).await
+}
+
+async fn until_ready_at(host: &str, namespace: &str, database: &Path, bound: Duration) -> Result<()> {
+    let args = program(database, "pg_isready", &["-q", "-t", "2", "-h", host, "-U", "postgres"]);
     until("the database to take connections", bound, async || {
         let asked = outcome("pg_isready", namespace, Path::new("chroot"), &args, &[], ANSWER).await?;
         Ok(if asked.code == Some(0) { Ok(()) } else { Err(format!("{asked:?}")) })
@@ -82,8 +91,8 @@ pub(super) async fn until_ready(namespace: &str, database: &Path, bound: Duratio
 ///
 /// # Errors
 /// If one is not sound, in the words of `pg_amcheck`.
-pub(super) async fn amcheck(namespace: &str, database: &Path) -> Result<()> {
-    let words = ["--all", "--install-missing", "--heapallindexed", "-h", &GUEST.to_string(), "-U", "postgres"];
+pub(super) async fn amcheck(host: &str, namespace: &str, database: &Path) -> Result<()> {
+    let words = ["--all", "--install-missing", "--heapallindexed", "-h", host, "-U", "postgres"];
     let args = program(database, "pg_amcheck", &words);
     let checked = outcome("pg_amcheck", namespace, Path::new("chroot"), &args, &[], CHECK).await?;
     ensure!(checked.code == Some(0), "pg_amcheck is not content: {} {}", checked.out, checked.err);
@@ -91,13 +100,14 @@ pub(super) async fn amcheck(namespace: &str, database: &Path) -> Result<()> {
 }
 
 /// Checks a disk whose guest has shut down: its file system was unmounted and has no flaw, the cluster in it was shut down, and
-/// the checksum of each of its pages is right. Works in `dir`.
+/// the checksum of each of its pages is right. Then serves it, to this host alone: a guest that lives has most of its pages in the memory
+/// that came with it, so that only this looks at what is on the disk.
 ///
 /// # Errors
 /// If something is wrong, in the words of whoever found it.
-pub(super) fn check_disk(image: &Path, database: &Path, dir: &Path) -> Result<()> {
+pub(super) async fn serve_disk(image: &Path, namespace: &str, database: &Path, dir: &Path) -> Result<Served> {
     image::is_sound(image)?;
-    // Into the tree, where the checker of the same version is. It has no cluster of its own.
+    // Into the tree, where the programs of the same version are. It has no cluster of its own.
     let cluster = Cluster::take(database, dir)?;
     let rdump = format!("rdump /pg {}", cluster.0.display());
     let said = image::tool("debugfs", &["-R", &rdump, &image.display().to_string()])?.err;
@@ -105,10 +115,35 @@ pub(super) fn check_disk(image: &Path, database: &Path, dir: &Path) -> Result<()
     let checked = Command::new("chroot").args(&args).output().context("cannot run pg_checksums")?;
     let words = [checked.stdout, checked.stderr].concat();
     ensure!(checked.status.success(), "pg_checksums is not content: {} {said}", String::from_utf8_lossy(&words));
-    Ok(())
+    let mut args = vec!["--userspec=65534:65534".to_owned()];
+    let words = ["-D", &cluster.inside(database), "-k", &cluster.socket(database), "-c", "listen_addresses="];
+    args.extend(program(database, "postgres", &words));
+    let log = dir.join("postgres.log");
+    let server = Daemon::start("PostgreSQL on the survivor's disk", namespace, Path::new("chroot"), &args, &[], &log)?;
+    let served = Served { host: cluster.socket(database), _server: server, _cluster: cluster };
+    until_ready_at(&served.host, namespace, database, CHECK).await?;
+    Ok(served)
+}
+
+/// A database that is served from a disk, out of the tree; ended and removed when let go.
+#[derive(Debug)]
+pub(super) struct Served {
+    /// Where, for a client.
+    pub(super) host: String,
+    // In this order: the server goes before its files.
+    _server: Daemon,
+    _cluster: Cluster,
+}
+
+impl Served {
+    /// A connection to it.
+    pub(super) fn connect(&self, namespace: &str, database: &Path, log: &Path) -> Result<Client> {
+        Client::connect_to(&self.host, namespace, database, log)
+    }
 }
 
 /// A place in the tree for a cluster, removed when let go.
+#[derive(Debug)]
 struct Cluster(PathBuf);
 
 impl Cluster {
@@ -116,13 +151,20 @@ impl Cluster {
         let name = dir.file_name().context("the directory has no name")?.to_string_lossy().into_owned();
         let place = database.join("tree/tmp").join(format!("check-{}-{name}", std::process::id()));
         fs::create_dir(&place).with_context(|| format!("cannot make {}", place.display()))?;
+        // Its server's user makes the socket there.
+        fs::set_permissions(&place, fs::Permissions::from_mode(0o777))?;
         Ok(Self(place))
+    }
+
+    /// The directory of its server's socket, for a program of the tree.
+    fn socket(&self, database: &Path) -> String {
+        let place = self.0.strip_prefix(database.join("tree")).expect("it was made there");
+        format!("/{}", place.display())
     }
 
     /// The cluster's path for a program of the tree.
     fn inside(&self, database: &Path) -> String {
-        let place = self.0.strip_prefix(database.join("tree")).expect("it was made there");
-        format!("/{}/pg", place.display())
+        format!("{}/pg", self.socket(database))
     }
 }
 

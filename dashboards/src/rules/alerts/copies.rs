@@ -190,6 +190,10 @@ pub(super) fn alerts() -> Vec<Alert> {
                 Case::new("one that happened before Prometheus started", "15m", &[(UP, "_x50 1x200"), (FAILOVERS, "_x50 1x200")]),
                 Case::new("a VM that was never failed over, new", "15m", &[(UP, "1x200"), (FAILOVERS, "_x50 0x200")]),
                 Case::new("long ago", "30m", &[(FAILOVERS, "0x8 1x200")]),
+                Case::new("long ago, and its host was not reached since", "45m", &[
+                    (UP, "1x119 0x39 1x100"),
+                    (FAILOVERS, "0x8 1x110 stale _x39 1x100"),
+                ]),
             ],
         },
     ]
