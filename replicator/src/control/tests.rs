@@ -195,7 +195,7 @@ async fn every_request_arrives_and_is_answered() {
     assert_eq!(client.protect(&request).await.unwrap().vm, "/run/web.qmp");
     assert_eq!(
         fixture.agent.asked.lock().unwrap()[0],
-        r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","durability":"memory","witness":null,"standbys":["host-c"],"once":false}"#
+        r#"{"vm":"/run/web.qmp","to":"host-b","epoch":"25ms","shadow":"off","durability":"memory","witness":null,"standbys":["host-c"],"once":false,"without_witness":null}"#
     );
     assert_eq!(client.vm_events("web 1/ä", 7).await.unwrap(), [event()]);
     assert_eq!(fixture.agent.asked.lock().unwrap()[1], "7 events of web 1/ä");

@@ -70,6 +70,7 @@ fn all() -> Metrics {
     let witness = metrics.witness("w");
     witness.observe(WitnessOutcome::Granted, Duration::from_millis(2));
     witness.set_reachable(true);
+    metrics.fenced(FenceOutcome::Confirmed, Duration::from_secs(3));
     metrics
 }
 
