@@ -24,8 +24,14 @@ const PROGRAMS: [(&str, &str); 4] = [
     ("mkfs.ext4", "e2fsprogs"),
 ];
 /// Programs that single tests call, which say `skipped` without them.
-const FOR_TESTS: [(&str, &str); 4] =
-    [("prometheus", "prometheus"), ("promtool", "prometheus"), ("etcd", "etcd-server"), ("etcdctl", "etcd-client")];
+const FOR_TESTS: [(&str, &str); 6] = [
+    ("prometheus", "prometheus"),
+    ("promtool", "prometheus"),
+    ("etcd", "etcd-server"),
+    ("etcdctl", "etcd-client"),
+    ("nbdinfo", "libnbd-bin"),
+    ("nbdcopy", "libnbd-bin"),
+];
 /// The same, for long tests alone: a browser is a download of 120 MB.
 const FOR_LONG_TESTS: [(&str, &str); 1] = [("chromium", "chromium")];
 
@@ -75,7 +81,9 @@ pub(crate) fn run(refresh: bool) -> Result<Means> {
         }
     }
     for what in programs(&mut apt, &FOR_TESTS) {
-        println!("setup: the tests of dashboards and alerts, or of etcd, will be skipped here in part: {what}");
+        println!(
+            "setup: the tests of dashboards and alerts, of etcd, or of disks, will be skipped here in part: {what}"
+        );
     }
     pilot::build()?;
     let guest = guest::build(&mut apt, refresh)?;
