@@ -2,13 +2,14 @@
 //!
 //! A transaction moves money and notes itself under its clerk's name and number. Checked at the end, on the survivor: each
 //! transaction that a clerk was told is committed is there, and none twice; the books balance; `amcheck` finds every table and index sound. Then
-//! the guest shuts down, and on its disk: the file system was unmounted and is sound, the checksum of each page is right, and served from there the database
-//! stands all of the first checks again.
+//! the survivor is killed, too, and its disk alone has to stand the same: file system and database are recovered from it as after a loss of power,
+//! and the checksum of each page is right.
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -221,15 +222,15 @@ pub(super) async fn run(lab: &mut Lab, plan: &Plan, database: &Path) -> Result<F
     let report = failover_report(lab).await?;
     let activation = report.activation_ms.context("the survivor's agent reports no activation")?;
 
-    let mut after = connect()?;
-    let in_memory = lost(&mut after, &ledgers).await?;
+    let in_memory = lost(&mut connect()?, &ledgers).await?;
     amcheck(&GUEST.to_string(), &namespace, &database).await?;
-    shut_down(lab, after).await?;
+    kill_survivor(lab).await?;
     let copies = image::below(&lab.state_dir(Host::B).join("images"));
     let [copy] = copies.as_slice() else { bail!("host-b has {} copies of the disk", copies.len()) };
     let served = serve_disk(copy, &namespace, &database, lab.dir()).await?;
     let on_disk = lost(&mut served.connect(&namespace, &database, &log)?, &ledgers).await?;
     amcheck(&served.host, &namespace, &database).await?;
+    served.end(&database).await?;
     let lost = in_memory.max(on_disk);
     if lost > 0 {
         println!("  LOST TRANSACTIONS: {in_memory} in the survivor, {on_disk} on its disk");
@@ -296,12 +297,12 @@ async fn lost(client: &mut Client, ledgers: &[Ledger]) -> Result<u64> {
     Ok(lost)
 }
 
-/// Has the database shut down, and with it the guest.
-async fn shut_down(lab: &Lab, mut client: Client) -> Result<()> {
+/// Kills the survivor: what is on its disk then has to be enough.
+async fn kill_survivor(lab: &Lab) -> Result<()> {
     let status = lab.client(Host::B).vm_status(VM).await.context("asking host-b about the survivor")?;
     let pid = status.survivor.context("host-b has no survivor")?.pid;
-    // The server ends this connection, too.
-    let _ = client.run("COPY (SELECT 1) TO PROGRAM 'read pid < /pg/postmaster.pid; kill -INT $pid'").await;
+    let process = Pid::from_raw(i32::try_from(pid)?).context("no process")?;
+    kill_process(process, Signal::KILL)?;
     lab.process_ended(pid, SOON).await
 }
 

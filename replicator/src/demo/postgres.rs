@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::image;
 use super::lab::GUEST;
@@ -99,28 +100,27 @@ pub(super) async fn amcheck(host: &str, namespace: &str, database: &Path) -> Res
     Ok(())
 }
 
-/// Checks a disk whose guest has shut down: its file system was unmounted and has no flaw, the cluster in it was shut down, and
-/// the checksum of each of its pages is right. Then serves it, to this host alone: a guest that lives has most of its pages in the memory
-/// that came with it, so that only this looks at what is on the disk.
+/// Serves the database of a disk whose machine was killed, to this host alone: file system and database are recovered by what their journals
+/// hold, as after a loss of power. Only this looks at what is on the disk: a guest that lives answers out of the memory that came with it, and one
+/// that shuts down writes its state anew.
 ///
 /// # Errors
 /// If something is wrong, in the words of whoever found it.
 pub(super) async fn serve_disk(image: &Path, namespace: &str, database: &Path, dir: &Path) -> Result<Served> {
-    image::is_sound(image)?;
+    image::replay(image)?;
     // Into the tree, where the programs of the same version are. It has no cluster of its own.
     let cluster = Cluster::take(database, dir)?;
     let rdump = format!("rdump /pg {}", cluster.0.display());
     let said = image::tool("debugfs", &["-R", &rdump, &image.display().to_string()])?.err;
-    let args = program(database, "pg_checksums", &["--check", "-D", &cluster.inside(database)]);
-    let checked = Command::new("chroot").args(&args).output().context("cannot run pg_checksums")?;
-    let words = [checked.stdout, checked.stderr].concat();
-    ensure!(checked.status.success(), "pg_checksums is not content: {} {said}", String::from_utf8_lossy(&words));
+    // It names a process of the guest's.
+    fs::remove_file(cluster.0.join("pg/postmaster.pid"))
+        .with_context(|| format!("there is no cluster on the disk that was served when it was killed: {said}"))?;
     let mut args = vec!["--userspec=65534:65534".to_owned()];
     let words = ["-D", &cluster.inside(database), "-k", &cluster.socket(database), "-c", "listen_addresses="];
     args.extend(program(database, "postgres", &words));
     let log = dir.join("postgres.log");
     let server = Daemon::start("PostgreSQL on the survivor's disk", namespace, Path::new("chroot"), &args, &[], &log)?;
-    let served = Served { host: cluster.socket(database), _server: server, _cluster: cluster };
+    let served = Served { host: cluster.socket(database), server, cluster };
     until_ready_at(&served.host, namespace, database, CHECK).await?;
     Ok(served)
 }
@@ -131,11 +131,26 @@ pub(super) struct Served {
     /// Where, for a client.
     pub(super) host: String,
     // In this order: the server goes before its files.
-    _server: Daemon,
-    _cluster: Cluster,
+    server: Daemon,
+    cluster: Cluster,
 }
 
 impl Served {
+    /// Shuts it down in good order and checks the checksum of each of its pages.
+    ///
+    /// # Errors
+    /// If it does not end, or a page is damaged.
+    pub(super) async fn end(mut self, database: &Path) -> Result<()> {
+        let pid = self.server.pid().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)).context("it has ended")?;
+        kill_process(pid, Signal::INT)?;
+        self.server.ended(CHECK).await?;
+        let args = program(database, "pg_checksums", &["--check", "-D", &self.cluster.inside(database)]);
+        let checked = Command::new("chroot").args(&args).output().context("cannot run pg_checksums")?;
+        let words = [checked.stdout, checked.stderr].concat();
+        ensure!(checked.status.success(), "pg_checksums is not content: {}", String::from_utf8_lossy(&words));
+        Ok(())
+    }
+
     /// A connection to it.
     pub(super) fn connect(&self, namespace: &str, database: &Path, log: &Path) -> Result<Client> {
         Client::connect_to(&self.host, namespace, database, log)
