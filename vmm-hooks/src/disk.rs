@@ -2,6 +2,8 @@
 //!
 //! Disks are named by their place in [`crate::guest::Recipe::disks`], which does not change while a guest is attached.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// Most disks of one guest.
@@ -15,6 +17,16 @@ pub struct DiskSpec {
     pub name: String,
     /// Its size in bytes, as the guest sees it.
     pub bytes: u64,
+}
+
+/// The file, or the block device, that a disk is in on its host.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskImage {
+    /// Its path; empty if it is not known.
+    pub path: PathBuf,
+    /// How the disk is in it: `raw`, byte for byte, or `qcow2`.
+    pub format: String,
 }
 
 /// One write of a guest.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
+use crate::disk::{DiskImage, DiskSpec, DiskWrite, MirrorProgress};
 use crate::layout::{Layout, PageSet};
 
 /// What went wrong with a guest, in words for its operator.
@@ -211,9 +211,8 @@ pub trait Guest: Send {
     /// If it fails, output may go on being held.
     fn open_output(&mut self) -> Result<(), GuestError>;
 
-    /// Where the disks of the recipe are on this host, in its order: a file that holds a disk byte for byte; an empty path for a
-    /// disk that is in none. For somebody who only reads them when this guest is gone.
-    fn disk_images(&self) -> Vec<PathBuf> {
+    /// Where the disks of the recipe are on this host, in its order. For somebody who only reads them when this guest is gone.
+    fn disk_images(&self) -> Vec<DiskImage> {
         Vec::new()
     }
 

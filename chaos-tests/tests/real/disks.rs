@@ -77,12 +77,13 @@ fn a_vm_with_a_disk_moves_and_its_old_disk_is_left_alone() {
 #[test]
 fn a_vm_with_a_disk_goes_back_to_its_first_host() {
     play_long("failover, protected again, failback, with a disk", async |stage| {
-        // A second disk, that nobody writes to.
+        // A second disk, that nobody writes to, of another format: host A has to compare with it, too.
         let dir = stage.lab.vm_dir();
         fs::create_dir_all(&dir)?;
         let ballast: Vec<u8> = (0..u32::try_from(BALLAST_MIB << 20)?).map(|at| (at % 251) as u8 | 1).collect();
-        fs::write(dir.join("ballast.raw"), &ballast)?;
-        let more = ["-drive", &format!("file={},format=raw,if=virtio", dir.join("ballast.raw").display())];
+        let qcow2 = dir.join("ballast.qcow2");
+        to_qcow2(&ballast, &qcow2)?;
+        let more = ["-drive", &format!("file={},format=qcow2,if=virtio", qcow2.display())];
         let more = more.map(str::to_owned).into();
         stage.set_with(&Machine { disk_mib: Some(DISK_MIB), more, ..Machine::default() }).await?;
         stage.protect_for_good().await?;
@@ -244,13 +245,17 @@ fn make_image(path: &Path, seed: u8) -> Result<Vec<u8>> {
             *byte = u8::try_from(((at * 31) ^ (at >> 9)) & 0xFF)?.wrapping_mul(seed);
         }
     }
+    to_qcow2(&content, path)?;
+    Ok(content)
+}
+
+fn to_qcow2(content: &[u8], path: &Path) -> Result<()> {
     let raw = path.with_extension("raw");
-    fs::write(&raw, &content)?;
+    fs::write(&raw, content)?;
     let (from, to) = (raw.display().to_string(), path.display().to_string());
     let made = tool("qemu-img", &["convert", "-f", "raw", "-O", "qcow2", &from, &to])?;
     ensure!(made.success, "{made:?}");
-    fs::remove_file(&raw)?;
-    Ok(content)
+    Ok(fs::remove_file(&raw)?)
 }
 
 /// The images of a host that stands by, or stood by.

@@ -3,7 +3,6 @@
 //! Promise (`docs/protocol.md` P6, P8): an answer, of a read too, shows durable state only. A request that arrives while a
 //! persist of its VM is in flight waits for it. A failed persist latches: that VM answers nothing more until restart, since nobody
 //! knows which of two records a restart will find.
-
 //!
 //! One of a VM's two hosts may keep the record itself ([`Witness::of_pair`]) where there is no third one. Then a host that is known to be
 //! dead can be *forced* out (`docs/protocol.md` P13): the record goes on in the other host's store. A later life of the dead host's store answers nothing of a

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use replicator_core::message::Durability;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use vmm_hooks::disk::{DiskSpec, DiskWrite};
+use vmm_hooks::disk::{DiskImage, DiskSpec, DiskWrite};
 use vmm_hooks::guest::{GuestError, GuestErrorKind};
 
 use super::intake::Staged;
@@ -61,7 +61,7 @@ impl StandbyDisks {
         name: &str,
         specs: &[DiskSpec],
         durability: Durability,
-        old: &[PathBuf],
+        old: &[DiskImage],
     ) -> Result<Self, GuestError> {
         let parent = parent.join(plain(name));
         let earlier = earlier(&parent);
@@ -76,9 +76,10 @@ impl StandbyDisks {
             dir,
         };
         let images: Vec<_> = setup.images().into_iter().map(|(spec, path)| (spec.bytes, path)).collect();
-        let candidates = |index: usize| -> Vec<PathBuf> {
+        let candidates = |index: usize| -> Vec<DiskImage> {
             let name = images[index].1.file_name().unwrap_or_default();
-            earlier.iter().map(|dir| dir.join(name)).chain(old.get(index).cloned()).collect()
+            let copies = earlier.iter().map(|dir| DiskImage { path: dir.join(name), format: older::RAW.to_owned() });
+            copies.chain(old.get(index).cloned()).collect()
         };
         let made = create(&HostFiles, &setup).map_err(refused).and_then(|store| {
             let candidates: Vec<_> = (0..images.len()).map(candidates).collect();
@@ -521,12 +522,12 @@ mod tests {
     #[test]
     fn a_new_copy_begins_with_the_latest_one_or_with_the_disks_the_vm_had_here() {
         let dir = tempfile::tempdir().expect("a directory");
-        let make = |old: &[PathBuf]| {
+        let make = |old: &[DiskImage]| {
             StandbyDisks::make(&dir.path().join("images"), "vm/1", &specs(), Durability::Disk, old).expect("room")
         };
         let old = dir.path().join("old.raw");
         fs::write(&old, vec![1; usize::try_from(BYTES).expect("small")]).expect("a file");
-        let mut first = make(&[PathBuf::new(), old.clone()]);
+        let mut first = make(&[DiskImage::default(), DiskImage { path: old.clone(), format: older::RAW.to_owned() }]);
         let (images, known) = (first.images(), first.take_known());
         assert_eq!((known.0[0][0], known.filled()), (Digest::ZEROES, 1));
         assert!(fs::read(&images[1]).expect("an image") == fs::read(&old).expect("the disk"));

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use heartbeat::files;
 use heartbeat_core::ids::{NodeId, StoreId, VmId};
 use serde::{Deserialize, Serialize};
+use vmm_hooks::disk::DiskImage;
 
 use super::protection::Protection;
 
@@ -48,9 +49,9 @@ struct Text {
     guest: Option<GuestAt>,
     #[serde(default)]
     protection: Option<Protection>,
-    /// Raw images that the VM's disks had when it last ran here, in the recipe's order; an empty path where there is none.
+    /// The images that the VM's disks had when it last ran here, in the recipe's order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    disks: Vec<PathBuf>,
+    disks: Vec<DiskImage>,
 }
 
 /// Which process is the VM's guest on this host. Only one that an agent attached to, or activated, is noted.
@@ -251,12 +252,12 @@ impl Durable {
     }
 
     /// Where the VM's disks were when it last ran here.
-    pub(super) fn disks(&self) -> &[PathBuf] {
+    pub(super) fn disks(&self) -> &[DiskImage] {
         &self.text.disks
     }
 
     /// Remembers where its disks are while it runs here.
-    pub(super) fn set_disks(&mut self, disks: Vec<PathBuf>) -> io::Result<()> {
+    pub(super) fn set_disks(&mut self, disks: Vec<DiskImage>) -> io::Result<()> {
         self.change(|text| text.disks = disks)
     }
 

@@ -7,30 +7,48 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rustix::fs::{OFlags, SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
+use vmm_hooks::disk::DiskImage;
+
 use super::known::{Digest, Known, PIECE};
+
+/// Byte for byte.
+pub(crate) const RAW: &str = "raw";
+/// QEMU's own format.
+const QCOW2: &str = "qcow2";
 
 /// Fills new, empty images, each from the first of its older copies that has its size, and says what is in them then.
 ///
 /// # Errors
 /// If a new image cannot be read or written; what is in the images is unknown then.
-pub(crate) fn fill(images: &[(u64, PathBuf)], older: &[Vec<PathBuf>]) -> io::Result<Known> {
+pub(crate) fn fill(images: &[(u64, PathBuf)], older: &[Vec<DiskImage>]) -> io::Result<Known> {
     let sizes: Vec<u64> = images.iter().map(|(bytes, _)| *bytes).collect();
     let mut known = Known::empty(&sizes);
     for (index, (bytes, path)) in images.iter().enumerate() {
         let image = OpenOptions::new().read(true).write(true).open(path)?;
         for candidate in older.get(index).into_iter().flatten() {
-            let Some(from) = usable(candidate, *bytes) else { continue };
-            match fill_one(&from, &image, &mut known.0[index]) {
+            let filled = match candidate.format.as_str() {
+                RAW => {
+                    let Some(from) = usable(&candidate.path, *bytes) else { continue };
+                    fill_one(&from, &image, &mut known.0[index])
+                }
+                QCOW2 if candidate.path.is_file() => {
+                    convert(&candidate.path, path).and_then(|()| read(&image, &image, &mut known.0[index]))
+                }
+                _ => continue,
+            };
+            let older = candidate.path.display();
+            match filled {
                 Ok(()) => {
-                    tracing::info!(image = %path.display(), older = %candidate.display(), "begins with an older copy");
+                    tracing::info!(image = %path.display(), %older, "begins with an older copy");
                     break;
                 }
                 Err(Trouble::Older(error)) => {
-                    tracing::warn!(older = %candidate.display(), %error, "an older copy of a disk cannot be read");
+                    tracing::warn!(%older, %error, "an older copy of a disk cannot be read");
                 }
                 // Such as no more room: less of it would have fit, perhaps.
                 Err(Trouble::Image(error)) => {
@@ -60,11 +78,28 @@ fn usable(path: &Path, bytes: u64) -> Option<File> {
     (plain && seek(&file, SeekFrom::End(0)) == Ok(bytes)).then_some(file)
 }
 
+/// Brings what is in a qcow2 image into a new one, by QEMU's own program. Its format is known: nothing is guessed from what a guest wrote.
+fn convert(older: &Path, image: &Path) -> Result<(), Trouble> {
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-n", "--target-is-zero", "-f", QCOW2, "-O", RAW]).arg(older).arg(image);
+    let done = convert.output().map_err(Trouble::Older)?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    Err(Trouble::Older(io::Error::other(format!("qemu-img convert ended with {}: {said}", done.status))))
+}
+
 fn fill_one(older: &File, image: &File, known: &mut [Digest]) -> Result<(), Trouble> {
-    // Where the file system can share blocks, nothing is copied; what is in the image is read from the image all the same.
+    // Where the file system can share blocks, nothing is copied.
     let shared = ioctl_ficlone(image, older).is_ok();
-    let source = if shared { image } else { older };
-    let bytes = seek(older, SeekFrom::End(0)).map_err(|error| Trouble::Older(error.into()))?;
+    read(if shared { image } else { older }, image, known)
+}
+
+/// Says what is in `source`, and writes it to `image` unless that is the same.
+fn read(source: &File, image: &File, known: &mut [Digest]) -> Result<(), Trouble> {
+    let shared = std::ptr::eq(source, image);
+    let bytes = seek(source, SeekFrom::End(0)).map_err(|error| Trouble::Older(error.into()))?;
     let length = bytes.min(known.len() as u64 * PIECE);
     let mut buffer = vec![0; usize::try_from(PIECE).expect("small")];
     let mut at = 0;
@@ -123,7 +158,10 @@ mod tests {
         for new in ["a", "b"] {
             empty(&path(new))?;
         }
-        let candidates = ["missing", "short", "directory", "pipe", "older"].map(path).to_vec();
+        let raw = |name| DiskImage { path: path(name), format: RAW.to_owned() };
+        let mut candidates = ["missing", "short", "directory", "pipe", "older"].map(raw).to_vec();
+        // One whose format says something else is not looked into.
+        candidates.insert(0, DiskImage { format: "vmdk".to_owned(), ..raw("older") });
         let known = fill(&[(BYTES, path("a")), (BYTES, path("b"))], &[candidates])?;
         let (a, b) = (fs::read(path("a"))?, fs::read(path("b"))?);
         assert!(a == fs::read(path("older"))? && b.iter().all(|&byte| byte == 0));
@@ -132,6 +170,33 @@ mod tests {
         let told: Vec<Vec<Digest>> = [a, b].map(|image| image.chunks(piece).map(Digest::of).collect()).into();
         assert_eq!(known.0, told);
         assert_eq!(known.filled(), 2);
+        Ok(())
+    }
+
+    #[test]
+    fn an_older_copy_in_qcow2_is_read_and_a_damaged_one_costs_nothing() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = |name: &str| dir.path().join(name);
+        let mut content = vec![0; usize::try_from(BYTES).expect("small")];
+        content[5000..250_000].fill(3);
+        fs::write(path("raw"), &content)?;
+        let made = Command::new("qemu-img")
+            .args(["convert", "-f", RAW, "-O", QCOW2])
+            .args([path("raw"), path("older")])
+            .status();
+        let Ok(made) = made else {
+            println!("skipped: qemu-img is not installed");
+            return Ok(());
+        };
+        assert!(made.success());
+        fs::write(path("damaged"), [7; 4096])?;
+        empty(&path("new"))?;
+        let older = ["damaged", "older"].map(|name| DiskImage { path: path(name), format: QCOW2.to_owned() });
+        let known = fill(&[(BYTES, path("new"))], &[older.to_vec()])?;
+        assert!(fs::read(path("new"))? == content);
+        let told: Vec<Digest> = content.chunks(usize::try_from(PIECE).expect("small")).map(Digest::of).collect();
+        assert_eq!(known.0, [told]);
+        assert!(fs::metadata(path("new"))?.blocks() * 512 <= 8 * PIECE, "holes stay holes");
         Ok(())
     }
 

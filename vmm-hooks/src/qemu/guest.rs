@@ -6,7 +6,6 @@
 
 mod shape;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +19,7 @@ use super::qmp::{Qmp, QmpError, QmpEvent};
 use super::recipe::{QemuRecipe, layout};
 use super::state::{StateError, StateFile};
 use super::{AttachOptions, CheckLevel, Target, TrackerChoice, checks, cmdline, filters};
-use crate::disk::{DiskWrite, MirrorProgress};
+use crate::disk::{DiskImage, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
 use crate::sys::process::{PidFd, ProcessMemory};
@@ -508,7 +507,7 @@ impl Guest for QemuGuest {
         self.mirrors.put_back(writes);
     }
 
-    fn disk_images(&self) -> Vec<PathBuf> {
+    fn disk_images(&self) -> Vec<DiskImage> {
         self.mirrors.images()
     }
 

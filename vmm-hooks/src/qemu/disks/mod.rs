@@ -35,7 +35,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::qmp::{Pending, Qmp, QmpError, QmpEvent};
-use crate::disk::{DiskWrite, MirrorProgress};
+use crate::disk::{DiskImage, DiskWrite, MirrorProgress};
 use crate::guest::{GuestError, GuestErrorKind};
 use crate::nbd::{Backend, Export, NbdError, Server};
 use crate::sys::process::PidFd;
@@ -76,8 +76,8 @@ struct Disk {
     bytes: u64,
     /// Its image, if QEMU flushes it when it stops.
     flushed: Option<String>,
-    /// Its image, if that holds the disk byte for byte; else empty.
-    image: PathBuf,
+    /// Its image.
+    image: DiskImage,
 }
 
 /// What there is while disks are mirrored.
@@ -97,13 +97,13 @@ impl Mirrors {
     pub(super) fn new(storage: &Storage, process: PidFd) -> Self {
         let pid = process.pid();
         // One that cannot be found from here is not one that others can read later.
-        let plain = |drive: &Drive| fs::canonicalize(seen_by(pid, &drive.file)).ok().filter(|_| drive.format == "raw");
+        let found = |drive: &Drive| fs::canonicalize(seen_by(pid, &drive.file)).unwrap_or_default();
         let disk = |drive: &Drive| Disk {
             name: drive.name.clone(),
             node: drive.node.clone(),
             bytes: drive.bytes,
             flushed: drive.flushed.then(|| drive.file.clone()),
-            image: plain(drive).unwrap_or_default(),
+            image: DiskImage { path: found(drive), format: drive.format.clone() },
         };
         Self {
             disks: storage.disks().map(disk).collect(),
@@ -115,7 +115,7 @@ impl Mirrors {
     }
 
     /// See [`crate::guest::Guest::disk_images`].
-    pub(super) fn images(&self) -> Vec<PathBuf> {
+    pub(super) fn images(&self) -> Vec<DiskImage> {
         self.disks.iter().map(|disk| disk.image.clone()).collect()
     }
 
