@@ -7,16 +7,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use heartbeat::store::OwnershipStore;
 use heartbeat::trust::Role;
 use heartbeat::witness::keeper::{Question, ask_what_is_kept};
-use heartbeat_core::ids::{Generation, NodeId, Party, VmId};
+use heartbeat_core::ids::{Generation, NodeId, Party, StoreId, VmId};
 use heartbeat_core::record::{Owner, Record};
 
 use super::arbiter::Arbiter;
+use super::asker::Asker;
 use super::durable::Durable;
 use super::protection::HostRef;
 use super::{Agent, Forceable, Request, fence};
 use crate::control::api::{Accepted, ErrorBody, ErrorKind, WithoutWitness};
+use crate::metrics::WitnessMetrics;
 
 /// How often other hosts are asked what they keep, while there is something to ask.
 const ASK: Duration = Duration::from_millis(500);
@@ -29,9 +32,20 @@ impl Durable {
     }
 }
 
-/// A task could not note that this host keeps the record from now on.
-pub(super) fn not_noted(error: &std::io::Error) -> ErrorBody {
-    ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(error)
+/// Notes that this host, `me`, keeps the record from now on, and asks its store.
+pub(super) fn keep(
+    durable: &mut Durable,
+    asker: &mut Asker,
+    me: NodeId,
+    store: StoreId,
+    keeper: (Arc<dyn OwnershipStore>, WitnessMetrics),
+) -> Result<(), ErrorBody> {
+    let noted = durable.set_keeper(me, Some(store));
+    noted.map_err(|error| {
+        ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
+    })?;
+    asker.turn_to(keeper);
+    Ok(())
 }
 
 impl Agent {

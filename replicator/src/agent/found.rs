@@ -251,12 +251,12 @@ impl Found {
                 let _ = reply.send(forceable.map_err(refused));
             }
             Some(Request::Forced { store, keeper, reply }) => {
-                let kept = self.durable.set_keeper(self.life.agent.me().node, Some(store));
+                let me = self.life.agent.me().node;
+                let kept = force::keep(&mut self.durable, &mut self.asker, me, store, keeper);
                 if kept.is_ok() {
-                    self.asker.turn_to(keeper);
                     self.core.handle_forced(clock::now(), store);
                 }
-                let _ = reply.send(kept.map_err(|error| force::not_noted(&error)));
+                let _ = reply.send(kept);
             }
             Some(Request::Rehearse(reply)) => drop(reply.send(Err(not_yet()))),
             Some(Request::Failover { reply, .. }) => drop(reply.send(Err(not_yet()))),

@@ -623,12 +623,12 @@ impl Task {
                 let _ = reply.send(forceable.map_err(|why| refused(why.to_owned())));
             }
             Request::Forced { store, keeper, reply } => {
-                let kept = self.durable.set_keeper(self.core.config().ownership.me.node, Some(store));
+                let me = self.core.config().ownership.me.node;
+                let kept = force::keep(&mut self.durable, &mut self.asker, me, store, keeper);
                 if kept.is_ok() {
-                    self.asker.turn_to(keeper);
                     self.core.handle_forced(now, store);
                 }
-                let _ = reply.send(kept.map_err(|error| force::not_noted(&error)));
+                let _ = reply.send(kept);
             }
             Request::Rehearse(reply) => match self.core.handle_operator(now, Operator::Rehearse) {
                 Ok(()) => self.rehearsals.push(reply),

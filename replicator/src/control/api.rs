@@ -399,6 +399,27 @@ pub struct FailoverReport {
     pub activation_ms: Option<ActivationMs>,
 }
 
+#[cfg(test)]
+impl FailoverReport {
+    /// One of which every phase has come.
+    pub(crate) fn example() -> Self {
+        Self {
+            cause: FailoverCause::Silence,
+            generation: 2,
+            epoch: 9,
+            detected_unix_ms: 1,
+            last_heard_monotonic_ns: 1,
+            detected_monotonic_ns: 2,
+            granted_monotonic_ns: Some(3),
+            loaded_monotonic_ns: Some(4),
+            running_monotonic_ns: Some(5),
+            detection_ms: 200.0,
+            grant_ms: Some(2.0),
+            activation_ms: Some(ActivationMs { load: 30.0, resume: 1.0, total: 32.0 }),
+        }
+    }
+}
+
 /// How long an activation took, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct ActivationMs {
@@ -529,6 +550,8 @@ pub enum EventKind {
     Rehearsal,
     /// A first copy was made.
     Sync,
+    /// An operator began to break something on purpose.
+    Drill,
 }
 
 /// Something that happened to a VM on this host: `GET /v1/vms/NAME/events?last=N`, oldest first. Kept over restarts.

@@ -254,23 +254,25 @@ impl Part<'_> {
     }
 }
 
+/// What writes make of images in memory, for who judges the filter.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn apply(images: &mut [Vec<u8>], writes: &[DiskWrite]) {
+    for write in writes {
+        let image = &mut images[usize::try_from(write.disk).expect("small")];
+        let from = usize::try_from(write.offset).expect("small");
+        match &write.change {
+            DiskChange::Data(data) => image[from..from + data.len()].copy_from_slice(data),
+            DiskChange::Zero(bytes) => image[from..from + usize::try_from(*bytes).expect("small")].fill(0),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     const SIZES: [u64; 2] = [5 * PIECE + 1536, 2 * PIECE];
-
-    fn apply(images: &mut [Vec<u8>], writes: &[DiskWrite]) {
-        for write in writes {
-            let image = &mut images[usize::try_from(write.disk).expect("small")];
-            let from = usize::try_from(write.offset).expect("small");
-            match &write.change {
-                DiskChange::Data(data) => image[from..from + data.len()].copy_from_slice(data),
-                DiskChange::Zero(bytes) => image[from..from + usize::try_from(*bytes).expect("small")].fill(0),
-            }
-        }
-    }
 
     fn known(images: &[Vec<u8>]) -> Known {
         let piece = usize::try_from(PIECE).expect("small");

@@ -8,8 +8,7 @@ use vmm_hooks::guest::PauseParts;
 
 use super::*;
 use crate::control::api::{
-    ActivationMs, EncodedBytes, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role,
-    Suspicion, SyncProgress,
+    EncodedBytes, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, Suspicion, SyncProgress,
 };
 use crate::status::EpochObservation;
 
@@ -29,23 +28,6 @@ fn epoch(n: u64) -> EpochObservation {
     }
 }
 
-fn report() -> FailoverReport {
-    FailoverReport {
-        cause: FailoverCause::Silence,
-        generation: 2,
-        epoch: 9,
-        detected_unix_ms: 1,
-        last_heard_monotonic_ns: 1,
-        detected_monotonic_ns: 2,
-        granted_monotonic_ns: Some(3),
-        loaded_monotonic_ns: Some(4),
-        running_monotonic_ns: Some(5),
-        detection_ms: 200.0,
-        grant_ms: Some(2.0),
-        activation_ms: Some(ActivationMs { load: 30.0, resume: 1.0, total: 32.0 }),
-    }
-}
-
 /// Everything that can be observed, observed.
 fn all() -> Metrics {
     let metrics = Metrics::new();
@@ -56,7 +38,7 @@ fn all() -> Metrics {
     vm.observe_epoch(&epoch(7));
     vm.set_held(&HeldOutput { frames: 2, bytes: 120, oldest_ms: 1.5, released: 10, dropped: 3 });
     vm.set_guest_clock(&GuestClock { lag_seconds: 1.5, pause_share: 0.08 });
-    vm.observe_failover(&report());
+    vm.observe_failover(&FailoverReport::example());
     vm.observe_disks_held(Duration::from_millis(3), 4096);
     vm.set_disk_journal(4608, 1 << 20);
     vm.set_replication_lag(Duration::from_millis(40));

@@ -5,9 +5,7 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{EVENTS, Page};
-use crate::control::api::{
-    ActivationMs, FailoverCause, FailoverReport, HeldOutput, ProtectionState, Role, Suspicion, SyncProgress,
-};
+use crate::control::api::{FailoverReport, HeldOutput, ProtectionState, Role, Suspicion, SyncProgress};
 use crate::metrics::{Metrics, MetricsServer};
 use crate::status::EpochObservation;
 
@@ -26,20 +24,7 @@ fn full() -> Metrics {
     vm.observe_epoch(&EpochObservation { epoch: 7, ..EpochObservation::default() });
     vm.set_held(&HeldOutput { frames: 2, bytes: 120, oldest_ms: 1.5, released: 10, dropped: 3 });
     vm.rehearsed(true);
-    vm.observe_failover(&FailoverReport {
-        cause: FailoverCause::Silence,
-        generation: 3,
-        epoch: 7,
-        detected_unix_ms: 1,
-        last_heard_monotonic_ns: 1,
-        detected_monotonic_ns: 2,
-        granted_monotonic_ns: Some(3),
-        loaded_monotonic_ns: Some(4),
-        running_monotonic_ns: Some(5),
-        detection_ms: 200.0,
-        grant_ms: Some(2.0),
-        activation_ms: Some(ActivationMs { load: 30.0, resume: 1.0, total: 32.0 }),
-    });
+    vm.observe_failover(&FailoverReport::example());
     let peer = metrics.peer("host-b");
     peer.set_suspicion(&Suspicion::new(0.5, 20.0, false));
     peer.set_rtt(Duration::from_micros(400));

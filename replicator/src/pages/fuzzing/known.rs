@@ -3,7 +3,7 @@
 use vmm_hooks::disk::{DiskChange, DiskWrite};
 
 use super::Choices;
-use crate::disk::difference::Difference;
+use crate::disk::difference::{Difference, apply};
 use crate::disk::known::{Digest, Known, PIECE};
 
 const SIZES: [u64; 2] = [2 * PIECE + 1024, PIECE];
@@ -50,16 +50,5 @@ fn history(choices: &mut Choices<'_>) {
     if let Ok(owed) = difference.finish() {
         apply(&mut some, &owed);
         assert!(all == some, "the images differ");
-    }
-}
-
-fn apply(images: &mut [Vec<u8>; 2], writes: &[DiskWrite]) {
-    for write in writes {
-        let image = &mut images[usize::try_from(write.disk).expect("small")];
-        let from = usize::try_from(write.offset).expect("small");
-        match &write.change {
-            DiskChange::Data(data) => image[from..from + data.len()].copy_from_slice(data),
-            DiskChange::Zero(bytes) => image[from..from + usize::try_from(*bytes).expect("small")].fill(0),
-        }
     }
 }
