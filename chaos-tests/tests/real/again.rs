@@ -20,18 +20,9 @@ fn a_survivor_is_protected_by_its_old_host_and_goes_back_there() {
         stage.until(Host::B, "that it looks for a standby", looking).await?;
         let early = stage.lab.try_understudy(Host::B, &["failback", VM], COMMAND).await?;
         ensure!(early.code == Some(3) && early.err.contains("cannot go back to host-a now"), "{early:?}");
-        stage.lab.raise_host_a().await?;
-        let again = stage.until_state(Host::B, "protected").await?;
-        ensure!(again.role == Role::Primary && again.survivor.is_some(), "{again:?}");
-        client.goes_on().await?;
+        stage.stands_by_again(&mut client).await?;
 
-        let said = stage.lab.understudy(Host::B, &["failback", VM], SOON).await?;
-        ensure!(said.contains("runs on host-a now"), "{said}");
-        client.goes_on().await?;
-        let home = stage.until_state(Host::A, "protected").await?;
-        ensure!(home.role == Role::Primary, "{home:?}");
-        stage.until_state(Host::B, "protected").await?;
-        client.goes_on().await?;
+        stage.goes_home(&mut client).await?;
         stage.nothing_lost(client).await.map(drop)
     });
 }
@@ -69,10 +60,7 @@ fn an_agent_is_upgraded_while_its_vm_runs() {
         client.goes_on().await?;
         stage.lab.start_agent(Host::A).await?;
         stage.until_state(Host::A, "protected").await?;
-        client.goes_on().await?;
-        stage.lab.kill_host_a().await?;
-        client.goes_on().await?;
-        stage.nothing_lost(client).await.map(drop)
+        stage.outlives_host_a(client).await.map(drop)
     });
 }
 

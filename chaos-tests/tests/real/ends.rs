@@ -72,12 +72,9 @@ fn a_guest_that_shuts_down_ends_everywhere_and_can_be_started_again() {
         ensure!(other.survivor.is_none() && other.failover.is_none(), "{other:?}");
 
         stage.lab.boot().await?;
-        let mut client = stage.writer("d").await?;
+        let client = stage.writer("d").await?;
         stage.protect().await?;
-        client.goes_on().await?;
-        stage.lab.kill_host_a().await?;
-        client.goes_on().await?;
-        stage.nothing_lost(client).await.map(drop)
+        stage.outlives_host_a(client).await.map(drop)
     });
 }
 

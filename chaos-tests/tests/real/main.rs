@@ -7,6 +7,7 @@
 
 mod again;
 mod disks;
+mod drill;
 mod ends;
 mod fails;
 mod injected;

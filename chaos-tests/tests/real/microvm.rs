@@ -7,7 +7,7 @@ use replicator::control::api::Role;
 use replicator::demo::lab::{COMMAND, Host, VM};
 use replicator::demo::worker::logged;
 
-use crate::stage::{SOON, Stage, play_microvm};
+use crate::stage::{Stage, play_microvm};
 
 /// Every acknowledged write of the client `tag` is in the log on host B's disk.
 fn is_logged(stage: &Stage, tag: &str, acked: u64) -> Result<()> {
@@ -69,17 +69,9 @@ fn a_microvm_is_protected_again_goes_home_and_is_handed_over_when_its_agent_stop
         let mut client = stage.writer("h").await?;
         stage.lab.kill_host_a().await?;
         client.goes_on().await?;
-        stage.lab.raise_host_a().await?;
-        let again = stage.until_state(Host::B, "protected").await?;
-        ensure!(again.role == Role::Primary && again.survivor.is_some(), "{again:?}");
-        client.goes_on().await?;
+        stage.stands_by_again(&mut client).await?;
 
-        let said = stage.lab.understudy(Host::B, &["failback", VM], SOON).await?;
-        ensure!(said.contains("runs on host-a now"), "{said}");
-        client.goes_on().await?;
-        stage.until_state(Host::A, "protected").await?;
-        stage.until_state(Host::B, "protected").await?;
-        client.goes_on().await?;
+        stage.goes_home(&mut client).await?;
 
         // It would end with the agent.
         stage.lab.stop_agent(Host::A).await?;

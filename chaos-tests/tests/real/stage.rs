@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use replicator::control::api::{ProtectionState, VmStatus};
+use replicator::control::api::{ProtectionState, Role, VmStatus};
 use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, MAC, Machine, Microvm, REDIS, VM};
 use replicator::demo::netns::{self, ip};
 use replicator::demo::process::{Helper, log_tails};
@@ -308,6 +308,33 @@ impl Stage {
         let checked: Checked = self.lab.helper("the comparison", &args)?.answer(WRITE_ANSWER).await?;
         ensure!(checked.lost == 0, "of {acked} acknowledged writes {} are lost: {checked:?}", checked.lost);
         Ok(written)
+    }
+
+    /// Host A dies; the client goes on, and nothing that it was promised is lost.
+    pub(crate) async fn outlives_host_a(&mut self, mut client: Writer) -> Result<Written> {
+        client.goes_on().await?;
+        self.lab.kill_host_a().await?;
+        client.goes_on().await?;
+        self.nothing_lost(client).await
+    }
+
+    /// Host A is back and stands by for its survivor on host B.
+    pub(crate) async fn stands_by_again(&mut self, client: &mut Writer) -> Result<()> {
+        self.lab.raise_host_a().await?;
+        let again = self.until_state(Host::B, "protected").await?;
+        ensure!(again.role == Role::Primary && again.survivor.is_some(), "{again:?}");
+        client.goes_on().await.map(drop)
+    }
+
+    /// The VM is brought home to host A, and protected there.
+    pub(crate) async fn goes_home(&self, client: &mut Writer) -> Result<()> {
+        let said = self.lab.understudy(Host::B, &["failback", VM], SOON).await?;
+        ensure!(said.contains("runs on host-a now"), "{said}");
+        client.goes_on().await?;
+        let home = self.until_state(Host::A, "protected").await?;
+        ensure!(home.role == Role::Primary, "{home:?}");
+        self.until_state(Host::B, "protected").await?;
+        client.goes_on().await.map(drop)
     }
 
     /// What a host's agent exports.

@@ -17,6 +17,7 @@ use crate::control::api::{
     Suspicion, VmEvent, VmRequest, VmStatus,
 };
 use crate::control::doctor;
+use crate::control::drill::{DrillPlan, DrillRequest};
 use crate::control::microvm::RunRequest;
 
 /// How often it is looked whether a task that ends has ended.
@@ -176,6 +177,10 @@ impl AgentApi for Agent {
 
     async fn rehearse(&self, request: VmRequest) -> Result<RehearsalReport, ErrorBody> {
         self.ask(&request.vm, Request::Rehearse).await
+    }
+
+    async fn drill(&self, request: DrillRequest) -> Result<DrillPlan, ErrorBody> {
+        self.plan_drill(request).await
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {

@@ -23,6 +23,7 @@ mod asker;
 mod beats;
 mod clock;
 mod disks;
+mod drill;
 mod durable;
 mod encoder;
 mod events;

@@ -186,6 +186,11 @@ impl View {
         self.tell(&self.lock(), EventKind::Rehearsal, text.to_owned());
     }
 
+    /// An operator breaks something on purpose.
+    pub(super) fn drill(&self, what: &str) {
+        self.tell(&self.lock(), EventKind::Drill, what.to_owned());
+    }
+
     /// A generation was read.
     pub(super) fn set_generation(&self, generation: u64) {
         let mut inner = self.lock();

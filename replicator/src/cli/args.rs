@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use super::dashboards::DashboardsCommand;
+use super::drill::ChaosCommand;
 use super::exit::EXIT_CODES;
 use super::microvm::RunArgs;
 use super::units::{HostPort, Listen};
@@ -77,6 +78,9 @@ pub enum AskCommand {
     Failback(VmArgs),
     /// End the protection of a VM and leave it as it was found, running
     Unprotect(VmArgs),
+    /// Break something on purpose and see the VM go on
+    #[command(subcommand)]
+    Chaos(ChaosCommand),
 }
 
 /// `understudy events`

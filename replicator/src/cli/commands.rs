@@ -11,7 +11,7 @@ use super::args::{AskCommand, DoctorArgs, EventsArgs, FailoverArgs, PairArgs, Pr
 use super::exit::{CliError, Exit};
 use super::progress::{Goal, follow};
 use super::screen::Screen;
-use super::{client, config, microvm};
+use super::{client, config, drill, microvm};
 use crate::control::api::{
     DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest, Role,
     VmRequest,
@@ -39,6 +39,7 @@ pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result
         AskCommand::Failover(args) => failover(args, &client(control)).await,
         AskCommand::Failback(args) => failback(args, &client(control)).await,
         AskCommand::Unprotect(args) => unprotect(args, &client(control)).await,
+        AskCommand::Chaos(command) => drill::run(command, &client(control)).await,
     }
 }
 

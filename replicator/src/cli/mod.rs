@@ -7,6 +7,7 @@ mod args;
 mod commands;
 pub mod config;
 pub mod dashboards;
+mod drill;
 mod exit;
 mod logging;
 mod microvm;
@@ -25,6 +26,7 @@ pub use args::{
     AgentArgs, AskCommand, Cli, Command, DoctorArgs, FailoverArgs, MAX_PAIRING, PairArgs, ProtectArgs, StatusArgs,
     VmArgs, WitnessArgs,
 };
+pub use drill::{ChaosCommand, DrillArgs};
 pub use exit::{CliError, EXIT_CODES, Exit};
 pub use units::{HostPort, HostPortError, Listen, ListenError, Span};
 

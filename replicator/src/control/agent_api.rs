@@ -9,6 +9,7 @@ use super::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
     PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
+use super::drill::{DrillPlan, DrillRequest};
 use super::microvm::RunRequest;
 
 /// An agent, as its control server sees it.
@@ -40,6 +41,9 @@ pub trait AgentApi: Send + Sync + 'static {
 
     /// Starts a change of hands. Returns when work has begun.
     fn failover(&self, request: FailoverRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
+
+    /// Says whether a drill may begin and what it would hit; injures nothing.
+    fn drill(&self, request: DrillRequest) -> impl Future<Output = Result<DrillPlan, ErrorBody>> + Send;
 
     /// Opens a pairing window.
     fn pair_open(&self, request: PairOpenRequest) -> impl Future<Output = Result<PairWindow, ErrorBody>> + Send;

@@ -19,6 +19,7 @@ use super::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
     PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
+use super::drill::{DrillPlan, DrillRequest};
 use super::microvm::RunRequest;
 
 /// The longest answer that is read, in bytes.
@@ -141,6 +142,12 @@ impl Client {
     #[allow(clippy::missing_errors_doc)]
     pub async fn rehearse(&self, request: &VmRequest) -> Result<RehearsalReport, ClientError> {
         self.post("/v1/rehearse", request).await
+    }
+
+    /// Asks whether a drill may begin.
+    #[allow(clippy::missing_errors_doc)]
+    pub async fn drill(&self, request: &DrillRequest) -> Result<DrillPlan, ClientError> {
+        self.post("/v1/drill", request).await
     }
 
     /// Starts a change of hands.

@@ -9,6 +9,7 @@ pub mod agent_api;
 pub mod api;
 pub mod client;
 pub mod doctor;
+pub mod drill;
 pub mod microvm;
 pub mod policy;
 pub mod server;

@@ -10,6 +10,7 @@ use tokio::task::JoinHandle;
 use super::agent_api::AgentApi;
 use super::api::*;
 use super::client::{Client, ClientError};
+use super::drill::{DrillFault, DrillPlan, DrillRequest};
 use super::microvm::RunRequest;
 use super::server::{MAX_REQUEST, serve_agent};
 use super::socket::ControlSocket;
@@ -111,6 +112,10 @@ impl AgentApi for FakeAgent {
 
     async fn rehearse(&self, _: VmRequest) -> Result<RehearsalReport, ErrorBody> {
         panic!("a bug in the agent");
+    }
+
+    async fn drill(&self, request: DrillRequest) -> Result<DrillPlan, ErrorBody> {
+        Err(ErrorBody::new(ErrorKind::Refused, format!("{} stands by here: no {}", request.vm, request.fault)))
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {
@@ -221,6 +226,8 @@ async fn errors_keep_their_kind_advice_and_causes() {
     }))
     .await;
     assert_eq!((busy.kind, busy.causes), (ErrorKind::Busy, vec!["the disk is full".to_owned()]));
+    let drill = DrillRequest { vm: "web-1".to_owned(), fault: DrillFault::KillVm, confirmed: false };
+    assert_eq!(refused(fixture.client.drill(&drill)).await.message, "web-1 stands by here: no kill-vm");
     let ended = refused(fixture.client.rehearse(&VmRequest { vm: "web-1".into() })).await;
     assert_eq!(ended.kind, ErrorKind::Failed, "a panic is answered, and the server lives: {ended:?}");
     assert!(fixture.client.status().await.is_ok());

@@ -362,6 +362,18 @@ impl Lab {
         agent.ended(END).await.map(drop)
     }
 
+    /// Waits until a host's agent has ended, whoever kills it: it can be started again then.
+    ///
+    /// # Errors
+    /// If it did not run, or does not end within `bound`.
+    pub async fn lose_agent(&mut self, host: Host, bound: Duration) -> Result<()> {
+        let at = self.agents.iter().position(|(its, _)| *its == host);
+        let at = at.with_context(|| format!("{} runs no agent", host.name()))?;
+        self.agents[at].1.ended(bound).await?;
+        self.agents.swap_remove(at);
+        Ok(())
+    }
+
     /// Kills every agent at once.
     ///
     /// # Errors
@@ -524,10 +536,16 @@ impl Lab {
     /// # Errors
     /// If it cannot be started or takes longer than `bound`.
     pub async fn try_understudy(&self, host: Host, args: &[&str], bound: Duration) -> Result<Ended> {
+        self.beside(host, args, bound).await
+    }
+
+    /// The same, while the laboratory changes. Begins when it is first polled.
+    pub fn beside(&self, host: Host, args: &[&str], bound: Duration) -> impl Future<Output = Result<Ended>> + use<> {
         let what = format!("`understudy {}` on {}", args.join(" "), host.name());
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
         let env = [("UNDERSTUDY_CONTROL", self.control(host).display().to_string())];
-        outcome(&what, &self.namespace(host.role()), &self.understudy, &args, &env, bound).await
+        let (namespace, understudy) = (self.namespace(host.role()), self.understudy.clone());
+        async move { outcome(&what, &namespace, &understudy, &args, &env, bound).await }
     }
 
     /// Pairs both hosts with the witness, and with each other.

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 pub use check::Checked;
 pub use clock::Ticked;
 pub use load::Loaded;
-pub use probe::{FIRST_REPLY, FirstReply};
+pub use probe::{FIRST_REPLY, FirstReply, Prober};
 pub use write::{ANSWER as WRITE_ANSWER, Started, Written};
 
 /// Bound on opening a connection.

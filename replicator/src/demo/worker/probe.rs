@@ -33,65 +33,86 @@ pub struct FirstReply {
     pub received_ns: Option<u64>,
 }
 
+/// Asks a guest each millisecond, until the process ends.
+#[derive(Debug)]
+pub struct Prober {
+    arrived: Receiver<(u64, u64)>,
+}
+
+impl Prober {
+    /// Begins.
+    ///
+    /// # Errors
+    /// If it may not open a raw socket.
+    pub fn start(to: Ipv4Addr) -> Result<Self> {
+        let socket =
+            Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).context("cannot open a raw ICMP socket")?;
+        socket.set_recv_buffer_size(1 << 20)?;
+        socket.connect(&SockAddr::from(SocketAddrV4::new(to, 0))).with_context(|| format!("{to} cannot be reached"))?;
+        let receiver = socket.try_clone()?;
+        let (replies, arrived) = channel();
+        // Both threads end with the process.
+        thread::spawn(move || {
+            let mut packet = [0_u8; 2048];
+            loop {
+                match (&receiver).read(&mut packet) {
+                    Ok(length) => {
+                        if let Some(sent_ns) = parse_reply(&packet[..length])
+                            && replies.send((sent_ns, now_ns())).is_err()
+                        {
+                            return;
+                        }
+                    }
+                    // The guest's host may be unreachable for a while: that is what we are here to see.
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(_) => thread::sleep(INTERVAL),
+                }
+            }
+        });
+        thread::spawn(move || {
+            let mut next = Instant::now();
+            for sequence in (0..=u16::MAX).cycle() {
+                // An unreachable guest and a full queue are lost requests, as on any network.
+                let _ = socket.send(&request(sequence, now_ns()));
+                next += INTERVAL;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+        });
+        Ok(Self { arrived })
+    }
+
+    /// The first reply to a request that was sent after `after_ns`. Waits for it, at most `bound`.
+    ///
+    /// # Errors
+    /// If replies cannot be received any more.
+    pub fn first_reply(&self, after_ns: u64, bound: Duration) -> Result<FirstReply> {
+        let deadline = Instant::now() + bound;
+        loop {
+            match self.arrived.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok((sent_ns, received_ns)) if sent_ns > after_ns => {
+                    return Ok(FirstReply { sent_ns, received_ns: Some(received_ns) });
+                }
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Ok(FirstReply { sent_ns: after_ns, received_ns: None });
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("the receiving thread has ended"),
+            }
+        }
+    }
+}
+
 /// Probes until its input is closed. Each line of input is an instant in nanoseconds, answered with [`FirstReply`].
 ///
 /// # Errors
 /// If it may not open a raw socket.
 pub(super) fn run(to: Ipv4Addr) -> Result<()> {
-    let socket =
-        Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::ICMPV4)).context("cannot open a raw ICMP socket")?;
-    socket.set_recv_buffer_size(1 << 20)?;
-    socket.connect(&SockAddr::from(SocketAddrV4::new(to, 0)))?;
-    let receiver = socket.try_clone()?;
-    let (replies, arrived) = channel();
-    // Both threads end with the process.
-    thread::spawn(move || {
-        let mut packet = [0_u8; 2048];
-        loop {
-            match (&receiver).read(&mut packet) {
-                Ok(length) => {
-                    if let Some(sent_ns) = parse_reply(&packet[..length])
-                        && replies.send((sent_ns, now_ns())).is_err()
-                    {
-                        return;
-                    }
-                }
-                // The guest's host may be unreachable for a while: that is what we are here to see.
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(_) => thread::sleep(INTERVAL),
-            }
-        }
-    });
-    thread::spawn(move || {
-        let mut next = Instant::now();
-        for sequence in (0..=u16::MAX).cycle() {
-            // An unreachable guest and a full queue are lost requests, as on any network.
-            let _ = socket.send(&request(sequence, now_ns()));
-            next += INTERVAL;
-            thread::sleep(next.saturating_duration_since(Instant::now()));
-        }
-    });
+    let prober = Prober::start(to)?;
     for line in std::io::stdin().lock().lines() {
         let after: u64 = line?.trim().parse().context("an instant in nanoseconds was expected")?;
-        say(&first_reply(&arrived, after)?)?;
+        say(&prober.first_reply(after, FIRST_REPLY)?)?;
     }
     Ok(())
-}
-
-fn first_reply(arrived: &Receiver<(u64, u64)>, after: u64) -> Result<FirstReply> {
-    let deadline = Instant::now() + FIRST_REPLY;
-    loop {
-        match arrived.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok((sent_ns, received_ns)) if sent_ns > after => {
-                return Ok(FirstReply { sent_ns, received_ns: Some(received_ns) });
-            }
-            Ok(_) => {}
-            Err(RecvTimeoutError::Timeout) => {
-                return Ok(FirstReply { sent_ns: after, received_ns: None });
-            }
-            Err(RecvTimeoutError::Disconnected) => bail!("the receiving thread has ended"),
-        }
-    }
 }
 
 /// An echo request that carries `sent_ns`.
