@@ -10,6 +10,7 @@ use replicator::demo::image::{self, tool};
 use replicator::demo::lab::{Host, Machine, VM};
 use replicator::demo::wait::until;
 use replicator::demo::worker::Written;
+use rustix::fs::{FallocateFlags, fallocate, statvfs};
 
 use crate::stage::{SOON, Stage, play, play_long};
 
@@ -210,10 +211,11 @@ fn a_standby_whose_disk_is_full_is_left_behind() {
 #[test]
 fn a_standby_whose_disk_fills_up_is_left_behind_and_nothing_is_lost() {
     play("the standby's disk fills up", async |stage| {
-        // Room for the journal and the first copy, and a little of what is written later.
-        let _small = stage.small_disk_on_b(JOURNAL_MIB + 8)?;
+        // Room for the journal and the first copy; of what is written later there is room for a little.
+        let small = stage.small_disk_on_b(JOURNAL_MIB + 8)?;
         stage.set_with_disk(DISK_MIB).await?;
         stage.protect().await?;
+        small.leave(256 << 10)?;
         let mut client = stage.writer("g").await?;
         let ended = stage.until_state(Host::A, "degraded").await?;
         ensure!(ended.reason.contains("no space left"), "it does not say why: {ended:?}");
@@ -228,6 +230,15 @@ fn a_standby_whose_disk_fills_up_is_left_behind_and_nothing_is_lost() {
 
 /// A file system in memory, until it is dropped.
 struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Takes all of it but so many bytes.
+    fn leave(&self, bytes: u64) -> Result<()> {
+        let now = statvfs(&self.0)?;
+        let taken = (now.f_bavail * now.f_frsize).saturating_sub(bytes);
+        Ok(fallocate(fs::File::create(self.0.join("filler"))?, FallocateFlags::empty(), 0, taken)?)
+    }
+}
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
