@@ -23,8 +23,8 @@ use core::fmt::Write;
 
 use machine::{Serial, out, param};
 
-/// Longest wait of a vCPU with nothing to do, in microseconds.
-const IDLE_MAX: u32 = 100_000;
+/// Longest wait of a vCPU with nothing to do, in microseconds: so long that a wake-up that is lost is found out, and not made good by a timer.
+const IDLE_MAX: u32 = 600_000_000;
 
 /// The life of the first vCPU.
 fn first(cpus: u64) -> ! {

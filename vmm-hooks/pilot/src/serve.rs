@@ -1,11 +1,12 @@
 //! The server: TCP connections on port 6379, each answered in the order of its requests.
 //!
-//! An answer leaves only when the log that it speaks of is written: answers of one turn are sent after the turn's flush.
+//! An answer leaves only when the log that it speaks of is written: answers of one turn are sent after the turn's flush, and
+//! acknowledge what they answer, so that no frame is spent on that alone.
 
 use alloc::vec;
 use alloc::vec::Vec;
 
-use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet};
 use smoltcp::socket::tcp;
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr, Ipv4Address};
@@ -23,6 +24,8 @@ const CONNECTIONS: usize = 64;
 /// Bytes of a connection's buffers.
 const RECEIVE: usize = 16 << 10;
 const SEND: usize = 32 << 10;
+/// Most frames that are received in one turn.
+const FRAMES: usize = 64;
 /// While so many bytes of answers wait, no more requests of their connection are read.
 const ANSWERS_MAX: usize = 64 << 10;
 
@@ -80,7 +83,13 @@ impl Server {
     /// Receives, answers, sends. Whether there was anything to do, and else in how many microseconds there may be.
     pub fn turn(&mut self, mut log: Option<&mut Log>) -> (bool, u32) {
         let time = now();
-        self.interface.poll(time, &mut self.card, &mut self.sockets);
+        self.interface.poll_maintenance(time);
+        for _ in 0..FRAMES {
+            let result = self.interface.poll_ingress_single(time, &mut self.card, &mut self.sockets);
+            if matches!(result, PollIngressSingleResult::None) {
+                break;
+            }
+        }
         let mut busy = core::mem::take(&mut self.card.heard);
         for connection in &mut self.connections {
             let socket = self.sockets.get_mut::<tcp::Socket>(connection.handle);
@@ -93,9 +102,7 @@ impl Server {
         for connection in &mut self.connections {
             written |= connection.write(self.sockets.get_mut::<tcp::Socket>(connection.handle));
         }
-        if written {
-            self.interface.poll(time, &mut self.card, &mut self.sockets);
-        }
+        while !matches!(self.interface.poll_egress(time, &mut self.card, &mut self.sockets), PollResult::None) {}
         let delay = self.interface.poll_delay(time, &self.sockets);
         let delay = delay.map_or(u32::MAX, |delay| u32::try_from(delay.total_micros()).unwrap_or(u32::MAX));
         (busy || written, delay)

@@ -142,10 +142,11 @@ impl Guest for KvmGuest {
     }
 
     fn idle(&mut self) -> bool {
-        let happened = self.machine.0.wake.happened();
+        let slots = &self.machine.0.slots;
+        let happened = slots.iter().map(|slot| slot.wake.happened()).sum();
         let quiet = happened == self.looked;
         self.looked = happened;
-        quiet && self.machine.0.wake.waiting() == self.machine.0.slots.len()
+        quiet && slots.iter().all(|slot| slot.wake.waits())
     }
 
     fn arm(&mut self) -> Result<(), GuestError> {

@@ -2,7 +2,8 @@
 //!
 //! Promises: when [`Machine::pause`] returns, every vCPU stands outside of the guest with nothing unfinished, no request is in flight, and
 //! nobody writes the guest's memory; if it fails, the machine runs on. A new machine stands. A pause makes a bounded number of system calls
-//! (for each vCPU a signal and its wake-up) and allocates nothing.
+//! (for each vCPU that is in the guest a signal, and its wake-up) and allocates nothing. A vCPU that waits for something to do stands already: a
+//! pause neither wakes it nor waits for it.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
@@ -87,8 +88,8 @@ enum Want {
 #[derive(Debug)]
 struct Run {
     want: Want,
-    /// vCPUs that stand.
-    standing: usize,
+    /// Which vCPUs stand: outside of the guest, and not to enter it before they looked here.
+    standing: Vec<bool>,
     /// vCPU threads that have not ended.
     alive: usize,
     /// The guest has shut itself down: it stands for good, whole.
@@ -103,6 +104,7 @@ struct Run {
 pub(super) struct Slot {
     pub(super) vcpu: Mutex<Vcpu>,
     pub(super) kick: Arc<Kick>,
+    pub(super) wake: Wake,
     room: Mutex<Room>,
 }
 
@@ -119,7 +121,6 @@ pub(super) struct Inner {
     pub(super) log: Arc<DiskLog>,
     pub(super) orders: Orders,
     pub(super) clock: Clock,
-    pub(super) wake: Wake,
     /// Devices are to begin no request.
     halt: Arc<AtomicBool>,
     /// Devices may have requests that were left.
@@ -219,7 +220,12 @@ impl Machine {
             let table = table.ok_or_else(|| refused("the processor's description is too long for KVM"))?;
             vcpu.fd().set_cpuid2(&table).map_err(failed("set what a vCPU's processor is")).map_err(kvm_failed)?;
             let room = Room::new(kvm, &vcpu).map_err(kvm_failed)?;
-            slots.push(Slot { kick: vcpu.kick(), vcpu: Mutex::new(vcpu), room: Mutex::new(room) });
+            slots.push(Slot {
+                kick: vcpu.kick(),
+                vcpu: Mutex::new(vcpu),
+                wake: Wake::default(),
+                room: Mutex::new(room),
+            });
         }
         let disks = spec.disks.iter().map(|disk| open_disk(&disk.path)).collect::<Result<Vec<_>, _>>()?;
         let log = Arc::new(DiskLog::new(disks.iter().map(|&(_, bytes)| bytes).collect()));
@@ -250,12 +256,18 @@ impl Machine {
             gate,
             log,
             orders: Orders::default(),
-            wake: Wake::default(),
             halt,
             look: AtomicBool::new(true),
             serial: Mutex::default(),
             attached: AtomicBool::new(false),
-            run: Mutex::new(Run { want: Want::Stand, standing: 0, alive, off: false, end: None, events: Vec::new() }),
+            run: Mutex::new(Run {
+                want: Want::Stand,
+                standing: vec![false; alive],
+                alive,
+                off: false,
+                end: None,
+                events: Vec::new(),
+            }),
             go: Condvar::new(),
             stood: Condvar::new(),
             spec,
@@ -284,7 +296,8 @@ impl Machine {
             let inner = Arc::clone(&self.0);
             let receive = move || {
                 let net = inner.net.as_ref().expect("asked above");
-                net.receive(inner.vm.ram().memory(), &inner.wake);
+                // The first vCPU is the one that serves the network.
+                net.receive(inner.vm.ram().memory(), &inner.slots[0].wake);
             };
             spawn("net".to_owned(), Box::new(receive)).inspect_err(|_| self.end(None))?;
         }
@@ -326,10 +339,12 @@ impl Machine {
             return Err(inner.gone(&run));
         }
         run.want = Want::Stand;
+        inner.halt();
+        for (slot, _) in inner.slots.iter().zip(&run.standing).filter(|&(_, standing)| !standing) {
+            slot.kick.kick();
+        }
         drop(run);
-        inner.interrupt();
-        let vcpus = inner.slots.len();
-        let waits = |run: &mut Run| run.standing < vcpus && run.end.is_none();
+        let waits = |run: &mut Run| run.standing.contains(&false) && run.end.is_none();
         let waited = inner.stood.wait_timeout_while(inner.run(), STAND_MAX, waits);
         let (run, late) = waited.expect("nobody panics while it holds the machine");
         if run.end.is_some() {
@@ -367,6 +382,10 @@ impl Machine {
         run.want = Want::Run;
         drop(run);
         inner.go.notify_all();
+        if inner.look.load(Ordering::SeqCst) {
+            // The first vCPU is to look, and may be waiting.
+            inner.slots[0].wake.wake();
+        }
         if let Some(net) = &inner.net {
             net.run(true);
         }
@@ -397,7 +416,7 @@ impl Machine {
     /// If the machine has ended or does not answer.
     pub fn order(&self, words: &[u32], most: Duration) -> Result<(), GuestError> {
         let number = self.0.orders.give(words);
-        self.0.wake.all();
+        self.0.wake_all();
         if self.0.orders.carried_out(number, most) {
             return Ok(());
         }
@@ -498,12 +517,22 @@ impl Inner {
         GuestError::new(GuestErrorKind::Gone, format!("the microVM {} has ended{how}", self.spec.name))
     }
 
-    /// Gets every vCPU out of the guest and out of what it waits for.
-    fn interrupt(&self) {
+    /// Lets no request of a device begin, nor wait for room in the log.
+    fn halt(&self) {
         self.halt.store(true, Ordering::SeqCst);
         self.log.stop(true);
-        self.wake.all();
+    }
+
+    /// Gets every vCPU out of the guest and out of what it waits for.
+    fn interrupt(&self) {
+        self.halt();
         self.slots.iter().for_each(|slot| slot.kick.kick());
+        self.wake_all();
+    }
+
+    /// Something happened that may be any vCPU's business.
+    pub(super) fn wake_all(&self) {
+        self.slots.iter().for_each(|slot| slot.wake.wake());
     }
 
     /// For a vCPU's thread: the guest shuts itself down. It stands from now on, so that its last output and writes can be committed.
@@ -541,20 +570,25 @@ impl Inner {
         self.stood.notify_all();
     }
 
-    /// For a vCPU's thread: stands while it is to. False: it is to end.
-    pub(super) fn may_run(&self, kick: &Kick) -> bool {
+    /// For the thread of vCPU `number`, outside of the guest with nothing unfinished: waits until something happens, or for `rest`, and stands
+    /// while it is to. False: it is to end.
+    pub(super) fn may_run(&self, number: usize, rest: Option<Duration>) -> bool {
+        let slot = &self.slots[number];
         let mut run = self.run();
+        run.standing[number] = true;
         if run.want == Want::Stand {
-            run.standing += 1;
             self.stood.notify_all();
-            run = self
-                .go
-                .wait_while(run, |run| run.want == Want::Stand)
-                .expect("nobody panics while it holds the machine");
-            run.standing -= 1;
         }
+        if let Some(most) = rest {
+            // It counts as standing all the time, so a pause need not wake it. Afterwards it looks whether it is to go on.
+            drop(run);
+            slot.wake.wait(most);
+            run = self.run();
+        }
+        run = self.go.wait_while(run, |run| run.want == Want::Stand).expect("nobody panics while it holds the machine");
+        run.standing[number] = false;
         // Under the lock: who asks for the next pause kicks after this.
-        kick.clear();
+        slot.kick.clear();
         run.want == Want::Run
     }
 

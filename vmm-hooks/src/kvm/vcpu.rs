@@ -1,7 +1,7 @@
 //! A vCPU's thread, and what its exits ask for.
 //!
 //! A kick makes `KVM_RUN` return only after what the exit before had asked for is finished in the guest's registers, so a vCPU
-//! stands only between two instructions.
+//! stands only between two instructions. A vCPU whose guest asks to wait kicks itself, so that it stands while it waits.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -16,16 +16,21 @@ use crate::guest::GuestEvent;
 pub(super) fn run(inner: &Inner, number: usize) {
     let slot = &inner.slots[number];
     slot.kick.mine();
-    // How much had happened when this vCPU last waited.
-    let mut seen = 0;
-    while inner.may_run(&slot.kick) {
+    // How long the guest wants to wait.
+    let mut rest = None;
+    while inner.may_run(number, rest.take()) {
         if number == 0 && inner.look.swap(false, Ordering::SeqCst) {
             inner.look_into_devices();
         }
         let mut vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
         loop {
             let end = match vcpu.fd_mut().run() {
-                Ok(exit) => inner.serve(exit, number, &mut seen),
+                Ok(VcpuExit::IoOut(port::WAIT, data)) => {
+                    rest = Some(Duration::from_micros(word(data).into()));
+                    slot.kick.hold();
+                    None
+                }
+                Ok(exit) => inner.serve(exit, number),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => break,
                 Err(error) => {
                     let why = std::io::Error::from_raw_os_error(error.errno());
@@ -68,12 +73,13 @@ impl Inner {
     }
 
     /// Does what an exit asks for; how the machine ends, if it does.
-    fn serve(&self, exit: VcpuExit<'_>, cpu: usize, seen: &mut u64) -> Option<GuestEvent> {
+    fn serve(&self, exit: VcpuExit<'_>, cpu: usize) -> Option<GuestEvent> {
         match exit {
-            VcpuExit::IoOut(port::WAIT, data) => {
-                *seen = self.wake.wait(*seen, Duration::from_micros(word(data).into()));
+            VcpuExit::IoOut(port::DONE, _) => {
+                self.orders.done();
+                // It may have been an order for another vCPU.
+                self.wake_all();
             }
-            VcpuExit::IoOut(port::DONE, _) => self.orders.done(),
             VcpuExit::IoOut(port::EXIT, data) if word(data) == 0 => self.shut_down(),
             VcpuExit::IoOut(port::EXIT, data) => {
                 return Some(died(format!("the guest ended itself with code {}", word(data))));

@@ -1,50 +1,87 @@
 //! What a vCPU waits for that has nothing to do: that something happens, or a time.
+//!
+//! Promise: what happens after the guest has last looked ends the wait that follows, also if it happens before that begins.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// Counts what happens.
+/// Counts what happens, for one vCPU.
 #[derive(Debug, Default)]
 pub(super) struct Wake {
-    count: Mutex<u64>,
+    state: Mutex<State>,
     changed: Condvar,
-    waiting: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    happened: u64,
+    /// What had happened when the vCPU last began to look.
+    seen: u64,
+    waits: bool,
 }
 
 impl Wake {
-    fn lock(&self) -> MutexGuard<'_, u64> {
-        self.count.lock().expect("nobody panics while it counts")
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect("nobody panics while it counts")
     }
 
-    /// Something happened: everybody who waits goes on, and who begins to wait now does not.
-    pub(super) fn all(&self) {
-        *self.lock() += 1;
-        self.changed.notify_all();
+    /// Something happened: who waits goes on, and who begins to wait now does not.
+    pub(super) fn wake(&self) {
+        let mut state = self.lock();
+        state.happened += 1;
+        if state.waits {
+            self.changed.notify_all();
+        }
     }
 
     /// How much has happened.
     pub(super) fn happened(&self) -> u64 {
-        *self.lock()
+        self.lock().happened
     }
 
-    /// How many wait.
-    pub(super) fn waiting(&self) -> usize {
-        self.waiting.load(Ordering::SeqCst)
+    /// Whether the vCPU waits, and nothing has happened that ends it.
+    pub(super) fn waits(&self) -> bool {
+        let state = self.lock();
+        state.waits && state.happened == state.seen
     }
 
-    /// Waits until more has happened than `seen`, or for `most`; returns what has happened.
-    pub(super) fn wait(&self, seen: u64, most: Duration) -> u64 {
+    /// For the vCPU's thread: waits until more has happened than when this last returned, or for `most`.
+    pub(super) fn wait(&self, most: Duration) {
         let deadline = Instant::now() + most;
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let mut count = self.lock();
-        while *count == seen {
+        let mut state = self.lock();
+        state.waits = true;
+        while state.happened == state.seen {
             let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 break;
             };
-            count = self.changed.wait_timeout(count, left).expect("nobody panics while it counts").0;
+            state = self.changed.wait_timeout(state, left).expect("nobody panics while it counts").0;
         }
-        self.waiting.fetch_sub(1, Ordering::SeqCst);
-        *count
+        state.waits = false;
+        state.seen = state.happened;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happens_before_a_wait_ends_it_once() {
+        let wake = Wake::default();
+        wake.wake();
+        wake.wake();
+        // For ever, if it were lost.
+        wake.wait(Duration::MAX / 4);
+        wake.wait(Duration::ZERO);
+        assert!(!wake.waits());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| wake.wait(Duration::MAX / 4));
+            while !wake.waits() {
+                std::thread::yield_now();
+            }
+            wake.wake();
+            assert!(!wake.waits(), "it is to go on");
+            waiting.join().expect("it does not panic");
+        });
     }
 }

@@ -312,6 +312,11 @@ impl Kick {
         }
     }
 
+    /// For the thread that runs the vCPU: does not let it enter the guest, but finish what its last exit asked for.
+    pub fn hold(&self) {
+        self.immediate_exit().store(1, Ordering::SeqCst);
+    }
+
     /// Lets the vCPU enter the guest again.
     pub fn clear(&self) {
         self.immediate_exit().store(0, Ordering::SeqCst);

@@ -122,6 +122,44 @@ fn a_guest_that_writes_without_pause_is_whole_in_each_epoch_and_goes_on_after_a_
 }
 
 #[test]
+fn no_kick_and_no_wake_up_is_lost_however_late_the_threads_come() {
+    let Some(kvm) = means() else { return };
+    let machine = boot(&kvm, spec(2));
+    let mut guest = attach(&machine).expect("nobody is attached");
+    let stop = AtomicBool::new(false);
+    let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+    // The guest's longest wait is longer than any patience here: what is lost stays lost.
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| while !stop.load(Ordering::SeqCst) {});
+        }
+        for round in 0..400 {
+            // Pauses of a guest that works, of one that begins to wait, and of one that waits.
+            if round % 3 == 0 {
+                machine.order(&[abi::order::FILL, first, round % 256], PATIENCE).expect("no wake-up is lost");
+            }
+            if round % 40 == 0 {
+                // For the other vCPU, which the first one wakes.
+                work(&machine, 1, 1, 8, abi::SEQUENTIAL, 1);
+            }
+            guest.pause().expect("no kick is lost");
+            guest.resume().expect("it stands");
+        }
+        stop.store(true, Ordering::SeqCst);
+    });
+    let deadline = Instant::now() + PATIENCE;
+    let mut page = Vec::new();
+    while {
+        guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + 1], &mut page).expect("it is there");
+        page[40] == 0
+    } {
+        assert!(Instant::now() < deadline, "the second vCPU was not woken");
+        std::thread::yield_now();
+    }
+    machine.fence().fence().expect("it ends");
+}
+
+#[test]
 fn a_guest_that_ends_itself_is_gone_in_words() {
     let Some(kvm) = means() else { return };
     let machine = boot(&kvm, spec(2));

@@ -1,9 +1,14 @@
 //! The millisecond prober: asks for an ICMP echo each millisecond and knows when which request was answered.
 //!
 //! A request carries its own time of sending, so a reply tells which request it answers without a table.
+//!
+//! A guest that answers late is asked less often, so that what is asked here never fills the queue in front of it: on a host without time to
+//! spare, a thousand requests a second took the place of the TCP client's segments there, and the client waited for its own growing timer.
 
 use std::io::{BufRead as _, ErrorKind, Read as _};
 use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +22,10 @@ use crate::demo::wait::now_ns;
 
 /// Time between two requests.
 const INTERVAL: Duration = Duration::from_millis(1);
+/// The same, to a guest that answers very late.
+const LONGEST: Duration = Duration::from_millis(100);
+/// Most requests in the time that the last answer took.
+const UNDER_WAY: u32 = 16;
 /// Bound on waiting for a first reply.
 pub const FIRST_REPLY: Duration = Duration::from_secs(60);
 /// Marks our requests among all echoes.
@@ -51,16 +60,20 @@ impl Prober {
         socket.connect(&SockAddr::from(SocketAddrV4::new(to, 0))).with_context(|| format!("{to} cannot be reached"))?;
         let receiver = socket.try_clone()?;
         let (replies, arrived) = channel();
+        let took = Arc::new(AtomicU64::new(0));
+        let last_took = Arc::clone(&took);
         // Both threads end with the process.
         thread::spawn(move || {
             let mut packet = [0_u8; 2048];
             loop {
                 match (&receiver).read(&mut packet) {
                     Ok(length) => {
-                        if let Some(sent_ns) = parse_reply(&packet[..length])
-                            && replies.send((sent_ns, now_ns())).is_err()
-                        {
-                            return;
+                        if let Some(sent_ns) = parse_reply(&packet[..length]) {
+                            let now = now_ns();
+                            took.store(now.saturating_sub(sent_ns), Ordering::Relaxed);
+                            if replies.send((sent_ns, now)).is_err() {
+                                return;
+                            }
                         }
                     }
                     // The guest's host may be unreachable for a while: that is what we are here to see.
@@ -74,8 +87,10 @@ impl Prober {
             for sequence in (0..=u16::MAX).cycle() {
                 // An unreachable guest and a full queue are lost requests, as on any network.
                 let _ = socket.send(&request(sequence, now_ns()));
-                next += INTERVAL;
-                thread::sleep(next.saturating_duration_since(Instant::now()));
+                let now = Instant::now();
+                // What was not asked in time is not asked all at once.
+                next = (next + interval(Duration::from_nanos(last_took.load(Ordering::Relaxed)))).max(now);
+                thread::sleep(next.saturating_duration_since(now));
             }
         });
         Ok(Self { arrived })
@@ -115,6 +130,11 @@ pub(super) fn run(to: Ipv4Addr) -> Result<()> {
     Ok(())
 }
 
+/// The time between two requests, if the last answer took so long.
+fn interval(took: Duration) -> Duration {
+    (took / UNDER_WAY).clamp(INTERVAL, LONGEST)
+}
+
 /// An echo request that carries `sent_ns`.
 fn request(sequence: u16, sent_ns: u64) -> [u8; LENGTH] {
     let mut packet = [0; LENGTH];
@@ -146,7 +166,17 @@ fn parse_reply(packet: &[u8]) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{checksum, parse_reply, request};
+    use std::time::Duration;
+
+    use super::{INTERVAL, LONGEST, checksum, interval, parse_reply, request};
+
+    #[test]
+    fn who_answers_in_time_is_asked_each_millisecond_and_who_is_late_is_not_flooded() {
+        assert_eq!(interval(Duration::ZERO), INTERVAL, "nothing was answered yet");
+        assert_eq!(interval(Duration::from_millis(16)), INTERVAL);
+        assert_eq!(interval(Duration::from_millis(160)), Duration::from_millis(10));
+        assert_eq!(interval(Duration::from_secs(9)), LONGEST);
+    }
 
     #[test]
     fn a_reply_tells_when_its_request_was_sent() {

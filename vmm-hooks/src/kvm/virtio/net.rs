@@ -177,7 +177,7 @@ impl Net {
                 }
             }
             drop(state);
-            wake.all();
+            wake.wake();
         }
     }
 
