@@ -165,7 +165,10 @@ async fn a_peer_is_suspected_only_when_all_its_paths_are_silent() {
         until(&pair.beat_of_b, path, |path| path.received > 0).await;
     }
     pair.pass(0, false);
-    until(&pair.beat_of_a, 0, |path| path.silence > Some(SILENCE * 4)).await;
+    let (node, at) = (pair.b.identity.node(), &mut pair.at_a);
+    assert!(matches!(next(at).await, PeerEvent::PathDown { node: whom, path: 0, .. } if whom == node));
+    until(&pair.beat_of_a, 0, |path| path.silence > Some(SILENCE * 4) && !path.up && !path.suspected).await;
+    until(&pair.beat_of_a, 1, |path| path.up).await;
     pair.pass(1, false);
     let event = next(&mut pair.at_a).await;
     assert!(suspects(&event, &pair.b), "{event:?}");
@@ -176,6 +179,8 @@ async fn a_peer_is_suspected_only_when_all_its_paths_are_silent() {
     pair.pass(1, true);
     let event = next(&mut pair.at_a).await;
     assert!(hears_again(&event, &pair.b), "{event:?}");
+    pair.pass(0, true);
+    assert!(matches!(next(&mut pair.at_a).await, PeerEvent::PathUp { path: 0, .. }));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

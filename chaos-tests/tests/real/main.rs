@@ -15,6 +15,7 @@ mod microvm;
 mod monitor;
 mod page;
 mod pair;
+mod paths;
 mod pressure;
 mod refuses;
 mod stage;

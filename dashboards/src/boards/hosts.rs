@@ -47,9 +47,9 @@ fn agents() -> Vec<Panel> {
 }
 
 fn heartbeats() -> Vec<Panel> {
-    let sent =
-        "sum by (instance, peer) (rate(understudy_heartbeats_sent_total{instance=~\"$instance\"}[$__rate_interval]))";
-    let received = "sum by (instance, peer) (rate(understudy_heartbeats_received_total{instance=~\"$instance\"}[$__rate_interval]))";
+    let rate =
+        |way: &str| format!("rate(understudy_heartbeats_{way}_total{{instance=~\"$instance\"}}[$__rate_interval])");
+    let (sent, received) = (rate("sent"), rate("received"));
     vec![
         Panel::row("Heartbeats"),
         Panel::lines(
@@ -79,8 +79,33 @@ fn heartbeats() -> Vec<Panel> {
             "Both should be the same. Heard fewer than the other side sends: the path loses datagrams.",
             "ops",
         )
-        .query(sent, "{{instance}} to {{peer}}")
-        .query(received, "{{instance}} from {{peer}}"),
+        .query(&sent, "{{instance}} to {{peer}}, path {{path}}")
+        .query(&received, "{{instance}} from {{peer}}, path {{path}}"),
+        Panel::stat(
+            "Paths",
+            "1: the peer is heard on this path. 0: it is not, or never was. Nothing fails over while one path of a peer is heard; mend the \
+             link before the others fail, too.",
+            "none",
+        )
+        .size(8, 8)
+        .good_from(1.0)
+        .now("understudy_peer_path_up{instance=~\"$instance\"}", "{{instance}} hears {{peer}} on {{path}}"),
+        Panel::lines(
+            "Silence by path",
+            "Time since the peer was heard on each path. One line that climbs alone: that link is down. All of a peer's: the peer is gone.",
+            "s",
+        )
+        .size(8, 8)
+        .bad_from(0.2, 1.0)
+        .query("understudy_peer_path_silence_seconds{instance=~\"$instance\"}", "{{instance}} of {{peer}}, path {{path}}"),
+        Panel::lines(
+            "Suspicion and round trip by path",
+            "phi and the last round trip in milliseconds. A path whose peaks are higher than the others' loses or delays datagrams.",
+            "none",
+        )
+        .size(8, 8)
+        .query("understudy_peer_path_phi{instance=~\"$instance\"}", "phi: {{instance}} of {{peer}}, path {{path}}")
+        .query("understudy_peer_path_rtt_seconds{instance=~\"$instance\"} * 1000", "ms: {{instance}} to {{peer}}, path {{path}}"),
     ]
 }
 

@@ -70,6 +70,8 @@ pub(super) struct Drive {
     reports: watch::Receiver<Reports>,
     stats: Arc<Mutex<Vec<PathStats>>>,
     endpoints: Vec<Arc<Endpoint>>,
+    /// Where each of them listens.
+    locals: Vec<SocketAddr>,
     start: Instant,
     sequence: u64,
     watched: BTreeMap<NodeId, Watched>,
@@ -106,6 +108,7 @@ impl Drive {
             reports,
             stats,
             endpoints,
+            locals: addresses.clone(),
             start: Instant::now(),
             sequence: 0,
             watched: BTreeMap::new(),
@@ -239,7 +242,9 @@ impl Drive {
         let reports = turn(&self.reports.borrow_and_update(), self.sequence);
         let now = self.now();
         let mut stats = Vec::new();
+        let mut events = Vec::new();
         for watched in self.watched.values_mut() {
+            watched.track.judge_paths(now, &mut events);
             for path in 0..watched.links.len() {
                 if let Some(link) = &watched.links[path] {
                     let pulse = Pulse {
@@ -255,11 +260,16 @@ impl Drive {
                         watched.sent[path] += 1;
                     }
                 }
+                // A path that only one of the two has is none.
+                let Some(&address) = watched.peer.heartbeat.get(path) else { continue };
                 let view = watched.track.view(now, path);
                 stats.push(PathStats {
                     node: watched.peer.node,
                     name: watched.peer.name.clone(),
                     path,
+                    local: self.locals[path],
+                    address,
+                    up: view.up,
                     connected: watched.links[path].is_some(),
                     sent: watched.sent[path],
                     received: view.received,
@@ -271,6 +281,7 @@ impl Drive {
             }
         }
         *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+        self.tell(events);
     }
 
     /// Suspects who is due, after a last look at the socket. Returns when to come again.

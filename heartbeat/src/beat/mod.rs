@@ -81,6 +81,25 @@ pub enum PeerEvent {
         /// How long it had been silent.
         silence: Duration,
     },
+    /// One path to the peer is silent past the bound while another one is heard. Nobody is suspected for that.
+    PathDown {
+        /// Which peer.
+        node: NodeId,
+        /// Which path, from 0.
+        path: usize,
+        /// How long it is silent.
+        silence: Duration,
+    },
+    /// That path is heard again, while the peer was not suspected: else [`PeerEvent::HeardAgain`] says it for the first path, and
+    /// this for each other one.
+    PathUp {
+        /// Which peer.
+        node: NodeId,
+        /// Which path, from 0.
+        path: usize,
+        /// How long it had been silent.
+        silence: Duration,
+    },
     /// The peer restarted. Comes before the [`PeerEvent::HeardAgain`] of the same heartbeat.
     Incarnation {
         /// Which peer.
@@ -115,6 +134,12 @@ pub struct PathStats {
     pub name: String,
     /// Which path, from 0.
     pub path: usize,
+    /// Where this node listens on it.
+    pub local: SocketAddr,
+    /// Where the peer does, as pinned.
+    pub address: SocketAddr,
+    /// It was heard, and is not silent past the detector's bound.
+    pub up: bool,
     /// Whether a connection stands.
     pub connected: bool,
     /// Heartbeats sent.

@@ -1,7 +1,7 @@
 //! What is known of one peer: a detector per path, and the changes that are worth an event.
 //!
 //! Pure: time comes in, events go out. A peer is suspected when every path on which it was ever heard is
-//! past its detector's bound.
+//! past its detector's bound. A path alone that is past it is *down*: that is told, and nothing comes of it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -37,6 +37,8 @@ struct Path {
     sequence: u64,
     received: u64,
     last: Option<Time>,
+    /// Its detector's bound has passed, and nothing was heard since.
+    down: bool,
     /// `sent` of the last heartbeat.
     echo: u64,
     rtt: Option<Duration>,
@@ -49,12 +51,21 @@ pub(super) struct PathView {
     pub(super) rtt: Option<Duration>,
     pub(super) phi: f64,
     pub(super) silence: Option<Duration>,
+    /// It was heard, and is not past its bound.
+    pub(super) up: bool,
 }
 
 impl Track {
     pub(super) fn new(node: NodeId, paths: usize, config: DetectorConfig) -> Self {
-        let path =
-            || Path { detector: Detector::new(config), sequence: 0, received: 0, last: None, echo: 0, rtt: None };
+        let path = || Path {
+            detector: Detector::new(config),
+            sequence: 0,
+            received: 0,
+            last: None,
+            down: false,
+            echo: 0,
+            rtt: None,
+        };
         Self {
             node,
             config,
@@ -95,7 +106,9 @@ impl Track {
         }
         let arrival = on.detector.handle_heartbeat(now, new);
         debug_assert_ne!(arrival, Arrival::Stale, "older lives were dropped above");
+        let path_silence = on.last.map_or(Duration::ZERO, |last| now.since(last));
         on.last = Some(now);
+        let path_was_down = std::mem::take(&mut on.down);
         on.echo = pulse.sent;
         if let Some(Echo { sent, held }) = pulse.echo {
             on.rtt = now.0.checked_sub(sent).and_then(|whole| whole.checked_sub(held)).map(Duration::from_nanos);
@@ -104,6 +117,8 @@ impl Track {
         self.last_heard = Some(now);
         if std::mem::take(&mut self.suspected) {
             events.push(PeerEvent::HeardAgain { node, silence });
+        } else if path_was_down {
+            events.push(PeerEvent::PathUp { node, path, silence: path_silence });
         }
         if pulse.sequence > self.sequence {
             self.sequence = pulse.sequence;
@@ -122,7 +137,7 @@ impl Track {
         if self.suspected {
             return;
         }
-        for path in self.paths.iter_mut().filter(|path| path.last.is_some()) {
+        for path in self.paths.iter_mut().filter(|path| path.last.is_some() && !path.down) {
             path.detector = Detector::new(self.config);
             path.detector.handle_heartbeat(now, incarnation);
         }
@@ -136,6 +151,21 @@ impl Track {
         self.paths.iter().filter_map(|path| path.detector.next_check()).max()
     }
 
+    /// Which paths are down: told of each once, unless the peer is silent on all of them, which is more.
+    pub(super) fn judge_paths(&mut self, now: Time, events: &mut Vec<PeerEvent>) {
+        let node = self.node;
+        let silent = |path: &Path| path.last.is_none() || path.detector.is_suspect(now);
+        let all = self.suspected || self.paths.iter().all(silent);
+        for (number, path) in self.paths.iter_mut().enumerate() {
+            let Some(last) = path.last else { continue };
+            if all || path.down || !path.detector.is_suspect(now) {
+                continue;
+            }
+            path.down = true;
+            events.push(PeerEvent::PathDown { node, path: number, silence: now.since(last) });
+        }
+    }
+
     /// Suspects the peer if all its paths are silent past the bound.
     pub(super) fn judge(&mut self, now: Time, events: &mut Vec<PeerEvent>) {
         let (Some(at), Some(last)) = (self.next_check(), self.last_heard) else { return };
@@ -143,6 +173,7 @@ impl Track {
             return;
         }
         self.suspected = true;
+        self.paths.iter_mut().for_each(|path| path.down = path.last.is_some());
         let heard = self.paths.iter().filter(|path| path.last.is_some());
         let phi = heard.map(|path| path.detector.phi(now)).fold(f64::INFINITY, f64::min);
         events.push(PeerEvent::Suspected { node: self.node, phi, silence: now.since(last) });
@@ -166,6 +197,7 @@ impl Track {
             rtt: path.rtt,
             phi: path.detector.phi(now),
             silence: path.last.map(|last| now.since(last)),
+            up: path.last.is_some() && !path.down,
         }
     }
 }
@@ -228,6 +260,49 @@ mod tests {
         }
         assert!(events.is_empty(), "{events:?}");
         assert_eq!(judged(&mut track, 5000).len(), 1);
+    }
+
+    #[test]
+    fn a_path_that_is_down_is_told_once_and_suspects_nobody() {
+        let mut track = heard(&[0, 1], 1000);
+        let mut events = Vec::new();
+        for tick in 50..100 {
+            track.handle_pulse(Time(tick * 20 * MS), 1, &pulse(1, tick + 1), &mut events);
+            track.judge_paths(Time(tick * 20 * MS + 1), &mut events);
+            track.judge(Time(tick * 20 * MS + 1), &mut events);
+        }
+        assert!(
+            matches!(events[..], [PeerEvent::PathDown { path: 0, silence, .. }] if silence >= Duration::from_millis(200)),
+            "{events:?}"
+        );
+        let up = |track: &Track| [0, 1].map(|path| track.view(Time(1990 * MS), path).up);
+        assert_eq!(up(&track), [false, true]);
+        // We were not scheduled: that is no reason to hope for a path that was down before.
+        track.handle_starvation(Time(1990 * MS));
+        assert_eq!(up(&track), [false, true]);
+        events.clear();
+        track.handle_pulse(Time(1995 * MS), 0, &pulse(1, 200), &mut events);
+        let silence = Duration::from_millis(1995 - 980);
+        assert_eq!(events, [PeerEvent::PathUp { node: NODE, path: 0, silence }]);
+        assert_eq!(up(&track), [true, true]);
+    }
+
+    #[test]
+    fn paths_of_a_silent_peer_are_down_and_said_to_be_up_one_by_one() {
+        let mut track = heard(&[0, 1], 1000);
+        let mut events = Vec::new();
+        track.judge_paths(Time(5000 * MS), &mut events);
+        assert!(events.is_empty(), "a silent peer is more than its paths: {events:?}");
+        assert_eq!(judged(&mut track, 5000).len(), 1);
+        let up = |track: &Track| [0, 1].map(|path| track.view(Time(6000 * MS), path).up);
+        assert_eq!(up(&track), [false, false]);
+        track.handle_pulse(Time(6000 * MS), 1, &pulse(1, 200), &mut events);
+        assert!(matches!(events[..], [PeerEvent::HeardAgain { .. }]), "{events:?}");
+        assert_eq!(up(&track), [false, true]);
+        events.clear();
+        track.judge_paths(Time(6001 * MS), &mut events);
+        track.handle_pulse(Time(6002 * MS), 0, &pulse(1, 201), &mut events);
+        assert!(matches!(events[..], [PeerEvent::PathUp { path: 0, .. }]), "{events:?}");
     }
 
     #[test]

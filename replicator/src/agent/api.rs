@@ -9,12 +9,12 @@ use heartbeat::trust::{self, Peer};
 use tokio::sync::oneshot;
 
 use super::sessions::blocking;
-use super::{Agent, Request, STOP_WITHIN, events};
+use super::{Agent, Request, STOP_WITHIN, events, paths};
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
     PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, ProtectionState, RehearsalReport, Role,
-    Suspicion, VmEvent, VmRequest, VmStatus,
+    VmEvent, VmRequest, VmStatus,
 };
 use crate::control::doctor;
 use crate::control::drill::{DrillPlan, DrillRequest};
@@ -87,19 +87,17 @@ impl Agent {
 
     fn peer_status(&self, peer: Peer) -> PeerStatus {
         // The path that is heard best speaks for the node.
-        let paths = self.beat.stats().into_iter().filter(|path| path.node == peer.node);
-        let best = paths.min_by(|a, b| a.phi.total_cmp(&b.phi));
-        let suspicion = best
-            .as_ref()
-            .map(|path| Suspicion::new(path.phi, path.silence.unwrap_or_default().as_secs_f64() * 1e3, path.suspected));
+        let stats: Vec<_> = self.beat.stats().into_iter().filter(|path| path.node == peer.node).collect();
+        let best = paths::best(stats.iter());
         PeerStatus {
             name: peer.name,
             node_id: peer.node.to_string(),
             kind: kind(peer.role),
             address: peer.addresses.first().map(ToString::to_string).unwrap_or_default(),
-            connected: best.as_ref().is_some_and(|path| path.connected),
-            suspicion,
+            connected: stats.iter().any(|path| path.connected),
+            suspicion: best.map(paths::suspicion),
             rtt_ms: best.and_then(|path| path.rtt).map(|rtt| rtt.as_secs_f64() * 1e3),
+            paths: stats.iter().map(paths::status).collect(),
         }
     }
 }

@@ -62,6 +62,12 @@ impl Beats {
                     tracing::warn!(%node, phi, ?silence, "a peer is silent");
                     self.tell(node, Beat::Suspected { last_heard: Some(before(silence)) });
                 }
+                PeerEvent::PathDown { node, path, silence } => {
+                    tracing::warn!(%node, path, ?silence, "one path to a peer is silent; it is heard on another one");
+                }
+                PeerEvent::PathUp { node, path, silence } => {
+                    tracing::info!(%node, path, ?silence, "a path to a peer is heard again");
+                }
                 PeerEvent::HeardAgain { node, silence } => {
                     tracing::info!(%node, ?silence, "a peer is heard again");
                     self.tell(node, Beat::Heard);

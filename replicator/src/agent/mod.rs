@@ -9,6 +9,7 @@
 //! | `disks` | holds a standby's disk writes before their epoch counts as staged |
 //! | `arbiter` | which ownership store is asked: a witness or etcd |
 //! | `link`, `asker`, `beats` | peer messages, questions to the store, suspicion |
+//! | `paths` | what heartbeats say of each path to a peer, as metrics and words |
 //! | `durable` | what a host remembers of a VM |
 //! | `view` | what operators see |
 //! | `api`, `sessions` | the control API; protections that begin |
@@ -35,6 +36,7 @@ mod lag;
 mod leftovers;
 mod link;
 mod microvm;
+mod paths;
 mod pause;
 mod primary;
 mod protection;
@@ -226,7 +228,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         ..DetectorConfig::default()
     };
     let options =
-        BeatOptions { paths: vec![config.heartbeat_listen], detector, starved_after: config.heartbeat.interval * 5 };
+        BeatOptions { paths: config.heartbeat_listen.clone(), detector, starved_after: config.heartbeat.interval * 5 };
     let (beat, events) = Beat::start(Arc::clone(&identity), Arc::clone(&peers), options, || {
         if let Err(error) = vmm_hooks::sys::sched::realtime() {
             tracing::warn!(%error, "heartbeats run without real-time priority");
@@ -338,7 +340,8 @@ impl Agent {
 
     /// What it tells of itself when it pairs.
     fn card(&self) -> Card {
-        Card { role: Role::Agent, addresses: vec![self.config.listen], heartbeat: self.beat.addresses().to_vec() }
+        let addresses = self.config.reachable_at();
+        Card { role: Role::Agent, addresses, heartbeat: self.beat.addresses().to_vec() }
     }
 
     /// Serves the connections of peers that protect VMs here.
@@ -358,28 +361,16 @@ impl Agent {
     /// Brings the heartbeats' figures to metrics and views.
     async fn look(self: Arc<Self>) {
         let mut tick = tokio::time::interval(LOOK);
-        let mut counted: BTreeMap<(String, usize), (u64, u64)> = BTreeMap::new();
+        let mut figures = paths::Figures::default();
         loop {
             tick.tick().await;
             for vm in self.vms().values() {
                 vm.view.look();
             }
             self.forget_microvms();
-            for path in self.beat.stats() {
-                let metrics = self.metrics.peer(&path.name);
-                let silence = path.silence.unwrap_or_default().as_secs_f64() * 1e3;
-                let suspicion = crate::control::api::Suspicion::new(path.phi, silence, path.suspected);
-                metrics.set_suspicion(&suspicion);
-                if let Some(rtt) = path.rtt {
-                    metrics.set_rtt(rtt);
-                }
-                let before = counted.insert((path.name.clone(), path.path), (path.sent, path.received));
-                let (sent, received) = before.unwrap_or_default();
-                // A peer that was paired again counts from zero.
-                metrics.sent(path.sent.saturating_sub(sent));
-                metrics.received(path.received.saturating_sub(received));
+            for (peer, suspicion) in figures.show(&self.beat.stats(), &self.metrics) {
                 for vm in self.vms().values() {
-                    if vm.view.peer() == path.name {
+                    if vm.view.peer() == peer {
                         vm.view.set_suspicion(Some(suspicion));
                     }
                 }

@@ -108,9 +108,10 @@ pub struct AgentArgs {
     /// UDP address of replication [default: 0.0.0.0:7844]
     #[arg(long, value_name = "ADDR")]
     pub listen: Option<SocketAddr>,
-    /// UDP address of heartbeats [default: port 7845 of the same address]
+    /// UDP address of heartbeats; once for each link to the other hosts, in the same order on all of them [default: port 7845 of the
+    /// same address]
     #[arg(long, value_name = "ADDR")]
-    pub heartbeat_listen: Option<SocketAddr>,
+    pub heartbeat_listen: Vec<SocketAddr>,
     /// UDP address of pairing windows, bound while one is open [default: port 7843 of the same address]
     #[arg(long, value_name = "ADDR")]
     pub pair_listen: Option<SocketAddr>,

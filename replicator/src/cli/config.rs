@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use heartbeat::beat::MAX_PATHS;
 use heartbeat::etcd::{DEFAULT_PREFIX, EtcdConfig, EtcdUser};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use vmm_hooks::qemu::TrackerChoice;
 
-use super::units::{Listen, Span};
+use super::units::{Addresses, Listen, Span};
 use crate::control::policy::{EpochPolicy, ShadowPolicy};
 
 /// UDP port of replication and control between agents.
@@ -80,8 +81,10 @@ pub struct AgentConfig {
     pub listen: SocketAddr,
     /// UDP address of pairing windows; bound only while one is open.
     pub pair_listen: SocketAddr,
-    /// UDP address of heartbeats.
-    pub heartbeat_listen: SocketAddr,
+    /// Where peers are told to reach `listen`, best first, instead of where they see this host; they dial these in turn.
+    pub addresses: Vec<SocketAddr>,
+    /// UDP addresses of heartbeats, one for each path, in the same order on all hosts.
+    pub heartbeat_listen: Vec<SocketAddr>,
     /// What must survive a restart of the host: identity, pinned peers, generations.
     pub state_dir: PathBuf,
     /// What need not: the control socket, the twins' directories.
@@ -107,6 +110,12 @@ pub struct AgentConfig {
 }
 
 impl AgentConfig {
+    /// Where peers reach it for replication, best first.
+    #[must_use]
+    pub fn reachable_at(&self) -> Vec<SocketAddr> {
+        if self.addresses.is_empty() { vec![self.listen] } else { self.addresses.clone() }
+    }
+
     /// The control socket.
     #[must_use]
     pub fn control_socket(&self) -> PathBuf {
@@ -196,8 +205,8 @@ pub struct AgentOverrides {
     pub name: Option<String>,
     /// `--listen`
     pub listen: Option<SocketAddr>,
-    /// `--heartbeat-listen`
-    pub heartbeat_listen: Option<SocketAddr>,
+    /// `--heartbeat-listen`, once for each path; none: the file's
+    pub heartbeat_listen: Vec<SocketAddr>,
     /// `--pair-listen`
     pub pair_listen: Option<SocketAddr>,
     /// `--state-dir`
@@ -213,7 +222,8 @@ pub struct AgentOverrides {
 struct AgentFile {
     name: Option<String>,
     listen: Option<SocketAddr>,
-    heartbeat_listen: Option<SocketAddr>,
+    addresses: Option<Addresses>,
+    heartbeat_listen: Option<Addresses>,
     pair_listen: Option<SocketAddr>,
     state_dir: Option<PathBuf>,
     run_dir: Option<PathBuf>,
@@ -419,10 +429,12 @@ pub fn agent(file: Option<&Path>, flags: AgentOverrides) -> Result<AgentConfig, 
     let config = AgentConfig {
         name: flags.name.or(file.name),
         listen,
-        heartbeat_listen: flags
-            .heartbeat_listen
-            .or(file.heartbeat_listen)
-            .unwrap_or_else(|| SocketAddr::new(listen.ip(), DEFAULT_HEARTBEAT_PORT)),
+        addresses: file.addresses.map(|addresses| addresses.0).unwrap_or_default(),
+        heartbeat_listen: match file.heartbeat_listen {
+            _ if !flags.heartbeat_listen.is_empty() => flags.heartbeat_listen,
+            Some(addresses) => addresses.0,
+            None => vec![SocketAddr::new(listen.ip(), DEFAULT_HEARTBEAT_PORT)],
+        },
         pair_listen: pairing(flags.pair_listen.or(file.pair_listen), listen),
         run_dir: flags.run_dir.or(file.run_dir).unwrap_or_else(|| DEFAULT_RUN_DIR.into()),
         metrics: match flags.metrics.or(file.metrics) {
@@ -512,12 +524,7 @@ fn check_agent(config: &AgentConfig) -> Result<(), ConfigError> {
     check_name(config.name.as_deref())?;
     let heartbeat = &config.heartbeat;
     let epoch = &config.epoch;
-    require(
-        config.listen != config.heartbeat_listen || config.listen.port() == 0,
-        "heartbeat_listen",
-        config.heartbeat_listen,
-        "heartbeats need a socket of their own, other than `listen`",
-    )?;
+    check_addresses(config)?;
     within("heartbeat.interval", heartbeat.interval, ms(1), Duration::from_secs(1), "write 1ms to 1s")?;
     require(
         heartbeat.silence >= heartbeat.interval * 3,
@@ -558,6 +565,47 @@ fn check_agent(config: &AgentConfig) -> Result<(), ConfigError> {
         ByteSize(config.standby.staging),
         "write at least 16MiB: an epoch must fit",
     )
+}
+
+fn check_addresses(config: &AgentConfig) -> Result<(), ConfigError> {
+    let paths = &config.heartbeat_listen;
+    let counted = |paths: usize| (1..=MAX_PATHS).contains(&paths);
+    require(
+        counted(paths.len()),
+        "heartbeat_listen",
+        format!("{paths:?}"),
+        "write one to eight addresses, one for each path",
+    )?;
+    for (at, path) in paths.iter().enumerate() {
+        require(
+            config.listen != *path || path.port() == 0,
+            "heartbeat_listen",
+            path,
+            "heartbeats need a socket of their own, other than `listen`",
+        )?;
+        require(
+            paths.len() == 1 || !path.ip().is_unspecified(),
+            "heartbeat_listen",
+            path,
+            "of several paths each needs this host's address on its own link",
+        )?;
+        require(
+            !paths[..at].contains(path) || path.port() == 0,
+            "heartbeat_listen",
+            path,
+            "it is there twice: a path needs a link of its own",
+        )?;
+    }
+    require(config.addresses.len() <= MAX_PATHS, "addresses", config.addresses.len(), "write at most eight addresses")?;
+    for address in &config.addresses {
+        require(
+            !address.ip().is_unspecified() && address.port() != 0,
+            "addresses",
+            address,
+            "write an address and port where other hosts reach `listen`",
+        )?;
+    }
+    Ok(())
 }
 
 fn check_name(name: Option<&str>) -> Result<(), ConfigError> {

@@ -18,6 +18,27 @@ impl<'de> Deserialize<'de> for Span {
     }
 }
 
+/// One address, or several in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(from = "OneOrMore")]
+pub struct Addresses(pub Vec<SocketAddr>);
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "write \"IP:PORT\", or a list of such")]
+enum OneOrMore {
+    One(SocketAddr),
+    More(Vec<SocketAddr>),
+}
+
+impl From<OneOrMore> for Addresses {
+    fn from(addresses: OneOrMore) -> Self {
+        match addresses {
+            OneOrMore::One(address) => Self(vec![address]),
+            OneOrMore::More(addresses) => Self(addresses),
+        }
+    }
+}
+
 /// Where a service listens, or that it does not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Listen {

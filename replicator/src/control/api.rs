@@ -457,9 +457,12 @@ pub struct PeerStatus {
     /// How alive it looks, if heartbeats are exchanged with it.
     #[serde(default)]
     pub suspicion: Option<Suspicion>,
-    /// The path's round trip, if a connection is up.
+    /// The round trip on the path that is heard best.
     #[serde(default)]
     pub rtt_ms: Option<f64>,
+    /// Each path that heartbeats take.
+    #[serde(default)]
+    pub paths: Vec<super::paths::PathStatus>,
 }
 
 /// What a paired node is.

@@ -11,6 +11,7 @@ pub mod client;
 pub mod doctor;
 pub mod drill;
 pub mod microvm;
+pub mod paths;
 pub mod policy;
 pub mod server;
 pub mod socket;

@@ -95,6 +95,15 @@ impl Host {
         format!("{}:9644", self.address())
     }
 
+    /// Its address on the cable of [`Lab::lay_cable`].
+    #[must_use]
+    pub fn cable_address(self) -> &'static str {
+        match self {
+            Self::A => "10.78.0.1",
+            Self::B => "10.78.0.2",
+        }
+    }
+
     /// Its address.
     #[must_use]
     pub fn address(self) -> &'static str {
@@ -145,6 +154,8 @@ pub struct Lab {
     vm: Option<Daemon>,
     /// The VM is a part of host A's agent.
     microvm: bool,
+    /// The hosts have a link of their own beside the switch.
+    cable: bool,
     agents: Vec<(Host, Daemon)>,
     witness: Option<Daemon>,
 }
@@ -162,6 +173,7 @@ impl Lab {
             understudy: understudy.to_path_buf(),
             vm: None,
             microvm: false,
+            cable: false,
             agents: Vec::new(),
             witness: None,
         };
@@ -329,7 +341,8 @@ impl Lab {
     pub async fn start_agent(&mut self, host: Host) -> Result<()> {
         let dir = self.part(host.name())?;
         let mut args: Vec<String> = ["agent", "--name", host.name(), "--listen"].map(str::to_owned).into();
-        args.push(format!("{}:7844", host.address()));
+        // Of several links each must be served.
+        args.push(format!("{}:7844", if self.cable { "0.0.0.0" } else { host.address() }));
         args.extend(["--state-dir".to_owned(), dir.join("state").display().to_string()]);
         args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
         args.extend(["--metrics".to_owned(), host.metrics()]);
@@ -428,6 +441,36 @@ impl Lab {
     pub fn set_link(&self, host: Host, up: bool) -> Result<()> {
         let state = if up { "up" } else { "down" };
         ip(&format!("-n {} link set to-{} {state}", self.namespace("s"), host.role()))
+    }
+
+    /// Lays a cable from host to host beside the switch, before their agents start: heartbeats go over both, replication over the cable as long
+    /// as it can.
+    ///
+    /// # Errors
+    /// If `ip` refuses, or a configuration file cannot be written.
+    pub fn lay_cable(&mut self) -> Result<()> {
+        let [a, b] = [Host::A, Host::B].map(|host| self.namespace(host.role()));
+        ip(&format!("-n {a} link add cable type veth peer name cable netns {b}"))?;
+        for host in [Host::A, Host::B] {
+            let (name, direct, address) = (self.namespace(host.role()), host.cable_address(), host.address());
+            ip(&format!("-n {name} addr add {direct}/24 dev cable"))?;
+            ip(&format!("-n {name} link set cable up"))?;
+            let text = format!(
+                "heartbeat_listen = [\"{address}:7845\", \"{direct}:7845\"]\naddresses = [\"{direct}:7844\", \"{address}:7844\"]\n"
+            );
+            fs::write(self.agent_config(host)?, text).context("cannot configure an agent")?;
+        }
+        self.cable = true;
+        Ok(())
+    }
+
+    /// Connects or cuts that cable.
+    ///
+    /// # Errors
+    /// If `ip` refuses.
+    pub fn set_cable(&self, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        ip(&format!("-n {} link set cable {state}", self.namespace("a")))
     }
 
     /// The directory of the whole laboratory.

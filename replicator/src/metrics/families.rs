@@ -74,6 +74,10 @@ pub(super) struct Families {
     pub(super) peer_phi: GaugeVec,
     pub(super) peer_silence_seconds: GaugeVec,
     pub(super) peer_rtt_seconds: GaugeVec,
+    pub(super) peer_path_up: IntGaugeVec,
+    pub(super) peer_path_phi: GaugeVec,
+    pub(super) peer_path_silence_seconds: GaugeVec,
+    pub(super) peer_path_rtt_seconds: GaugeVec,
     pub(super) heartbeats_sent: IntCounterVec,
     pub(super) heartbeats_received: IntCounterVec,
     pub(super) witness_request_seconds: HistogramVec,
@@ -255,24 +259,50 @@ impl Families {
             ),
             peer_phi: make.float_gauges(
                 "peer_phi",
-                "The failure detector's suspicion of the peer (phi); at most 1000.",
+                "The failure detector's suspicion of the peer (phi) on the path that is heard best; at most 1000.",
                 &["peer"],
             ),
             peer_silence_seconds: make.float_gauges(
                 "peer_silence_seconds",
-                "Time since a heartbeat of the peer was last heard.",
+                "Time since a heartbeat of the peer was last heard, on whichever path.",
                 &["peer"],
             ),
             peer_rtt_seconds: make.float_gauges(
                 "peer_rtt_seconds",
-                "Smoothed round trip of the heartbeat connection.",
+                "Last round trip of a heartbeat, on the path that is heard best.",
                 &["peer"],
             ),
-            heartbeats_sent: make.counters("heartbeats_sent_total", "Heartbeats sent to the peer.", &["peer"]),
+            peer_path_up: make.gauges(
+                "peer_path_up",
+                "1 if the peer is heard on this path, 0 if it never was or is silent there past the detector's bound. Paths \
+                 are counted from 0, as in `heartbeat_listen`.",
+                &["peer", "path"],
+            ),
+            peer_path_phi: make.float_gauges(
+                "peer_path_phi",
+                "The failure detector's suspicion (phi) on this path alone; at most 1000. The peer is suspected when all \
+                 its paths are silent.",
+                &["peer", "path"],
+            ),
+            peer_path_silence_seconds: make.float_gauges(
+                "peer_path_silence_seconds",
+                "Time since a heartbeat of the peer was last heard on this path.",
+                &["peer", "path"],
+            ),
+            peer_path_rtt_seconds: make.float_gauges(
+                "peer_path_rtt_seconds",
+                "Last round trip of a heartbeat on this path, without the time the peer held it.",
+                &["peer", "path"],
+            ),
+            heartbeats_sent: make.counters(
+                "heartbeats_sent_total",
+                "Heartbeats sent to the peer, by path.",
+                &["peer", "path"],
+            ),
             heartbeats_received: make.counters(
                 "heartbeats_received_total",
-                "Heartbeats heard from the peer, duplicates and late ones excluded.",
-                &["peer"],
+                "Heartbeats heard from the peer on this path, duplicates and late ones excluded.",
+                &["peer", "path"],
             ),
             witness_request_seconds: make.histograms(
                 "witness_request_seconds",

@@ -19,7 +19,7 @@ use prometheus::{Encoder as _, Registry, TextEncoder};
 pub use describe::{Kind, MetricFamily, families, label_values};
 pub use http::{MetricsServer, MetricsServerError};
 pub use page::Page;
-pub use peer::{FenceOutcome, PeerMetrics, WitnessMetrics, WitnessOutcome};
+pub use peer::{FenceOutcome, PathMetrics, PeerMetrics, WitnessMetrics, WitnessOutcome};
 pub use vm::VmMetrics;
 
 use families::Families;
@@ -83,7 +83,18 @@ impl Metrics {
         peer
     }
 
-    /// Forgets a peer.
+    /// The handle of one path to a peer, from 0.
+    #[must_use]
+    pub fn path(&self, peer: &str, path: usize) -> PathMetrics {
+        PathMetrics::new(&self.families, peer, path)
+    }
+
+    /// Forgets a path: its series are exported no more.
+    pub fn remove_path(&self, peer: &str, path: usize) {
+        peer::remove_path(&self.families, peer, path);
+    }
+
+    /// Forgets a peer, its paths too.
     pub fn remove_peer(&self, name: &str) {
         self.recent.remove_peer(name);
         peer::remove(&self.families, name);

@@ -1,7 +1,8 @@
-//! The metrics of one peer, and of one witness.
+//! The metrics of one peer and its paths, and of one witness.
 
 use std::time::Duration;
 
+use heartbeat::beat::MAX_PATHS;
 use prometheus::{Gauge, HistogramVec, IntCounter, IntGauge};
 
 use super::families::{Families, WITNESS_OUTCOMES};
@@ -14,8 +15,6 @@ pub struct PeerMetrics {
     phi: Gauge,
     silence: Gauge,
     rtt: Gauge,
-    sent: IntCounter,
-    received: IntCounter,
 }
 
 impl PeerMetrics {
@@ -25,8 +24,6 @@ impl PeerMetrics {
             phi: families.peer_phi.with_label_values(peer),
             silence: families.peer_silence_seconds.with_label_values(peer),
             rtt: families.peer_rtt_seconds.with_label_values(peer),
-            sent: families.heartbeats_sent.with_label_values(peer),
-            received: families.heartbeats_received.with_label_values(peer),
         }
     }
 
@@ -42,7 +39,45 @@ impl PeerMetrics {
         self.silence.set(suspicion.silence_ms / 1e3);
     }
 
-    /// The heartbeat connection's round trip.
+    /// A heartbeat's round trip.
+    pub fn set_rtt(&self, rtt: Duration) {
+        self.rtt.set(rtt.as_secs_f64());
+    }
+}
+
+/// The handle of one path to a peer. Clones are the same handle.
+#[derive(Debug, Clone)]
+pub struct PathMetrics {
+    up: IntGauge,
+    phi: Gauge,
+    silence: Gauge,
+    rtt: Gauge,
+    sent: IntCounter,
+    received: IntCounter,
+}
+
+impl PathMetrics {
+    pub(super) fn new(families: &Families, peer: &str, path: usize) -> Self {
+        let path = path.to_string();
+        let labels = &[peer, path.as_str()];
+        Self {
+            up: families.peer_path_up.with_label_values(labels),
+            phi: families.peer_path_phi.with_label_values(labels),
+            silence: families.peer_path_silence_seconds.with_label_values(labels),
+            rtt: families.peer_path_rtt_seconds.with_label_values(labels),
+            sent: families.heartbeats_sent.with_label_values(labels),
+            received: families.heartbeats_received.with_label_values(labels),
+        }
+    }
+
+    /// What the failure detector thinks of this path now, and whether the peer is heard on it.
+    pub fn set(&self, suspicion: &Suspicion, up: bool) {
+        self.up.set(i64::from(up));
+        self.phi.set(suspicion.phi);
+        self.silence.set(suspicion.silence_ms / 1e3);
+    }
+
+    /// A heartbeat's round trip.
     pub fn set_rtt(&self, rtt: Duration) {
         self.rtt.set(rtt.as_secs_f64());
     }
@@ -64,8 +99,22 @@ pub(super) fn remove(families: &Families, name: &str) {
     for family in [&families.peer_phi, &families.peer_silence_seconds, &families.peer_rtt_seconds] {
         let _ = family.remove_label_values(peer);
     }
+    for path in 0..MAX_PATHS {
+        remove_path(families, name, path);
+    }
+}
+
+/// Removes every series of one path.
+pub(super) fn remove_path(families: &Families, peer: &str, path: usize) {
+    let path = path.to_string();
+    let labels = &[peer, path.as_str()];
+    let _ = families.peer_path_up.remove_label_values(labels);
+    let gauges = [&families.peer_path_phi, &families.peer_path_silence_seconds, &families.peer_path_rtt_seconds];
+    for family in gauges {
+        let _ = family.remove_label_values(labels);
+    }
     for family in [&families.heartbeats_sent, &families.heartbeats_received] {
-        let _ = family.remove_label_values(peer);
+        let _ = family.remove_label_values(labels);
     }
 }
 

@@ -47,8 +47,11 @@ fn all() -> Metrics {
     let peer = metrics.peer("host-b");
     peer.set_suspicion(&Suspicion::new(0.5, 12.0, false));
     peer.set_rtt(Duration::from_micros(250));
-    peer.sent(4);
-    peer.received(3);
+    let path = metrics.path("host-b", 1);
+    path.set(&Suspicion::new(0.75, 14.0, false), true);
+    path.set_rtt(Duration::from_micros(350));
+    path.sent(4);
+    path.received(3);
     let witness = metrics.witness("w");
     witness.observe(WitnessOutcome::Granted, Duration::from_millis(2));
     witness.set_reachable(true);
@@ -106,6 +109,9 @@ fn an_epoch_is_counted_in_base_units() {
         ("understudy_witness_reachable{witness=\"w\"}", 1.0),
         ("understudy_sync_done_pages{vm=\"web-1\"}", 5.0),
         ("understudy_peer_silence_seconds{peer=\"host-b\"}", 0.012),
+        ("understudy_peer_path_up{path=\"1\",peer=\"host-b\"}", 1.0),
+        ("understudy_peer_path_silence_seconds{path=\"1\",peer=\"host-b\"}", 0.014),
+        ("understudy_heartbeats_received_total{path=\"1\",peer=\"host-b\"}", 3.0),
     ] {
         assert_eq!(value(&text, series), Some(expected), "{series}");
     }

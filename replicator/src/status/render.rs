@@ -8,6 +8,7 @@ use crate::control::api::{
     AgentStatus, DoctorReport, EpochSummary, FailoverReport, PeerKind, PeerStatus, ProtectionState, SyncProgress,
     Verdict, VmEvent, VmStatus,
 };
+use crate::control::paths::PathStatus;
 
 /// An agent's VMs and peers, as tables.
 #[must_use]
@@ -36,7 +37,39 @@ pub fn agent(status: &AgentStatus) -> String {
         rows.extend(status.peers.iter().map(peer_row));
         text.push_str(&table(&rows));
     }
+    let many = |peer: &&PeerStatus| peer.paths.len() > 1;
+    if status.peers.iter().any(|peer| many(&peer)) {
+        let mut rows = vec![row(["PATH", "TO", "FROM", "ADDRESS", "HEARD", "SILENCE", "PHI", "RTT"])];
+        for peer in status.peers.iter().filter(many) {
+            rows.extend(peer.paths.iter().map(|path| path_row(peer, path)));
+        }
+        text.push('\n');
+        text.push_str(&table(&rows));
+        for peer in status.peers.iter().filter(|peer| many(peer) && peer.paths.iter().any(|path| path.up)) {
+            for path in peer.paths.iter().filter(|path| !path.up) {
+                let _ = writeln!(
+                    text,
+                    "\n{} is not heard on path {} ({}), but on another one: nothing fails over for that.\n  Mend that link: while it is \
+                     down the others must not fail, too.",
+                    peer.name, path.path, path.address
+                );
+            }
+        }
+    }
     text
+}
+
+fn path_row(peer: &PeerStatus, path: &PathStatus) -> Vec<String> {
+    vec![
+        path.path.to_string(),
+        peer.name.clone(),
+        path.local.clone(),
+        path.address.clone(),
+        if path.up { "yes" } else { "no" }.into(),
+        path.silence_ms.map_or("never".into(), ms),
+        format!("{:.1}", path.phi),
+        path.rtt_ms.map_or("-".into(), ms),
+    ]
 }
 
 fn vm_row(vm: &VmStatus) -> Vec<String> {

@@ -131,7 +131,11 @@ fn no_kick_and_no_wake_up_is_lost_however_late_the_threads_come() {
     // The guest's longest wait is longer than any patience here: what is lost stays lost.
     std::thread::scope(|scope| {
         for _ in 0..3 {
-            scope.spawn(|| while !stop.load(Ordering::SeqCst) {});
+            scope.spawn(|| {
+                while !stop.load(Ordering::SeqCst) {
+                    std::hint::spin_loop();
+                }
+            });
         }
         for round in 0..400 {
             // Pauses of a guest that works, of one that begins to wait, and of one that waits.

@@ -4,6 +4,10 @@ use crate::rules::{Alert, Case, Severity};
 
 const UP: &str = "up{job=\"understudy\",instance=\"a:9644\"}";
 const SILENCE: &str = "understudy_peer_silence_seconds{job=\"understudy\",instance=\"a:9644\",peer=\"host-b\"}";
+const PATHS: [&str; 2] = [
+    "understudy_peer_path_up{job=\"understudy\",instance=\"a:9644\",peer=\"host-b\",path=\"0\"}",
+    "understudy_peer_path_up{job=\"understudy\",instance=\"a:9644\",peer=\"host-b\",path=\"1\"}",
+];
 const WITNESS: &str = "understudy_witness_reachable{job=\"understudy\",instance=\"a:9644\",witness=\"w\"}";
 
 pub(super) fn alerts() -> Vec<Alert> {
@@ -44,6 +48,26 @@ pub(super) fn alerts() -> Vec<Alert> {
             cases: vec![
                 Case::new("silent", "2m", &[(SILENCE, "2+15x200")]).fires(&[here[0], here[1], ("peer", "host-b")]),
                 Case::new("heard", "2m", &[(SILENCE, "0.03x200")]),
+            ],
+        },
+        Alert {
+            name: "UnderstudyPathDown",
+            severity: Severity::Warning,
+            expr: "understudy_peer_path_up == 0 and on (instance, peer) max by (instance, peer) (understudy_peer_path_up) == 1"
+                .to_owned(),
+            hold: "30s",
+            summary: "{{ $labels.instance }} does not hear {{ $labels.peer }} on path {{ $labels.path }}",
+            description: "It is heard on another path, so nothing fails over; but one more link that fails may look like a dead host.",
+            cases: vec![
+                Case::new("one of two", "2m", &[(PATHS[0], "1x200"), (PATHS[1], "1 0x200")]).fires(&[
+                    here[0],
+                    here[1],
+                    ("peer", "host-b"),
+                    ("path", "1"),
+                ]),
+                Case::new("both, which is a silent peer", "2m", &[(PATHS[0], "0x200"), (PATHS[1], "0x200")]),
+                Case::new("none", "2m", &[(PATHS[0], "1x200"), (PATHS[1], "1x200")]),
+                Case::new("a moment", "2m", &[(PATHS[0], "1x200"), (PATHS[1], "1 0 1x200")]),
             ],
         },
         Alert {

@@ -23,7 +23,8 @@ fn whole(error: &ConfigError) -> String {
 fn an_empty_file_is_the_defaults() {
     let config = agent_of("").unwrap();
     assert_eq!(config.listen, "0.0.0.0:7844".parse().unwrap());
-    assert_eq!(config.heartbeat_listen, "0.0.0.0:7845".parse().unwrap());
+    assert_eq!(config.heartbeat_listen, ["0.0.0.0:7845".parse().unwrap()]);
+    assert_eq!(config.reachable_at(), [config.listen]);
     assert_eq!(config.pair_listen, "0.0.0.0:7843".parse().unwrap());
     assert_eq!(config.metrics, "127.0.0.1:9644".parse().ok());
     assert_eq!(config.control_socket(), Path::new("/run/understudy/agent.sock"));
@@ -61,7 +62,7 @@ fn flags_beat_the_file() {
     let config = agent(Some(&path), flags).unwrap();
     assert_eq!(config.name.as_deref(), Some("b"));
     assert_eq!(config.listen, "10.0.0.2:2".parse().unwrap());
-    assert_eq!(config.heartbeat_listen, "10.0.0.2:7845".parse().unwrap());
+    assert_eq!(config.heartbeat_listen, ["10.0.0.2:7845".parse().unwrap()]);
     assert_eq!(config.metrics, None);
     assert_eq!(config.run_dir, Path::new("/r"));
 }
@@ -92,11 +93,32 @@ fn a_typo_names_its_line_and_key() {
 }
 
 #[test]
+fn several_links_are_several_addresses() {
+    let text =
+        "heartbeat_listen = ['10.0.0.1:7845', '10.9.0.1:7845']\naddresses = ['10.9.0.1:7844', '10.0.0.1:7844']\n";
+    let config = agent_of(text).unwrap();
+    assert_eq!(config.heartbeat_listen, ["10.0.0.1:7845", "10.9.0.1:7845"].map(|text| text.parse().unwrap()));
+    assert_eq!(config.reachable_at(), ["10.9.0.1:7844", "10.0.0.1:7844"].map(|text| text.parse().unwrap()));
+    let one = agent_of("heartbeat_listen = '10.0.0.1:7'\naddresses = '10.0.0.1:7844'\n").unwrap();
+    assert_eq!((one.heartbeat_listen.len(), one.addresses.len()), (1, 1));
+    let text = whole(&agent_of("heartbeat_listen = 'here'\n").unwrap_err());
+    assert!(text.contains("or a list of such"), "{text}");
+    let (_dir, path) = written("heartbeat_listen = '10.0.0.9:9'\n");
+    let flags = AgentOverrides { heartbeat_listen: one.heartbeat_listen.clone(), ..AgentOverrides::default() };
+    assert_eq!(agent(Some(&path), flags).unwrap().heartbeat_listen, one.heartbeat_listen, "flags beat the file");
+}
+
+#[test]
 fn values_that_cannot_be_are_refused_by_key() {
     for (text, key) in [
         ("name = 'a b'", "name"),
         ("name = ''", "name"),
         ("listen = '1.2.3.4:5'\nheartbeat_listen = '1.2.3.4:5'", "heartbeat_listen"),
+        ("heartbeat_listen = []", "heartbeat_listen"),
+        ("heartbeat_listen = ['0.0.0.0:1', '1.2.3.4:2']", "heartbeat_listen"),
+        ("heartbeat_listen = ['1.2.3.4:2', '1.2.3.4:2']", "heartbeat_listen"),
+        ("addresses = ['0.0.0.0:7844']", "addresses"),
+        ("addresses = ['1.2.3.4:0']", "addresses"),
         ("[heartbeat]\ninterval = '2s'", "heartbeat.interval"),
         ("[heartbeat]\nsilence = '40ms'", "heartbeat.silence"),
         ("[heartbeat]\nunacknowledged = '1ms'", "heartbeat.unacknowledged"),

@@ -72,6 +72,7 @@ fn all_vms_and_peers_are_tables() {
                 connected: true,
                 suspicion: Some(Suspicion::new(0.31, 14.2, false)),
                 rtt_ms: Some(0.25),
+                paths: Vec::new(),
             },
             PeerStatus {
                 name: "w".into(),
@@ -81,6 +82,7 @@ fn all_vms_and_peers_are_tables() {
                 connected: false,
                 suspicion: None,
                 rtt_ms: None,
+                paths: Vec::new(),
             },
         ],
     };
@@ -100,6 +102,52 @@ PEER    KIND     ADDRESS        CONNECTED  SILENCE  PHI  RTT
 host-b  agent    10.0.0.2:7844  yes        14.2 ms  0.3  0.25 ms
 w       witness  -              no         -        -    -
 "
+    );
+}
+
+#[test]
+fn paths_are_shown_where_there_are_several_and_one_that_is_down_is_told() {
+    let path = |path, silence_ms, up| PathStatus {
+        path,
+        local: format!("10.{path}.0.1:7845"),
+        address: format!("10.{path}.0.2:7845"),
+        up,
+        silence_ms,
+        phi: if up { 0.2 } else { 1_000.0 },
+        rtt_ms: up.then_some(0.4),
+    };
+    let peer = PeerStatus {
+        name: "host-b".into(),
+        node_id: "cd".into(),
+        kind: PeerKind::Agent,
+        address: "10.0.0.2:7844".into(),
+        connected: true,
+        suspicion: None,
+        rtt_ms: None,
+        paths: vec![path(0, Some(12_000.0), false), path(1, Some(14.2), true)],
+    };
+    let status = AgentStatus {
+        name: "host-a".into(),
+        node_id: "ab".into(),
+        incarnation: 5,
+        version: "0.1.0".into(),
+        vms: Vec::new(),
+        peers: vec![peer.clone()],
+    };
+    let text = agent(&status);
+    let expected = "
+PATH  TO      FROM           ADDRESS        HEARD  SILENCE  PHI     RTT
+0     host-b  10.0.0.1:7845  10.0.0.2:7845  no     12 s     1000.0  -
+1     host-b  10.1.0.1:7845  10.1.0.2:7845  yes    14.2 ms  0.2     0.40 ms
+
+host-b is not heard on path 0 (10.0.0.2:7845), but on another one: nothing fails over for that.
+  Mend that link: while it is down the others must not fail, too.
+";
+    assert!(text.ends_with(expected), "{text}");
+    let alone = PeerStatus { paths: vec![path(0, Some(14.2), true)], ..peer };
+    assert!(
+        !agent(&AgentStatus { peers: vec![alone], ..status }).contains("PATH"),
+        "one path is what the peer's row says"
     );
 }
 
