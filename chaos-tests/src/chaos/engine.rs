@@ -17,7 +17,7 @@ use super::leaks::{Holdings, Leaks, interfaces};
 use super::linear::{self, Action, Operation};
 use super::report::{Moment, Report, Round, seconds};
 use super::schedule::Schedule;
-use super::sniffer::{self, Run, Sniffer};
+use super::sniffer::{Heard, Judge, Sniffer};
 use super::storage::Storage;
 use super::workload::{Broken, KEYS, Workload};
 use crate::sim::rng::Rng;
@@ -90,8 +90,8 @@ struct Arena<'a> {
     sniffer: Sniffer,
     _capture: Capture,
     leaks: Leaks,
-    /// Where the guest's frames came from last.
-    speaks: Host,
+    /// Knows where the guest's frames came from.
+    judge: Judge,
     /// What keys of earlier rounds hold: nobody writes them any more.
     settled: BTreeMap<u64, u64>,
 }
@@ -143,7 +143,7 @@ impl<'a> Arena<'a> {
             sniffer,
             _capture: capture,
             leaks: Leaks::default(),
-            speaks: Host::A,
+            judge: Judge::new(Host::A),
             settled: BTreeMap::new(),
         })
     }
@@ -192,8 +192,7 @@ impl<'a> Arena<'a> {
         let heard = self.sniffer.take();
         let (history, broken) = self.workload.take();
         tell(round, begun_ns, &history, &broken, &heard);
-        let spoke = sniffer::judge(self.speaks, &heard, round.activated);
-        self.speaks = heard.last().map_or(self.speaks, |run| run.from);
+        let spoke = self.judge.judge(&heard, round.activated);
         match (spoke, played) {
             (Err(spoke), Err(played)) => bail!("{spoke:#}; and {played:#}"),
             (spoke, played) => spoke.and(played)?,
@@ -296,12 +295,12 @@ impl<'a> Arena<'a> {
     }
 }
 
-fn tell(round: &mut Round, begun_ns: u64, history: &[Operation], broken: &[Broken], heard: &[Run]) {
+fn tell(round: &mut Round, begun_ns: u64, history: &[Operation], broken: &[Broken], heard: &[Heard]) {
     let answers = || history.iter().filter_map(|op| Some((op.called_ns, op.returned_ns?)));
     round.answered = answers().count() as u64;
     round.unknown = history.len() as u64 - round.answered;
     round.broken = broken.len() as u64;
-    round.frames = heard.iter().map(|run| run.frames).sum();
+    round.frames = heard.len() as u64;
     round.longest_wait_ms = answers().map(|(asked, came)| (came - asked) / 1_000_000).max().unwrap_or(0);
     round.seconds = seconds(begun_ns, answers());
 }
