@@ -21,8 +21,9 @@ use super::gate::{GateBounds, KvmGate};
 use super::orders::{Clock, Orders};
 use super::pilot::abi;
 use super::ram::Ram;
+use super::state::machine::Parts;
 use super::state::vcpu::Room;
-use super::state::{self, Reader, StateError, Tag, Writer};
+use super::state::{self, StateError, Tag, Writer};
 use super::vcpu;
 use super::virtio::block::Block;
 use super::virtio::log::DiskLog;
@@ -105,6 +106,8 @@ pub(super) struct Slot {
     pub(super) vcpu: Mutex<Vcpu>,
     pub(super) kick: Arc<Kick>,
     pub(super) wake: Wake,
+    /// Whether it was in the guest since its state was last read.
+    pub(super) ran: AtomicBool,
     room: Mutex<Room>,
 }
 
@@ -224,6 +227,7 @@ impl Machine {
                 kick: vcpu.kick(),
                 vcpu: Mutex::new(vcpu),
                 wake: Wake::default(),
+                ran: AtomicBool::new(false),
                 room: Mutex::new(room),
             });
         }
@@ -434,7 +438,8 @@ impl Machine {
         for (number, slot) in (0..).zip(&inner.slots) {
             let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
             let mut room = slot.room.lock().expect("nobody panics while it holds a vCPU");
-            state::vcpu::save(&vcpu, &mut room, number, &mut writer)?;
+            let ran = slot.ran.swap(false, Ordering::SeqCst);
+            state::vcpu::save(&vcpu, &mut room, ran, number, &mut writer)?;
         }
         let clock = inner.vm.fd().get_clock().map_err(failed("read the guest's clock"))?;
         writer.structure(Tag::KvmClock, &clock);
@@ -452,32 +457,22 @@ impl Machine {
     /// Loads a state into a new machine that stands. If it fails the machine is of no use.
     pub(super) fn load(&self, bytes: &[u8]) -> Result<(), StateError> {
         let inner = &self.0;
-        let memory = inner.vm.ram().memory();
-        let (mut reader, found) = Reader::begin(bytes)?;
-        if found != inner.spec.cpus {
-            return Err(StateError::Vcpus { expected: inner.spec.cpus, found });
-        }
-        for (number, slot) in (0..).zip(&inner.slots) {
-            let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
-            state::vcpu::load(&vcpu, number, &mut reader)?;
-        }
-        let mut clock: kvm_bindings::kvm_clock_data = reader.structure(Tag::KvmClock, "a clock")?;
-        // The guest's time stood while it did: it is set, not moved on by what has passed since.
-        clock.flags = 0;
-        inner.vm.fd().set_clock(&clock).map_err(failed("load the guest's clock"))?;
-        let section = |reader: &mut Reader<'_>, tag, load: &dyn Fn(&mut Reader<'_>) -> Result<(), StateError>| {
-            let mut section = reader.section(tag)?;
-            load(&mut section)?;
-            section.finish("a device with more than its state")
+        let parts = Parts {
+            cpus: inner.spec.cpus,
+            clock: &inner.clock,
+            net: inner.net.as_ref(),
+            blocks: &inner.blocks,
+            memory: inner.vm.ram().memory(),
         };
-        section(&mut reader, Tag::Clock, &|from| inner.clock.load(from))?;
-        if let Some(net) = &inner.net {
-            section(&mut reader, Tag::Net, &|from| net.load(from, memory))?;
+        let mut decoded = state::machine::decode(bytes, &parts)?;
+        for ((number, slot), parsed) in (0..).zip(&inner.slots).zip(&decoded.vcpus) {
+            let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+            parsed.load(&vcpu, &mut slot.room.lock().expect("nobody panics while it holds a vCPU"), number)?;
         }
-        for block in &inner.blocks {
-            section(&mut reader, Tag::Block, &|from| block.load(from, memory))?;
-        }
-        reader.end()
+        // The guest's time stood while it did: it is set, not moved on by what has passed since.
+        decoded.clock.flags = 0;
+        inner.vm.fd().set_clock(&decoded.clock).map_err(failed("load the guest's clock"))?;
+        Ok(())
     }
 
     /// Tells the network where it is now: a reverse ARP request of its own address, to everybody.

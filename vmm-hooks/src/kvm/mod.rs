@@ -22,6 +22,12 @@
 
 pub mod boot;
 pub mod cpuid;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing {
+    //! Targets of the fuzzer: see `qemu::fuzzing`.
+    pub(crate) use super::state::fuzzing::run as snapshot;
+    pub(crate) use super::virtio::fuzzing::run as virtio;
+}
 pub mod gate;
 pub mod guest;
 pub mod machine;

@@ -23,6 +23,7 @@ pub(super) fn run(inner: &Inner, number: usize) {
             inner.look_into_devices();
         }
         let mut vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+        slot.ran.store(true, Ordering::SeqCst);
         loop {
             let end = match vcpu.fd_mut().run() {
                 Ok(VcpuExit::IoOut(port::WAIT, data)) => {

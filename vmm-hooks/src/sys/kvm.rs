@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, Xsave, kvm_clear_dirty_log,
-    kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES, KVM_SYNC_X86_VALID_FIELDS, KVMIO, Xsave,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_sync_regs, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
@@ -156,6 +156,8 @@ pub struct Vcpu {
     kick: Arc<Kick>,
     /// Bytes of its `kvm_xsave`; `None`: the kernel knows no size but the smallest.
     xsave: Option<usize>,
+    /// Whether the kernel leaves registers in `kvm_run` each time that it leaves the guest.
+    syncs: bool,
     _vm: Arc<Vm>,
 }
 
@@ -171,10 +173,17 @@ impl Vcpu {
     /// # Errors
     /// If KVM refuses.
     pub fn new(vm: &Arc<Vm>, index: u64) -> Result<Self, KvmError> {
-        let fd = vm.fd.create_vcpu(index).map_err(failed("make a vCPU"))?;
+        let mut fd = vm.fd.create_vcpu(index).map_err(failed("make a vCPU"))?;
         let size = usize::try_from(vm.fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+        let all = KVM_SYNC_X86_VALID_FIELDS;
+        let syncs = u32::try_from(vm.fd.check_extension_int(Cap::SyncRegs)).is_ok_and(|fields| fields & all == all);
+        if syncs {
+            for register in [SyncReg::Register, SyncReg::SystemRegister, SyncReg::VcpuEvents] {
+                fd.set_sync_valid_reg(register);
+            }
+        }
         let kick = Arc::new(Kick::new(&fd)?);
-        Ok(Self { fd, kick, xsave: (size > 0).then_some(size.max(XSAVE_MIN)), _vm: Arc::clone(vm) })
+        Ok(Self { fd, kick, xsave: (size > 0).then_some(size.max(XSAVE_MIN)), syncs, _vm: Arc::clone(vm) })
     }
 
     /// Its descriptor.
@@ -186,6 +195,13 @@ impl Vcpu {
     /// Its descriptor, to run it.
     pub fn fd_mut(&mut self) -> &mut VcpuFd {
         &mut self.fd
+    }
+
+    /// Registers, system registers and events as they were when it last left the guest, if the kernel says so. For a vCPU that was run, and
+    /// whose state was not changed from outside since.
+    #[must_use]
+    pub fn left_with(&self) -> Option<kvm_sync_regs> {
+        self.syncs.then(|| self.fd.sync_regs())
     }
 
     /// What makes it leave the guest.

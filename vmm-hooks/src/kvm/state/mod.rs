@@ -5,6 +5,9 @@
 //! A section is its tag and its length (u32 each, little-endian) and so many bytes: for KVM's own structures their memory, whose
 //! form the kernel keeps for ever. A reader takes a section only where it must stand, so nothing is missing, twice there, or left over.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing;
+pub(super) mod machine;
 pub(super) mod vcpu;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};

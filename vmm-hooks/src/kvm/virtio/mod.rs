@@ -5,6 +5,8 @@
 //! still in the guest's queue, which the device looks into again when the machine runs.
 
 pub(super) mod block;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) mod fuzzing;
 pub(super) mod log;
 pub(super) mod net;
 #[cfg(test)]
@@ -139,7 +141,9 @@ impl Transport {
             }
             mmio::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt &= !value,
             mmio::VIRTIO_MMIO_STATUS => return self.set_status(value),
-            _ if negotiating => self.set_queue(offset, value, memory),
+            mmio::VIRTIO_MMIO_QUEUE_READY if negotiating => self.set_ready(value, memory),
+            // Where a queue is stands once it is ready: so what was valid then still is.
+            _ if negotiating && !self.queue().is_some_and(QueueT::ready) => self.set_queue(offset, value),
             _ => {}
         }
         Ask::Nothing
@@ -160,16 +164,18 @@ impl Transport {
         Ask::Nothing
     }
 
-    fn set_queue(&mut self, offset: u32, value: u32, memory: &Memory) {
+    fn set_ready(&mut self, value: u32, memory: &Memory) {
+        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else { return };
+        queue.set_ready(value == 1);
+        if value == 1 && !queue.is_valid(memory) {
+            queue.set_ready(false);
+        }
+    }
+
+    fn set_queue(&mut self, offset: u32, value: u32) {
         let Some(queue) = self.queues.get_mut(self.queue_select as usize) else { return };
         match offset {
             mmio::VIRTIO_MMIO_QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
-            mmio::VIRTIO_MMIO_QUEUE_READY => {
-                queue.set_ready(value == 1);
-                if value == 1 && !queue.is_valid(memory) {
-                    queue.set_ready(false);
-                }
-            }
             mmio::VIRTIO_MMIO_QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
             mmio::VIRTIO_MMIO_QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
             mmio::VIRTIO_MMIO_QUEUE_AVAIL_LOW => queue.set_avail_ring_address(Some(value), None),
@@ -213,7 +219,11 @@ impl Transport {
                 u16::try_from(from.u32()?).map_err(|_| StateError::Invalid { what: "a virtio queue" })
             };
             (state.size, state.next_avail, state.next_used) = (small()?, small()?, small()?);
-            state.ready = small()? == 1;
+            state.ready = match small()? {
+                0 => false,
+                1 => true,
+                _ => return Err(StateError::Invalid { what: "a virtio queue" }),
+            };
             (state.desc_table, state.avail_ring, state.used_ring) = (from.u64()?, from.u64()?, from.u64()?);
             *queue = Queue::try_from(state).map_err(|_| StateError::Invalid { what: "a virtio queue" })?;
             if state.ready && !queue.is_valid(memory) {

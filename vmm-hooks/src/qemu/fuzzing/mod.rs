@@ -11,12 +11,14 @@ mod ram;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target of this crate.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 7] = [
     ("cmdline", super::cmdline::fuzzing::run),
     ("nbd", crate::nbd::fuzzing::run),
     ("network", network::run),
     ("qmp", qmp::run),
     ("ram", ram::run),
+    ("snapshot", crate::kvm::fuzzing::snapshot),
+    ("virtio", crate::kvm::fuzzing::virtio),
 ];
 
 /// The bytes as text; what is no UTF-8 is replaced, as the callers of the parsers do.
