@@ -181,6 +181,20 @@ impl Net {
         }
     }
 
+    /// Puts a frame into a guest that runs, as the receiving thread does. Whether there was a buffer for it.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(in crate::kvm) fn feed(&self, frame: &[u8], memory: &Memory) -> bool {
+        let mut state = self.lock();
+        if !state.transport.runs() {
+            return false;
+        }
+        let bytes = [&[0; HEADER], frame].concat();
+        match deliver(&mut state.transport, &bytes, memory) {
+            Delivery::Done => true,
+            Delivery::Later => offers(&mut state.transport, memory),
+        }
+    }
+
     pub(in crate::kvm) fn save(&self, into: &mut Writer<'_>) {
         self.lock().transport.save(into);
     }
