@@ -146,8 +146,10 @@ async fn status(args: StatusArgs, client: &Client) -> Result<Exit, CliError> {
     // From the beginning: one that comes while the agent is asked ends it too, and leaves the terminal as it was.
     let listen = |kind| signal(kind).map_err(|error| CliError::of(Exit::Failed, &error));
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let mut hang_up = listen(SignalKind::hangup())?;
     tokio::select! {
         outcome = watch(&args, client) => outcome,
+        _ = hang_up.recv() => Ok(Exit::Ok),
         _ = interrupt.recv() => Ok(Exit::Ok),
         _ = terminate.recv() => Ok(Exit::Ok),
     }
