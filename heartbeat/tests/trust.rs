@@ -123,6 +123,24 @@ async fn a_removed_peer_is_refused() {
 }
 
 #[tokio::test]
+async fn a_peer_whose_first_addresses_are_dead_is_reached_at_the_next() {
+    let (a, b) = (Node::start("a"), Node::start("b"));
+    // Sockets that nobody reads: what is sent there is lost.
+    let dead: Vec<_> = (0..3).map(|_| std::net::UdpSocket::bind(ANY).expect("a socket")).collect();
+    let mut peer = b.as_peer(Vec::new());
+    let alive = peer.addresses[0];
+    peer.addresses = dead.iter().map(|socket| socket.local_addr().expect("bound")).chain([alive]).collect();
+    a.peers.add(peer.clone()).expect("b at a");
+    b.peers.add(a.as_peer(Vec::new())).expect("a at b");
+    let connection = patiently(a.endpoint.connect(b.identity.node(), Purpose::Witness)).await.expect("by the last one");
+    assert_eq!(connection.quic.remote_address(), alive);
+    peer.addresses.pop();
+    a.peers.add(peer).expect("b at a, nowhere");
+    let silent = patiently(a.endpoint.connect(b.identity.node(), Purpose::Witness)).await;
+    assert!(matches!(silent, Err(QuicError::Unreachable { .. })), "{silent:?}");
+}
+
+#[tokio::test]
 async fn an_endpoint_on_the_unspecified_ipv6_address_speaks_ipv4_too() {
     use heartbeat::quic::{Endpoint, EndpointOptions};
     let bind = "[::]:0".parse().expect("address");

@@ -5,7 +5,7 @@ use replicator::control::api::ProtectionState;
 use replicator::demo::lab::Host;
 use replicator::demo::wait::until;
 
-use crate::stage::{SOON, Stage, play};
+use crate::stage::{SOON, Stage, play_long};
 
 /// The cable's path; 0 is the one through the switch.
 const CABLE: usize = 1;
@@ -38,7 +38,7 @@ fn failovers(stage: &Stage, host: Host) -> Result<f64> {
 
 #[test]
 fn one_link_of_two_that_fails_moves_nothing_and_both_are_a_partition() {
-    play("one_link_of_two_that_fails_moves_nothing_and_both_are_a_partition", async |stage: &mut Stage| {
+    play_long("one_link_of_two_that_fails_moves_nothing_and_both_are_a_partition", async |stage: &mut Stage| {
         stage.lab.lay_cable()?;
         stage.set().await?;
         stage.protect_for_good().await?;

@@ -21,7 +21,7 @@ impl<'de> Deserialize<'de> for Span {
 /// One address, or several in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(from = "OneOrMore")]
-pub struct Addresses(pub Vec<SocketAddr>);
+pub(super) struct Addresses(pub(super) Vec<SocketAddr>);
 
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "write \"IP:PORT\", or a list of such")]
