@@ -11,6 +11,7 @@ mod drill;
 mod ends;
 mod fails;
 mod injected;
+mod latch;
 mod microvm;
 mod monitor;
 mod page;

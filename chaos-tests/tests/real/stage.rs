@@ -135,7 +135,7 @@ fn without(programs: &[&str]) -> Option<String> {
 }
 
 /// The program, as it was built beside this test.
-fn program() -> Result<PathBuf> {
+pub(crate) fn program() -> Result<PathBuf> {
     let path = match env::var_os("UNDERSTUDY_BIN") {
         Some(path) => PathBuf::from(path),
         None => {

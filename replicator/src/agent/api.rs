@@ -18,6 +18,7 @@ use crate::control::api::{
 };
 use crate::control::doctor;
 use crate::control::drill::{DrillPlan, DrillRequest};
+use crate::control::latch::{MayStart, MayStartRequest};
 use crate::control::microvm::RunRequest;
 
 /// How often it is looked whether a task that ends has ended.
@@ -191,6 +192,10 @@ impl AgentApi for Agent {
         let planned = request.planned;
         self.ask(&request.vm, |reply| Request::Failover { planned, reply }).await?;
         Ok(Accepted { vm: request.vm })
+    }
+
+    async fn may_start(&self, request: MayStartRequest) -> Result<MayStart, ErrorBody> {
+        self.may_be_started(request).await
     }
 
     async fn pair_open(&self, request: PairOpenRequest) -> Result<PairWindow, ErrorBody> {

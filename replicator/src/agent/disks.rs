@@ -108,6 +108,12 @@ impl StandbyDisks {
         self.setup.images().into_iter().map(|(_, path)| path).collect()
     }
 
+    /// The same, as a VM's disks.
+    pub(super) fn as_images(&self) -> Vec<DiskImage> {
+        let raw = |path| DiskImage { path, format: older::RAW.to_owned() };
+        self.images().into_iter().map(raw).collect()
+    }
+
     /// Removes them.
     pub(super) fn remove(self) {
         drop(self.store);

@@ -5,6 +5,7 @@
 //! its work: how the VM is to be protected, and which process is its guest here.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use heartbeat::files;
@@ -52,6 +53,43 @@ struct Text {
     /// The images that the VM's disks had when it last ran here, in the recipe's order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     disks: Vec<DiskImage>,
+    /// It is not to be started here before this host was asked: since before its first pairing, until the record was made this node's alone.
+    #[serde(default)]
+    latched: bool,
+    /// `disks`, as they were found when it was latched.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    own: Vec<ImageFile>,
+    /// Images that it had here before it ran elsewhere, and that are not its disks any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    former: Vec<ImageFile>,
+}
+
+/// An image that is known again: another file that takes its place, as when an operator moves a newer disk there, is another image.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ImageFile {
+    /// Where it is.
+    pub(super) path: PathBuf,
+    /// Which file; none for a block device, whose node is made anew with each boot.
+    #[serde(default)]
+    inode: Option<u64>,
+}
+
+impl ImageFile {
+    fn of(image: &DiskImage) -> Self {
+        Self { path: image.path.clone(), inode: Self::inode_at(&image.path).flatten() }
+    }
+
+    /// `None`: nothing is there.
+    fn inode_at(path: &Path) -> Option<Option<u64>> {
+        let found = std::fs::metadata(path).ok()?;
+        Some(found.is_file().then(|| found.ino()))
+    }
+
+    /// Whether it is there, and no other file in its place.
+    pub(super) fn is_there(&self) -> bool {
+        Self::inode_at(&self.path) == Some(self.inode)
+    }
 }
 
 /// Which process is the VM's guest on this host. Only one that an agent attached to, or activated, is noted.
@@ -87,8 +125,19 @@ pub(super) struct Mark {
 impl Text {
     fn fresh(vm: VmId, name: String) -> Self {
         let (store, keeper, mark, guest, protection) = (None, None, None, None, None);
-        let (sessions, disks) = (0, Vec::new());
-        Self { vm: vm.to_string(), name, store, keeper, generation: 0, sessions, mark, guest, protection, disks }
+        let (sessions, disks, latched, own, former) = (0, Vec::new(), false, Vec::new(), Vec::new());
+        let vm = vm.to_string();
+        Self { vm, name, store, keeper, generation: 0, sessions, mark, guest, protection, disks, latched, own, former }
+    }
+
+    /// Its disks are these from now on; those that it had are former ones.
+    fn turn_to(&mut self, disks: Vec<DiskImage>) {
+        let own = disks.iter().map(ImageFile::of).collect();
+        self.disks = disks;
+        self.former.extend(std::mem::replace(&mut self.own, own));
+        self.former.retain(|image| !self.own.contains(image) && image.is_there());
+        self.former.sort();
+        self.former.dedup();
     }
 }
 
@@ -136,9 +185,15 @@ impl Durable {
         }
     }
 
-    /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected. What cannot be
-    /// read is said in the log and left.
+    /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected.
     pub(super) fn with_parts(state_dir: &Path) -> Vec<Self> {
+        let mut all = Self::all(state_dir);
+        all.retain(|durable| durable.text.guest.is_some() || durable.text.protection.is_some());
+        all
+    }
+
+    /// Every VM that is remembered. What cannot be read is said in the log and left.
+    pub(super) fn all(state_dir: &Path) -> Vec<Self> {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten() {
             let path = entry.path();
@@ -146,8 +201,7 @@ impl Durable {
                 continue;
             }
             match Self::read(path.clone()) {
-                Ok(durable) if durable.text.guest.is_some() || durable.text.protection.is_some() => found.push(durable),
-                Ok(_) => {}
+                Ok(durable) => found.push(durable),
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error, "what this host remembers of a VM cannot be used");
                 }
@@ -200,8 +254,10 @@ impl Durable {
     pub(super) fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
         self.change(|text| {
             if text.vm != vm.to_string() {
-                let sessions = text.sessions;
-                *text = Text { sessions, ..Text::fresh(vm, std::mem::take(&mut text.name)) };
+                let (sessions, latched) = (text.sessions, text.latched);
+                text.turn_to(Vec::new());
+                let former = std::mem::take(&mut text.former);
+                *text = Text { sessions, latched, former, ..Text::fresh(vm, std::mem::take(&mut text.name)) };
             }
         })?;
         self.vm = vm;
@@ -233,10 +289,12 @@ impl Durable {
         })
     }
 
-    /// Remembers an activation before it begins.
-    pub(super) fn set_mark(&mut self, mark: Mark) -> io::Result<()> {
+    /// Remembers an activation before it begins, and where the disks are from then on.
+    pub(super) fn set_mark(&mut self, mark: Mark, disks: Vec<DiskImage>) -> io::Result<()> {
         self.change(|text| {
             text.mark = Some(mark);
+            text.latched = true;
+            text.turn_to(disks);
             text.generation = text.generation.max(mark.generation);
         })
     }
@@ -256,9 +314,47 @@ impl Durable {
         &self.text.disks
     }
 
-    /// Remembers where its disks are while it runs here.
-    pub(super) fn set_disks(&mut self, disks: Vec<DiskImage>) -> io::Result<()> {
-        self.change(|text| text.disks = disks)
+    /// Remembers where its disks are while it runs here, and that it must not be started here unasked from now on.
+    pub(super) fn latch(&mut self, disks: Vec<DiskImage>) -> io::Result<()> {
+        self.change(|text| {
+            text.latched = true;
+            text.turn_to(disks);
+        })
+    }
+
+    /// Remembers the same on a host that stands by: what it had of the VM before is another host's to succeed.
+    pub(super) fn latch_as_standby(&mut self) -> io::Result<()> {
+        self.change(|text| text.latched = true)
+    }
+
+    /// Whether nobody else has written it since.
+    pub(super) fn is_unchanged(&self) -> io::Result<bool> {
+        Ok(Self::read(self.path.clone())?.text == self.text)
+    }
+
+    /// Whether it must not be started here unasked.
+    pub(super) fn is_latched(&self) -> bool {
+        self.text.latched
+    }
+
+    /// Its disks, as files.
+    pub(super) fn own(&self) -> &[ImageFile] {
+        &self.text.own
+    }
+
+    /// Images that were its disks before it ran elsewhere.
+    pub(super) fn former(&self) -> &[ImageFile] {
+        &self.text.former
+    }
+
+    /// It may be started here from its disks, without asking. The record is this node's alone, and nothing that was asked can change that.
+    pub(super) fn unlatch(&mut self) -> io::Result<()> {
+        self.change(|text| text.latched = false)
+    }
+
+    /// An operator wants this image to be started from all the same.
+    pub(super) fn release(&mut self, image: &Path) -> io::Result<()> {
+        self.change(|text| text.former.retain(|former| former.path != image))
     }
 
     /// Which process is its guest here, as far as it was noted.
@@ -319,7 +415,7 @@ mod tests {
         assert_eq!(memory.begin_session().expect("writes").first_epoch, 1);
         memory.set_generation(7).expect("writes");
         memory.set_generation(3).expect("never lower");
-        memory.set_mark(Mark { generation: 8, epoch: 5 }).expect("writes");
+        memory.set_mark(Mark { generation: 8, epoch: 5 }, Vec::new()).expect("writes");
         drop(memory);
         let mut again = Durable::open(dir.path(), "../web 1", other).expect("opens again");
         assert_eq!((again.vm(), again.generation()), (first, 8));
@@ -338,6 +434,38 @@ mod tests {
         drop(Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens"));
         std::fs::write(dir.path().join("vms/a.toml"), "generation = 1").expect("damage");
         assert!(Durable::open(dir.path(), "a", VmId([1; 16])).is_err());
+    }
+
+    #[test]
+    fn what_was_its_disk_before_it_ran_elsewhere_is_a_former_one() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let image = |name: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, "").expect("room");
+            DiskImage { path, format: "raw".to_owned() }
+        };
+        let (first, copy, second) = (image("first"), image("copy"), image("second"));
+        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
+        assert!(!memory.is_latched());
+        memory.latch(vec![first.clone()]).expect("writes");
+        memory.latch(vec![first.clone()]).expect("again, by the next session");
+        assert!(memory.is_latched() && memory.former().is_empty());
+        memory.set_mark(Mark { generation: 3, epoch: 9 }, vec![copy.clone()]).expect("it comes back");
+        let stale = ImageFile::of(&first);
+        assert_eq!((memory.disks(), memory.former()), ([copy.clone()].as_slice(), [stale.clone()].as_slice()));
+        memory.unlatch().expect("writes");
+        drop(memory);
+        let mut memory = Durable::find(dir.path(), "a").expect("reads").expect("is there");
+        assert!(!memory.is_latched(), "its own disks are free");
+        assert_eq!(memory.former(), std::slice::from_ref(&stale), "and the stale one is not");
+        std::fs::remove_file(&copy.path).expect("its copy is made anew");
+        memory.set_mark(Mark { generation: 5, epoch: 20 }, vec![second]).expect("once more");
+        assert_eq!(memory.former(), std::slice::from_ref(&stale), "what is gone need not be kept from anybody");
+        std::fs::copy(&first.path, dir.path().join("newer")).expect("room");
+        std::fs::rename(dir.path().join("newer"), &first.path).expect("in its place");
+        assert!(!stale.is_there(), "another file is another image");
+        memory.release(&first.path).expect("an operator knows better");
+        assert!(memory.former().is_empty() && memory.is_latched());
     }
 
     #[test]

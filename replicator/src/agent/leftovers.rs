@@ -39,6 +39,7 @@ impl Agent {
         let numbers = durable.begin_session().map_err(unusable)?;
         let generation = self.own_alone(name, &mut durable, numbers.first_request).await?;
         durable.set_generation(generation).map_err(unusable)?;
+        durable.unlatch().map_err(unusable)?;
         let removed = blocking(move || qemu::remove_leftovers(&target)).await??;
         tracing::info!(vm = name, ?removed, "freed");
         let mut status = VmStatus::new(name, durable.vm().to_string(), Role::Primary);
@@ -53,7 +54,12 @@ impl Agent {
     }
 
     /// Wins the record for this node in this life, or says who has it. Returns the record's generation.
-    async fn own_alone(&self, name: &str, durable: &mut Durable, first_request: u64) -> Result<u64, ErrorBody> {
+    pub(super) async fn own_alone(
+        &self,
+        name: &str,
+        durable: &mut Durable,
+        first_request: u64,
+    ) -> Result<u64, ErrorBody> {
         let store = self.store(&self.arbiter_for(&Protection::default(), durable)?);
         let (vm, me) = (durable.vm(), self.me());
         let silent = |error: heartbeat::store::StoreError| {

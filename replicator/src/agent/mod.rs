@@ -16,6 +16,7 @@
 //! | `protection`, `reprotect` | how a VM is to be protected, and a standby that is looked for again and again |
 //! | `force`, `fence` | a host that is confirmed dead is forced out, where no third one keeps the record |
 //! | `microvm` | microVMs: started, ended, handed over when the agent stops |
+//! | `latch` | nothing else starts a VM beside the copy that runs |
 //! | `found`, `leftovers` | what a former life of the agent left |
 
 mod api;
@@ -33,6 +34,7 @@ mod force;
 mod found;
 mod intake;
 mod lag;
+mod latch;
 mod leftovers;
 mod link;
 mod microvm;
@@ -155,6 +157,7 @@ struct Agent {
     microvms: Microvms,
     vms: Mutex<BTreeMap<String, Vm>>,
     window: PairingWindow,
+    latches: latch::Latches,
     /// Itself, for tasks that outlive a request.
     own: Weak<Agent>,
 }
@@ -272,6 +275,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         microvms,
         vms: Mutex::new(BTreeMap::new()),
         window: PairingWindow::default(),
+        latches: latch::Latches::default(),
         own: own.clone(),
     });
     tracing::info!(name = agent.identity.name(), node = %agent.identity.node(), "the agent runs");
@@ -280,9 +284,12 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     tokio::spawn(Arc::clone(&agent).look());
     tokio::spawn(Arc::clone(&agent).look_for_witnesses());
     tokio::spawn(Arc::clone(&agent).ask_what_others_keep());
+    // Before anything else: what might start a VM beside the copy that runs is kept from it.
+    agent.latch_first().await;
     // Before anybody can ask for anything: what was left behind decides what may be asked.
     agent.take_up(survivors, &removed.never_ran);
     tokio::spawn(Arc::clone(&agent).accept());
+    tokio::spawn(Arc::clone(&agent).keep_latched());
     let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -293,6 +300,9 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     agent.stop().await;
     Ok(())
 }
+
+/// See [`latch::without_agent`].
+pub(crate) use latch::without_agent as latch_without_agent;
 
 /// The error of a planned failover that was asked of the standby.
 fn wrong_side(name: &str) -> ErrorBody {

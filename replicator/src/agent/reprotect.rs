@@ -140,6 +140,10 @@ impl Life {
             if gone || matches!(left, Left::Asked | Left::Alone { .. }) {
                 durable.set_protection(None)?;
             }
+            // It runs here as the record's only owner, and nothing that was asked can change that any more.
+            if !gone && matches!(left, Left::Asked | Left::Alone { .. }) {
+                durable.unlatch()?;
+            }
             Ok(())
         });
     }

@@ -166,7 +166,7 @@ impl Agent {
         let noted = durable
             .set_guest(Some(GuestAt { attached: true, ..at.clone() }))
             .and_then(|()| durable.set_protection(Some(protection.clone())))
-            .and_then(|()| durable.set_disks(guest.disk_images()))
+            .and_then(|()| durable.latch(guest.disk_images()))
             .and_then(|()| match arbiter {
                 Arbiter::Host(node) => durable.set_keeper(node, None),
                 _ => Ok(()),
@@ -308,7 +308,10 @@ impl Agent {
             let message = format!("process {} on this host is an earlier copy of {name}", guest.pid);
             return Err(ErrorBody::new(ErrorKind::Busy, message).advise("it must end first; nothing was changed"));
         }
-        let noted = durable.set_guest(None).and_then(|()| durable.set_protection(Some(protection.clone())));
+        let noted = durable
+            .set_guest(None)
+            .and_then(|()| durable.set_protection(Some(protection.clone())))
+            .and_then(|()| durable.latch_as_standby());
         noted.map_err(|error| failed(format!("this host cannot remember that it stands by for {name}"), &error))?;
         let pages = layout.pages();
         let (twins, twin_name) = (Arc::clone(&self.twins), name.clone());

@@ -14,6 +14,7 @@ use replicator_core::message::{CloseCode, PeerMessage, RehearsalResult, clip};
 use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle};
+use vmm_hooks::disk::DiskImage;
 use vmm_hooks::guest::{Fence, GuestError, Survivor, Twin};
 
 use super::asker::Asker;
@@ -85,6 +86,8 @@ struct Task {
     /// Of replicated disks.
     committer: Option<Committer>,
     intake: AbortHandle,
+    /// Its disks, if they come to run here.
+    images: Vec<DiskImage>,
     /// By the mark.
     granted: Generation,
     activating: bool,
@@ -106,6 +109,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     // Without disks the intake's epochs come straight here; else when their disk writes are held.
     let (mut direct, mut held, mut threads, mut committer) = (None, None, None, None);
     let mut started = Ok(());
+    let images = disks.as_ref().map(StandbyDisks::as_images).unwrap_or_default();
     match disks {
         None => direct = Some(staged_out),
         Some(mut disks) => {
@@ -134,6 +138,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
         rehearsal_replies: Vec::new(),
         committer,
         intake: intake.abort_handle(),
+        images,
         granted: Generation::default(),
         activating: false,
         died: false,
@@ -272,7 +277,7 @@ impl Task {
     fn mark(&mut self, generation: Generation, epoch: Epoch) {
         self.view.granted(generation.0, epoch.0);
         self.granted = generation;
-        match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }) {
+        match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }, self.images.clone()) {
             Ok(()) => self.core.handle_marked(clock::now(), generation),
             Err(error) => self.disk_failed(&error),
         }

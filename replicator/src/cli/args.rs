@@ -81,6 +81,30 @@ pub enum AskCommand {
     /// Break something on purpose and see the VM go on
     #[command(subcommand)]
     Chaos(ChaosCommand),
+    /// Say whether a VM may be booted from its disks here: for a unit's ExecCondition=, libvirt's hook, and for you
+    ///
+    /// Exit code 0 is yes; any other is no, with one sentence that says why.
+    MayStart(MayStartArgs),
+}
+
+/// `understudy may-start`
+#[derive(Debug, Clone, Args)]
+pub struct MayStartArgs {
+    /// The VM's name
+    #[arg(required_unless_present = "images")]
+    pub vm: Option<String>,
+    /// An image that it is to be booted from; may be given again
+    #[arg(long = "image", value_name = "FILE")]
+    pub images: Vec<PathBuf>,
+    /// Boot from these images even if they were the VM's disks only before it ran elsewhere: what it wrote since is not in them
+    #[arg(long, requires = "images")]
+    pub release: bool,
+    /// How long to wait for an answer: when a host boots, its agent and the witness may not be there yet
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub wait: Duration,
+    /// The agent's state directory, which is looked at if no agent answers [default: as in /etc/understudy/agent.toml]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
 }
 
 /// `understudy events`

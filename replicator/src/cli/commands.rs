@@ -40,6 +40,7 @@ pub(super) async fn run(command: AskCommand, control: Option<PathBuf>) -> Result
         AskCommand::Failback(args) => failback(args, &client(control)).await,
         AskCommand::Unprotect(args) => unprotect(args, &client(control)).await,
         AskCommand::Chaos(command) => drill::run(command, &client(control)).await,
+        AskCommand::MayStart(args) => super::latch::may_start(args, &client(control)).await,
     }
 }
 

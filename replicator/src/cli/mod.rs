@@ -9,6 +9,7 @@ pub mod config;
 pub mod dashboards;
 mod drill;
 mod exit;
+mod latch;
 mod logging;
 mod microvm;
 mod progress;

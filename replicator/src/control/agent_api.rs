@@ -10,6 +10,7 @@ use super::api::{
     PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
 use super::drill::{DrillPlan, DrillRequest};
+use super::latch::{MayStart, MayStartRequest};
 use super::microvm::RunRequest;
 
 /// An agent, as its control server sees it.
@@ -44,6 +45,8 @@ pub trait AgentApi: Send + Sync + 'static {
 
     /// Says whether a drill may begin and what it would hit; injures nothing.
     fn drill(&self, request: DrillRequest) -> impl Future<Output = Result<DrillPlan, ErrorBody>> + Send;
+    /// Whether something else may start a VM here from its disks. An error is a no.
+    fn may_start(&self, request: MayStartRequest) -> impl Future<Output = Result<MayStart, ErrorBody>> + Send;
 
     /// Opens a pairing window.
     fn pair_open(&self, request: PairOpenRequest) -> impl Future<Output = Result<PairWindow, ErrorBody>> + Send;

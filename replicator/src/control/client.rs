@@ -20,6 +20,7 @@ use super::api::{
     PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
 use super::drill::{DrillPlan, DrillRequest};
+use super::latch::{MayStart, MayStartRequest};
 use super::microvm::RunRequest;
 
 /// The longest answer that is read, in bytes.
@@ -154,6 +155,12 @@ impl Client {
     #[allow(clippy::missing_errors_doc)]
     pub async fn failover(&self, request: &FailoverRequest) -> Result<Accepted, ClientError> {
         self.post("/v1/failover", request).await
+    }
+
+    /// Asks whether a VM may be started from its disks.
+    #[allow(clippy::missing_errors_doc)]
+    pub async fn may_start(&self, request: &MayStartRequest) -> Result<MayStart, ClientError> {
+        self.post("/v1/may-start", request).await
     }
 
     /// Opens a pairing window, on an agent or a witness.

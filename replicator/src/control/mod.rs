@@ -10,6 +10,7 @@ pub mod api;
 pub mod client;
 pub mod doctor;
 pub mod drill;
+pub mod latch;
 pub mod microvm;
 pub mod paths;
 pub mod policy;

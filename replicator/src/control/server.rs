@@ -95,6 +95,7 @@ fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
         .route("/v1/rehearse", handle!(rehearse))
         .route("/v1/failover", handle!(failover))
         .route("/v1/drill", handle!(drill))
+        .route("/v1/may-start", handle!(may_start))
         .route("/v1/pair/open", handle!(pair_open))
         .route("/v1/pair/join", handle!(pair_join))
         .route("/v1/doctor", handle!(doctor))

@@ -11,6 +11,7 @@ use super::agent_api::AgentApi;
 use super::api::*;
 use super::client::{Client, ClientError};
 use super::drill::{DrillFault, DrillPlan, DrillRequest};
+use super::latch::{MayStart, MayStartRequest};
 use super::microvm::RunRequest;
 use super::server::{MAX_REQUEST, serve_agent};
 use super::socket::ControlSocket;
@@ -121,6 +122,10 @@ impl AgentApi for FakeAgent {
     async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {
         let cause = std::io::Error::other("the disk is full");
         Err(ErrorBody::new(ErrorKind::Busy, format!("{} is busy", request.vm)).because(&cause))
+    }
+
+    async fn may_start(&self, request: MayStartRequest) -> Result<MayStart, ErrorBody> {
+        Ok(MayStart { reason: format!("{:?}", request.vm) })
     }
 
     async fn pair_open(&self, request: PairOpenRequest) -> Result<PairWindow, ErrorBody> {

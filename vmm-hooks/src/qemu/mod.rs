@@ -12,6 +12,7 @@
 //! | `checks`, `clock` | say what stops protection and what it costs, in words for operators |
 //! | `gate`, `filters` | hold and release its frames by epochs |
 //! | `disks` | mirror what the guest writes to its disks, and prove that none is missing |
+//! | `image_hold` | keeps every stock QEMU from opening an image for writing |
 //! | `state` | takes its device state in a form that loads |
 //! | `guest` | pauses, captures, and loses no dirty page |
 //! | `idle` | says whether the guest has nothing to do |
@@ -31,6 +32,7 @@ pub mod fuzzing;
 mod gate;
 mod guest;
 mod idle;
+mod image_hold;
 mod network;
 mod qmp;
 mod ram;
@@ -48,6 +50,7 @@ use crate::guest::GuestError;
 
 pub use filters::remove_leftovers;
 pub use guest::{QemuGuest, attach};
+pub use image_hold::{HoldError, ImageHold};
 pub use runstate::{let_run, run_state};
 pub use target::{Target, resolve, running};
 pub use twin::{QemuTwinHost, TwinHostOptions};
