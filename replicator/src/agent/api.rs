@@ -21,6 +21,8 @@ use crate::control::drill::{DrillPlan, DrillRequest};
 use crate::control::latch::{MayStart, MayStartRequest};
 use crate::control::microvm::RunRequest;
 
+/// How long who asks for events waits for the last ones to be written.
+const EVENTS_WITHIN: Duration = Duration::from_secs(1);
 /// How often it is looked whether a task that ends has ended.
 const ENDING_LOOK: Duration = Duration::from_millis(2);
 
@@ -135,7 +137,13 @@ impl AgentApi for Agent {
 
     async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
         let (state_dir, of) = (self.config.state_dir.clone(), name.to_owned());
-        let events = blocking(move || events::read(&state_dir, &of, last)).await?.map_err(|error| {
+        let lines = self.events.clone();
+        let events = blocking(move || {
+            lines.catch_up(EVENTS_WITHIN);
+            events::read(&state_dir, &of, last)
+        })
+        .await?
+        .map_err(|error| {
             ErrorBody::new(ErrorKind::Failed, format!("the events of {name} cannot be read")).because(&error)
         })?;
         if events.is_empty() && !self.vms().contains_key(name) {

@@ -1,13 +1,16 @@
 //! What happened to a VM on this host: one line for each change, kept over restarts and protections.
 //!
 //! Promise: the newest [`FILE_MAX`] bytes of lines at least are kept, and at most twice as many. A line that cannot be written is
-//! told once in the agent's log and holds nothing up; a line that was torn by a power loss is left out when it is read.
+//! told once in the agent's log. Who adds a line waits for it a moment at most, also when the disk has hung: then lines wait in a
+//! bounded queue, and a VM's task goes on. A line that was torn by a power loss is left out when it is read.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::time::Duration;
 
 use super::durable::escape;
 use crate::control::api::VmEvent;
@@ -15,27 +18,108 @@ use crate::control::api::VmEvent;
 /// Bytes after which a file is set aside, in place of the one that was set aside before.
 const FILE_MAX: u64 = if cfg!(test) { 1 << 14 } else { 1 << 20 };
 
+/// How long who adds a line waits for it.
+const WRITTEN_WITHIN: Duration = Duration::from_millis(50);
+/// Lines that may wait for a disk.
+const WAITING: usize = 256;
+
+/// The thread that writes the lines of all VMs of an agent. It ends with the last [`Writer`] and the last log.
+#[derive(Debug, Clone)]
+pub(super) struct Writer {
+    queue: SyncSender<Job>,
+    /// One took too long, and is not written yet: nobody waits until it is.
+    hung: Arc<AtomicBool>,
+}
+
+#[derive(Debug)]
+struct Job {
+    /// A line; `None`: nothing but to say that all before it are written.
+    line: Option<(Arc<File>, VmEvent)>,
+    written: SyncSender<()>,
+}
+
+impl Writer {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// If the system has no thread.
+    pub(super) fn start() -> io::Result<Self> {
+        let (queue, jobs) = sync_channel::<Job>(WAITING);
+        let hung = Arc::new(AtomicBool::new(false));
+        let hangs = Arc::clone(&hung);
+        std::thread::Builder::new().name("us-events".into()).spawn(move || {
+            for Job { line, written } in jobs {
+                if let Some((log, event)) = line {
+                    log.append(&event);
+                }
+                if hangs.swap(false, Ordering::Relaxed) {
+                    tracing::warn!("the disk under the state directory goes on");
+                }
+                // Nobody waits any more.
+                let _ = written.try_send(());
+            }
+        })?;
+        Ok(Self { queue, hung })
+    }
+
+    /// Waits until what was added before is written, for a bounded time. Blocks.
+    pub(super) fn catch_up(&self, within: Duration) {
+        let (written, done) = sync_channel(1);
+        if self.queue.try_send(Job { line: None, written }).is_ok() {
+            // A disk that has hung shows what it has.
+            let _ = done.recv_timeout(within);
+        }
+    }
+}
+
 /// The event log of one VM.
 #[derive(Debug)]
 pub(super) struct EventLog {
-    path: PathBuf,
-    /// One line at a time.
-    writing: Mutex<()>,
-    failed: AtomicBool,
+    file: Arc<File>,
+    writer: Writer,
 }
 
 impl EventLog {
     /// The log of the VM called `name`; touches nothing yet.
-    pub(super) fn new(state_dir: &Path, name: &str) -> Self {
-        Self { path: path(state_dir, name), writing: Mutex::new(()), failed: AtomicBool::new(false) }
+    pub(super) fn new(writer: &Writer, state_dir: &Path, name: &str) -> Self {
+        Self { file: Arc::new(File::new(state_dir, name)), writer: writer.clone() }
     }
 
     /// Adds a line.
     pub(super) fn append(&self, event: &VmEvent) {
-        let _one = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = self.write(event)
-            && !self.failed.swap(true, Ordering::Relaxed)
+        let (written, done) = sync_channel(1);
+        let line = Some((Arc::clone(&self.file), event.clone()));
+        if self.writer.queue.try_send(Job { line, written }).is_err() {
+            self.file.complain(&io::Error::other("the disk has hung, and too many events wait for it"));
+        } else if !self.writer.hung.load(Ordering::Relaxed)
+            && done.recv_timeout(WRITTEN_WITHIN) == Err(RecvTimeoutError::Timeout)
+            && !self.writer.hung.swap(true, Ordering::Relaxed)
         {
+            tracing::error!(path = %self.file.path.display(), "the disk under the state directory does not answer; events wait for it");
+        }
+    }
+}
+
+/// Where lines go.
+#[derive(Debug)]
+struct File {
+    path: PathBuf,
+    failed: AtomicBool,
+}
+
+impl File {
+    fn new(state_dir: &Path, name: &str) -> Self {
+        Self { path: path(state_dir, name), failed: AtomicBool::new(false) }
+    }
+
+    fn append(&self, event: &VmEvent) {
+        if let Err(error) = self.write(event) {
+            self.complain(&error);
+        }
+    }
+
+    fn complain(&self, error: &io::Error) {
+        if !self.failed.swap(true, Ordering::Relaxed) {
             tracing::warn!(path = %self.path.display(), %error, "events of a VM cannot be kept");
         }
     }
@@ -103,7 +187,7 @@ mod tests {
     fn events_are_read_back_oldest_first_also_by_another_life() {
         let dir = tempfile::tempdir().expect("a directory");
         assert_eq!(read(dir.path(), "../web 1", 9).expect("no file is no error"), []);
-        (1..=2).for_each(|number| EventLog::new(dir.path(), "../web 1").append(&event(number)));
+        (1..=2).for_each(|number| File::new(dir.path(), "../web 1").append(&event(number)));
         assert_eq!(read(dir.path(), "../web 1", 9).expect("readable"), [event(1), event(2)]);
         assert_eq!(read(dir.path(), "../web 1", 1).expect("readable"), [event(2)]);
         assert_eq!(read(dir.path(), "web-2", 9).expect("readable"), []);
@@ -112,7 +196,7 @@ mod tests {
     #[test]
     fn a_torn_line_is_left_out_and_spoils_none_after_it() {
         let dir = tempfile::tempdir().expect("a directory");
-        let log = EventLog::new(dir.path(), "web-1");
+        let log = File::new(dir.path(), "web-1");
         log.append(&event(1));
         let whole = fs::read(&log.path).expect("written");
         fs::write(&log.path, &whole[..whole.len() - 5]).expect("room");
@@ -123,7 +207,7 @@ mod tests {
     #[test]
     fn the_newest_are_kept_and_the_rest_is_bounded() {
         let dir = tempfile::tempdir().expect("a directory");
-        let log = EventLog::new(dir.path(), "web-1");
+        let log = File::new(dir.path(), "web-1");
         let line = serde_json::to_string(&event(1)).expect("plain data").len() as u64;
         let enough = 4 * FILE_MAX / line;
         (0..enough).for_each(|number| log.append(&event(number)));
@@ -138,10 +222,46 @@ mod tests {
     fn a_log_that_cannot_be_written_holds_nothing_up() {
         let dir = tempfile::tempdir().expect("a directory");
         fs::write(dir.path().join("events"), "in the way").expect("room");
-        let log = EventLog::new(dir.path(), "web-1");
+        let log = File::new(dir.path(), "web-1");
         log.append(&event(1));
         log.append(&event(2));
         assert!(log.failed.load(Ordering::Relaxed));
         read(dir.path(), "web-1", 9).expect_err("not a directory");
+    }
+
+    #[test]
+    fn a_disk_that_hangs_holds_nobody_up_and_gets_its_lines_later() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let writer = Writer::start().expect("a thread");
+        let log = EventLog::new(&writer, dir.path(), "web-1");
+        fs::create_dir(dir.path().join("events")).expect("room");
+        // Opening it for writing waits for a reader.
+        make_fifo(&log.file.path);
+        (1..=3).for_each(|number| log.append(&event(number)));
+        writer.catch_up(Duration::from_millis(1));
+        let more = (4..=WAITING as u64 + 10).map(event).collect::<Vec<_>>();
+        more.iter().for_each(|event| log.append(event));
+        assert!(
+            writer.hung.load(Ordering::Relaxed) && log.file.failed.load(Ordering::Relaxed),
+            "it is told, and bounded"
+        );
+        let path = log.file.path.clone();
+        let reader = std::thread::spawn(move || {
+            // Each line is written by an opening of its own.
+            let mut lines = Vec::new();
+            while lines.len() < 3 {
+                let text = fs::read_to_string(&path).expect("readable");
+                lines.extend(text.lines().filter(|line| !line.is_empty()).map(str::to_owned));
+            }
+            lines
+        });
+        let lines = reader.join().expect("it reads");
+        let first: VmEvent = serde_json::from_str(&lines[0]).expect("a line");
+        assert_eq!(first, event(1), "in order");
+    }
+
+    fn make_fifo(path: &Path) {
+        let made = std::process::Command::new("mkfifo").arg(path).status().expect("mkfifo runs");
+        assert!(made.success());
     }
 }

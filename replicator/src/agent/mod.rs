@@ -158,6 +158,7 @@ struct Agent {
     vms: Mutex<BTreeMap<String, Vm>>,
     window: PairingWindow,
     latches: latch::Latches,
+    events: events::Writer,
     /// Itself, for tasks that outlive a request.
     own: Weak<Agent>,
 }
@@ -259,6 +260,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         tracing::warn!(?removed, "removed twins that a former life of this agent had left waiting");
     }
     let microvms = Microvms::new(&config);
+    let lines = events::Writer::start()?;
     let twins = Twins { qemu: twins, kvm: microvms.twins() };
     let agent = Arc::new_cyclic(|own| Agent {
         config,
@@ -276,6 +278,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         vms: Mutex::new(BTreeMap::new()),
         window: PairingWindow::default(),
         latches: latch::Latches::default(),
+        events: lines,
         own: own.clone(),
     });
     tracing::info!(name = agent.identity.name(), node = %agent.identity.node(), "the agent runs");

@@ -42,7 +42,7 @@ fn failed(message: impl Into<String>, cause: &dyn std::error::Error) -> ErrorBod
 impl Agent {
     /// What is shown and kept of a VM from now on.
     pub(super) fn new_view(&self, name: &str, vm: VmId, role: VmRole) -> Arc<View> {
-        let events = EventLog::new(&self.config.state_dir, name);
+        let events = EventLog::new(&self.events, &self.config.state_dir, name);
         Arc::new(View::new(name, vm, role, self.metrics.vm(name), events))
     }
 
