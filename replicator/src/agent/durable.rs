@@ -142,7 +142,7 @@ impl Text {
 }
 
 /// The memory of one VM on this host. Errors latch: after a failed write it refuses all further ones, because nobody knows
-/// what is on the disk.
+/// what is on the disk, until [`Durable::mend`] has written all of it anew.
 #[derive(Debug)]
 pub(super) struct Durable {
     path: PathBuf,
@@ -247,6 +247,20 @@ impl Durable {
             return Err(error);
         }
         self.text = text;
+        Ok(())
+    }
+
+    /// Whether an earlier write failed, so that nothing more is taken.
+    pub(super) fn is_latched(&self) -> bool {
+        self.failed
+    }
+
+    /// Writes anew, as a whole, what was remembered before the write that failed; then it is known again what is on the disk, and
+    /// more is taken. Of what that write was about nothing may have been acted upon: it is not remembered.
+    pub(super) fn mend(&mut self) -> io::Result<()> {
+        // A new file, so that nothing which an earlier sync may have lost is relied upon.
+        write(&self.path, &self.text)?;
+        self.failed = false;
         Ok(())
     }
 
@@ -475,6 +489,23 @@ mod tests {
         std::fs::remove_dir_all(dir.path().join("vms")).expect("remove");
         assert!(memory.set_generation(1).is_err());
         std::fs::create_dir(dir.path().join("vms")).expect("back again");
-        assert!(memory.set_generation(2).is_err(), "what is on the disk is not known");
+        assert!(memory.is_latched() && memory.set_generation(2).is_err(), "what is on the disk is not known");
+    }
+
+    #[test]
+    fn a_latched_memory_takes_more_once_all_of_it_was_written_anew() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let vms = dir.path().join("vms");
+        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
+        memory.set_generation(3).expect("writes");
+        std::fs::remove_dir_all(&vms).expect("remove");
+        assert!(memory.set_mark(Mark { generation: 4, epoch: 9 }).is_err());
+        assert!(memory.mend().is_err() && memory.is_latched(), "there is still no room");
+        std::fs::create_dir(&vms).expect("back again");
+        memory.mend().expect("writes");
+        let on_disk = || Durable::open(dir.path(), "a", VmId([2; 16])).expect("opens");
+        assert_eq!((on_disk().generation(), on_disk().mark()), (3, None), "the failed write was not acted upon");
+        memory.set_mark(Mark { generation: 4, epoch: 9 }).expect("writes");
+        assert_eq!((on_disk().generation(), on_disk().mark()), (4, Some(Mark { generation: 4, epoch: 9 })));
     }
 }

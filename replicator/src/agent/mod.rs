@@ -10,7 +10,7 @@
 //! | `arbiter` | which ownership store is asked: a witness or etcd |
 //! | `link`, `asker`, `beats` | peer messages, questions to the store, suspicion |
 //! | `paths` | what heartbeats say of each path to a peer, as metrics and words |
-//! | `durable` | what a host remembers of a VM |
+//! | `durable`, `owed` | what a host remembers of a VM, and what it could not write down yet |
 //! | `view` | what operators see |
 //! | `api`, `sessions` | the control API; protections that begin |
 //! | `protection`, `reprotect` | how a VM is to be protected, and a standby that is looked for again and again |
@@ -38,6 +38,7 @@ mod latch;
 mod leftovers;
 mod link;
 mod microvm;
+mod owed;
 mod paths;
 mod pause;
 mod primary;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
 use heartbeat_core::store::StoreAnswer;
@@ -24,6 +24,7 @@ use super::durable::{Durable, Mark};
 use super::encoder::Session;
 use super::intake::{self, IntakeEnd, Staged};
 use super::link::{Link, Received};
+use super::owed::{LONGEST, Owed};
 use super::primary::wait_until;
 use super::twin::{self, Command, TwinThread};
 use super::view::{View, api_state};
@@ -96,6 +97,10 @@ struct Task {
     leaving: bool,
     survivor: Option<Survivor>,
     finished: bool,
+    /// What could not be written down.
+    owed: Owed,
+    /// What the core said last of the VM, while something else is shown.
+    said: Option<(ProtectionState, String)>,
 }
 
 /// Runs a standby to its end: its twin was released as the survivor, which is returned, or destroyed.
@@ -146,6 +151,8 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
         leaving: false,
         survivor: None,
         finished: false,
+        owed: Owed::default(),
+        said: None,
     };
     match started.and_then(|()| TwinThread::start(twin, threads, reports)) {
         Ok(thread) => {
@@ -181,7 +188,10 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
                 task.intake_ended(ended.unwrap_or(IntakeEnd { code: None, reason: "the intake failed".into() }));
             }
             () = wait_until(deadline) => task.core.handle_timeout(clock::now()),
-            _ = look.tick() => task.look_after(),
+            _ = look.tick() => {
+                task.pay();
+                task.look_after();
+            }
         }
     }
     intake.abort();
@@ -245,10 +255,16 @@ impl Task {
                 }
                 Output::Close(code) => self.link.close(code, ""),
                 Output::State { state, reason } => {
-                    self.view.set_state(api_state(state), &reason);
-                    self.advise(state == replicator_core::state::ProtectionState::FailingOver);
+                    self.said = Some((api_state(state), reason));
+                    // Who must make room is told of that as long as it is so.
+                    if !self.durable.is_latched() {
+                        self.show();
+                    }
                 }
-                Output::Finished => self.finished = true,
+                Output::Finished => {
+                    self.finished = true;
+                    self.show();
+                }
             }
         }
     }
@@ -270,17 +286,35 @@ impl Task {
                 self.view.set_generation(generation.0);
                 self.core.handle_generation_persisted(clock::now(), generation);
             }
-            Err(error) => self.disk_failed(&error),
+            Err(error) => {
+                self.owed.generation = self.owed.generation.max(Some(generation));
+                self.disk_failed(&error);
+            }
         }
     }
 
     fn mark(&mut self, generation: Generation, epoch: Epoch) {
         self.view.granted(generation.0, epoch.0);
         self.granted = generation;
+        self.write_mark(generation, epoch);
+    }
+
+    fn write_mark(&mut self, generation: Generation, epoch: Epoch) {
         match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }, self.images.clone()) {
             Ok(()) => self.core.handle_marked(clock::now(), generation),
-            Err(error) => self.disk_failed(&error),
+            Err(error) => {
+                self.owed.mark = Some((generation, epoch));
+                self.disk_failed(&error);
+            }
         }
+    }
+
+    /// Shows what the core said last.
+    fn show(&mut self) {
+        let Some((state, reason)) = self.said.clone() else { return };
+        let failing_over = state == ProtectionState::FailingOver;
+        self.view.set_state(state, &reason);
+        self.advise(failing_over);
     }
 
     /// Says what can be done about a primary that is gone and that keeps the record itself.
@@ -299,10 +333,40 @@ impl Task {
         self.view.set(|status| status.advice = advice);
     }
 
-    /// Without the write nothing may be acted upon: the copy stays as it is, and the operator must see to the disk.
-    fn disk_failed(&self, error: &std::io::Error) {
+    /// Without the write nothing may be acted upon: the copy stays as it is. It is tried again by itself, since a full disk may have
+    /// room again.
+    fn disk_failed(&mut self, error: &std::io::Error) {
+        self.owed.failed(Instant::now());
         tracing::error!(vm = self.name, %error, "this host cannot write its state directory");
         self.view.set_state(ProtectionState::Error, "this host cannot write its state directory; the copy is kept");
+        let seconds = LONGEST.as_secs();
+        let advice = format!(
+            "make room on this host's state directory, or repair it ({error}): it is tried again by itself, at least every {seconds} s"
+        );
+        self.view.set(|status| status.advice = advice);
+    }
+
+    /// Tries again what could not be written, when it is time.
+    fn pay(&mut self) {
+        if !self.owed.is_due(Instant::now()) {
+            return;
+        }
+        if let Err(error) = self.durable.mend() {
+            tracing::warn!(vm = self.name, %error, "this host still cannot write its state directory");
+            self.owed.failed(Instant::now());
+            return;
+        }
+        tracing::info!(vm = self.name, "this host can write its state directory again");
+        let Owed { generation, mark, .. } = self.owed.mended();
+        if let Some(generation) = generation {
+            self.persist(generation);
+        }
+        if let Some((generation, epoch)) = mark {
+            self.write_mark(generation, epoch);
+        }
+        if !self.durable.is_latched() {
+            self.show();
+        }
     }
 
     fn received(&mut self, received: Received) {
