@@ -51,6 +51,9 @@ pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
+/// The chaos suite with a mistake that it must find.
+const LEAK: [&str; 7] = ["--leak-output", "--rounds", "1", "--fault", "kill-severed-by-silence", "--seed", "1"];
+
 /// Builds the product and the chaos suite, with their assertions on, and runs it with `args`.
 ///
 /// # Errors
@@ -196,6 +199,10 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Err(why) => Outcome::Skipped(why),
     });
     if all {
+        lane("the chaos suite finds output before its commit", &|| match means.demo() {
+            Ok(guest) => outcome(shell::run(chaos_command(&guest).args(LEAK))),
+            Err(why) => Outcome::Skipped(why),
+        });
         lane("demo with a database, 5 rounds", &|| match (means.demo(), setup::postgres::build(false)) {
             (Ok(guest), Ok(Ok(database))) => outcome(database_lane(&guest, &database)),
             (Err(why), _) | (_, Ok(Err(why))) => Outcome::Skipped(why),

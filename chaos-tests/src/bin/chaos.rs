@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
-use chaos_tests::chaos::engine::{Plan, run};
+use chaos_tests::chaos::engine::{Plan, run, was_lost};
 use chaos_tests::chaos::fault::Fault;
 use chaos_tests::chaos::page::html;
 use chaos_tests::chaos::report::{Report, Round};
@@ -35,6 +35,10 @@ struct Arguments {
     /// Write the report to this file, as a page for a browser
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
+    /// Make a mistake on purpose, while the VM is on host A: what the guest says is heard before it is acknowledged. The run
+    /// succeeds if the judges of what clients were told find that, and fails if they do not
+    #[arg(long)]
+    leak_output: bool,
     /// List the faults and do nothing
     #[arg(long)]
     list: bool,
@@ -60,6 +64,11 @@ fn main() -> ExitCode {
     match chaos(&arguments) {
         Ok(report) => {
             println!("\n{}", report.text());
+            if arguments.leak_output {
+                let found = report.failure.as_ref().is_some_and(|failure| was_lost(failure));
+                println!("{}", if found { "the mistake was found" } else { "the mistake was NOT found" });
+                return if found { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+            }
             if report.failure.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
         }
         Err(error) => {
@@ -117,6 +126,7 @@ fn plan(arguments: &Arguments) -> Result<Plan> {
         rounds: arguments.rounds,
         faults,
         guest,
+        leak: arguments.leak_output,
         understudy: understudy.canonicalize().with_context(|| format!("{} is missing", understudy.display()))?,
         dir: work_dir()?,
     })

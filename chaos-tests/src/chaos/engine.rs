@@ -1,20 +1,26 @@
 //! A run: one laboratory, rounds of faults, and the judges.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use replicator::control::api::{EventKind, ProtectionState, Role, VmEvent};
+use replicator::demo::image;
 use replicator::demo::lab::{Host, Lab, REDIS, VM};
 use replicator::demo::wait::{now_ns, until};
 
 use super::capture::Capture;
-use super::fault::{Fault, Field};
+use super::clock::Clocks;
+use super::counter::{self, Count};
+use super::fault::Fault;
+use super::field::Field;
 use super::guest;
+use super::leak::Leak;
 use super::leaks::{Holdings, Leaks, interfaces};
 use super::linear::{self, Action, Operation};
+use super::power::{self, Told};
 use super::report::{Moment, Report, Round, seconds};
 use super::schedule::Schedule;
 use super::sniffer::{Heard, Judge, Sniffer};
@@ -30,8 +36,20 @@ const ANSWERS: Duration = Duration::from_secs(120);
 const CLEAN: Duration = Duration::from_secs(60);
 /// How many answers every client must have had before a fault, and after it.
 const UNDER_WAY: u64 = 10;
+/// The longest time from the last round's answers to the loss of power, in microseconds.
+const LAST_MICROS: u64 = 1_000_000;
 /// How many events of a host are looked through for those of a round.
 const EVENTS: usize = 300;
+
+/// What the judges of clients' answers say.
+const NOT_LINEARIZABLE: &str = "the history is not linearizable";
+const WENT_BACK: &str = "the counter is not one that only goes on";
+
+/// Whether a run failed since something was lost that a client had been told.
+#[must_use]
+pub fn was_lost(failure: &str) -> bool {
+    [NOT_LINEARIZABLE, WENT_BACK].iter().any(|words| failure.contains(words))
+}
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -44,6 +62,8 @@ pub struct Plan {
     pub faults: Vec<Fault>,
     /// Directory of the guest image.
     pub guest: PathBuf,
+    /// What the guest says on host A is heard before it is acknowledged ([`super::leak`]): the judges must find it.
+    pub leak: bool,
     /// The program `understudy`.
     pub understudy: PathBuf,
     /// An empty directory for state, sockets and logs. Its path is short.
@@ -56,9 +76,11 @@ pub struct Plan {
 /// If the laboratory cannot be built, or its VM not be protected at all.
 pub async fn run(plan: &Plan, mut progress: impl FnMut(&Round)) -> Result<Report> {
     let begun = Instant::now();
-    let mut report = Report { seed: plan.seed, rounds: Vec::new(), failure: None, kept: None, seconds: 0.0 };
+    let mut report =
+        Report { seed: plan.seed, rounds: Vec::new(), failure: None, kept: None, on_disk: None, seconds: 0.0 };
     let mut lab = Lab::build(&plan.dir, &plan.guest, &plan.understudy)?;
     let mut arena = Arena::open(&mut lab, plan.seed).await.context("the VM could not be protected at first")?;
+    arena.leaks_output = plan.leak;
     let mut schedule = Schedule::new(plan.seed, &plan.faults);
     for number in 1..=plan.rounds {
         let fault = schedule.draw();
@@ -72,7 +94,10 @@ pub async fn run(plan: &Plan, mut progress: impl FnMut(&Round)) -> Result<Report
         }
     }
     if report.failure.is_none() {
-        report.failure = arena.close(plan.rounds).await.err().map(|error| format!("at the end: {error:#}"));
+        match arena.close(plan.rounds).await {
+            Ok(told) => report.on_disk = Some(told),
+            Err(error) => report.failure = Some(format!("at the end: {error:#}")),
+        }
     }
     if report.failure.is_some() {
         arena.keep_events().await;
@@ -85,15 +110,22 @@ pub async fn run(plan: &Plan, mut progress: impl FnMut(&Round)) -> Result<Report
 struct Arena<'a> {
     lab: &'a mut Lab,
     storage: Storage,
+    clocks: Clocks,
     rng: Rng,
     workload: Workload,
     sniffer: Sniffer,
     _capture: Capture,
     leaks: Leaks,
+    /// By [`Plan::leak`].
+    leaks_output: bool,
     /// Knows where the guest's frames came from.
     judge: Judge,
     /// What keys of earlier rounds hold: nobody writes them any more.
     settled: BTreeMap<u64, u64>,
+    /// What clients were told in all rounds.
+    told: Told,
+    /// What the agents have noted and was looked at.
+    noted: HashSet<String>,
 }
 
 /// Which host has which copy of a VM that is protected.
@@ -124,6 +156,7 @@ async fn until_protected(lab: &Lab) -> Result<Host> {
 impl<'a> Arena<'a> {
     async fn open(lab: &'a mut Lab, seed: u64) -> Result<Self> {
         let storage = Storage::make(lab)?;
+        let clocks = Clocks::make(lab)?;
         guest::boot(lab).await?;
         lab.start_daemons().await?;
         lab.pair().await?;
@@ -135,17 +168,24 @@ impl<'a> Arena<'a> {
         guest::protect(lab).await?;
         until_protected(lab).await?;
         let workload = Workload::start(&lab.namespace("c"), REDIS, seed)?;
-        Ok(Self {
+        let mut arena = Self {
             lab,
             storage,
+            clocks,
             rng: Rng::new(seed.rotate_left(32)),
             workload,
             sniffer,
             _capture: capture,
             leaks: Leaks::default(),
+            leaks_output: false,
             judge: Judge::new(Host::A),
             settled: BTreeMap::new(),
-        })
+            told: Told::default(),
+            noted: HashSet::new(),
+        };
+        let events = arena.events().await;
+        arena.noted.extend(events.iter().map(|(host, event)| noted(*host, event)));
+        Ok(arena)
     }
 
     /// Every client has had some answers more.
@@ -167,7 +207,9 @@ impl<'a> Arena<'a> {
         self.workload.pause();
         round.deeds =
             deeds.into_iter().map(|(at_ns, what)| Moment { at_ms: ms_since(begun_ns, at_ns), what }).collect();
-        let events = self.events(begun_unix_ms).await;
+        let mut events = self.events().await;
+        // Not by their time: clocks may have jumped.
+        events.retain(|(host, event)| self.noted.insert(noted(*host, event)));
         round.events = events
             .iter()
             .map(|(host, event)| Moment {
@@ -191,17 +233,24 @@ impl<'a> Arena<'a> {
         // What was heard is judged also if the VM does not come back.
         let heard = self.sniffer.take();
         let (history, broken) = self.workload.take();
-        tell(round, begun_ns, &history, &broken, &heard);
+        let counts = self.workload.take_counts();
+        tell(round, begun_ns, &history, &counts, &broken, &heard);
         let spoke = self.judge.judge(&heard, round.activated);
-        match (spoke, played) {
-            (Err(spoke), Err(played)) => bail!("{spoke:#}; and {played:#}"),
-            (spoke, played) => spoke.and(played)?,
-        }
-        idle?;
+        self.told.add(round.number, &history, &counts);
+        // All that is wrong is said: one thing may explain another.
+        let served = played.is_ok() && idle.is_ok();
+        let mut wrong: Vec<_> = [spoke, played, idle].into_iter().filter_map(Result::err).collect();
         if let Some(broken) = broken.first().filter(|_| !fault.breaks_connections()) {
-            bail!("a client's connection broke {} ms into the round: {}", ms_since(begun_ns, broken.at_ns), broken.why);
+            let at_ms = ms_since(begun_ns, broken.at_ns);
+            wrong.push(anyhow!("a client's connection broke {at_ms} ms into the round: {}", broken.why));
         }
-        self.remembers(round.number, history)?;
+        if served {
+            wrong.extend(self.remembers(round.number, history, &counts).err());
+        }
+        if !wrong.is_empty() {
+            let said: Vec<_> = wrong.iter().map(|error| format!("{error:#}")).collect();
+            bail!("{}", said.join("; and "));
+        }
         self.clean().await
     }
 
@@ -210,8 +259,20 @@ impl<'a> Arena<'a> {
         self.answered().await.context("before the fault")?;
         let primary = until_protected(self.lab).await.context("before the fault")?;
         round.hosts = (primary.name().to_owned(), "nowhere".to_owned());
-        let mut field = Field { lab: self.lab, primary, storage: &self.storage, rng: &mut self.rng, deeds: Vec::new() };
+        let mut field = Field {
+            lab: self.lab,
+            primary,
+            storage: &self.storage,
+            clocks: &self.clocks,
+            rng: &mut self.rng,
+            deeds: Vec::new(),
+        };
+        let leak =
+            if self.leaks_output { Some(Leak::begin(field.lab).context("the mistake cannot be made")?) } else { None };
         let injected = fault.inject(&mut field).await;
+        if let Some(leak) = leak {
+            field.note(format!("{} frames were heard before they were acknowledged", leak.leaked()));
+        }
         deeds.extend(field.deeds.into_iter().map(|deed| (deed.at_ns, deed.what)));
         injected.context("the fault could not be played")?;
         let over_ns = now_ns();
@@ -223,14 +284,19 @@ impl<'a> Arena<'a> {
         self.answered().await.context("after the fault")
     }
 
-    /// The round's history, with a last look at its keys, is linearizable; the keys of the round before hold what they held.
-    fn remembers(&mut self, number: u64, mut history: Vec<Operation>) -> Result<()> {
+    /// The round's history, with a last look at its keys, is linearizable, its counter never went back; the keys of the round before hold what they held.
+    fn remembers(&mut self, number: u64, mut history: Vec<Operation>, counts: &[Count]) -> Result<()> {
         let first = number.saturating_sub(1).max(1);
         let read = self.workload.read_all(first..=number).context("reading everything again")?;
         history.extend(read.iter().filter(|read| read.key / KEYS == number));
         if let Err(found) = linear::check(&history) {
             let _ = fs::write(self.lab.dir().join("history.txt"), format!("{history:#?}\n"));
-            bail!("the history is not linearizable: {found}");
+            bail!("{NOT_LINEARIZABLE}: {found}");
+        }
+        let counted = self.workload.counted(number).context("reading the counter again")?;
+        if let Err(found) = counter::judge(counts, counted) {
+            let _ = fs::write(self.lab.dir().join("counts.txt"), format!("{counts:#?}\n"));
+            bail!("{WENT_BACK}: {found}");
         }
         self.still_there(&read)
     }
@@ -245,11 +311,27 @@ impl<'a> Arena<'a> {
         Ok(())
     }
 
-    /// Reads everything again, shuts the guest down, and looks at its disk where it ran last.
-    async fn close(&mut self, rounds: u64) -> Result<()> {
+    /// Reads everything again; then both hosts lose power while clients go on, and the disks are judged by themselves.
+    async fn close(&mut self, rounds: u64) -> Result<u64> {
         let read = self.workload.read_all(1..=rounds).context("reading everything again")?;
         self.still_there(&read)?;
-        guest::shut_down(self.lab).await.map(drop)
+        self.workload.go(rounds + 1);
+        self.answered().await?;
+        let (primary, image) = guest::disk(self.lab).await?;
+        tokio::time::sleep(self.rng.micros(0, LAST_MICROS)).await;
+        // The primary first: what it says after its standby's death nobody else could know.
+        self.lab.kill_host(primary)?;
+        self.lab.kill_host(primary.other())?;
+        self.workload.pause();
+        let (history, _) = self.workload.take();
+        self.told.add(rounds + 1, &history, &self.workload.take_counts());
+        let copy = power::recover_standby(self.lab, primary.other(), guest::DISK_MIB << 20).await;
+        let copy = copy.with_context(|| format!("the standby's disk on {}", primary.other().name()))?;
+        for image in [image, copy] {
+            image::replay(&image)?;
+            self.told.is_on(&image, &self.settled)?;
+        }
+        Ok(self.told.len())
     }
 
     /// Waits until nothing is left of what was.
@@ -267,12 +349,12 @@ impl<'a> Arena<'a> {
         [Host::A, Host::B].into_iter().try_for_each(|host| self.storage.delete_old_images(self.lab, host))
     }
 
-    /// What the agents noted since then, in order of time.
-    async fn events(&self, since_unix_ms: u64) -> Vec<(Host, VmEvent)> {
+    /// What the agents have noted, in order of time.
+    async fn events(&self) -> Vec<(Host, VmEvent)> {
         let mut all = Vec::new();
         for host in [Host::A, Host::B] {
             let events = self.lab.client(host).vm_events(VM, EVENTS).await.unwrap_or_default();
-            all.extend(events.into_iter().filter(|event| event.unix_ms >= since_unix_ms).map(|event| (host, event)));
+            all.extend(events.into_iter().map(|event| (host, event)));
         }
         all.sort_by_key(|(_, event)| event.unix_ms);
         all
@@ -281,7 +363,7 @@ impl<'a> Arena<'a> {
     /// Writes down what the agents noted and say, for who looks at a failure.
     async fn keep_events(&self) {
         let mut text = self.lab.statuses().await;
-        for (host, event) in self.events(0).await {
+        for (host, event) in self.events().await {
             text.push_str(&format!("{} {}\n", host.name(), serde_json::to_string(&event).unwrap_or_default()));
         }
         // Their disks are gone with the laboratory.
@@ -295,10 +377,16 @@ impl<'a> Arena<'a> {
     }
 }
 
-fn tell(round: &mut Round, begun_ns: u64, history: &[Operation], broken: &[Broken], heard: &[Heard]) {
-    let answers = || history.iter().filter_map(|op| Some((op.called_ns, op.returned_ns?)));
+/// An event of a host, to be known again.
+fn noted(host: Host, event: &VmEvent) -> String {
+    format!("{} {event:?}", host.name())
+}
+
+fn tell(round: &mut Round, begun_ns: u64, history: &[Operation], counts: &[Count], broken: &[Broken], heard: &[Heard]) {
+    let counted = || counts.iter().filter_map(|count| Some((count.called_ns, count.returned?.0)));
+    let answers = || history.iter().filter_map(|op| Some((op.called_ns, op.returned_ns?))).chain(counted());
     round.answered = answers().count() as u64;
-    round.unknown = history.len() as u64 - round.answered;
+    round.unknown = (history.len() + counts.len()) as u64 - round.answered;
     round.broken = broken.len() as u64;
     round.frames = heard.len() as u64;
     round.longest_wait_ms = answers().map(|(asked, came)| (came - asked) / 1_000_000).max().unwrap_or(0);

@@ -10,11 +10,11 @@ use replicator::control::api::ProtectionState;
 use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, Machine, REDIS, VM};
 use replicator::demo::wait::until;
 
-use super::fault::qemus;
+use super::field::qemus;
 use super::storage::run;
 
 /// Size of the guest's disk.
-const DISK_MIB: u64 = 128;
+pub(super) const DISK_MIB: u64 = 128;
 /// Bound on the end of a guest that was told to shut down, and of its twin.
 const END: Duration = Duration::from_secs(60);
 /// Bound on becoming protected.
@@ -25,7 +25,13 @@ const PROTECT: Duration = Duration::from_secs(300);
 /// # Errors
 /// If its Redis does not answer within a bound.
 pub(super) async fn boot(lab: &mut Lab) -> Result<()> {
-    lab.boot_as(&Machine { disk_mib: Some(DISK_MIB), ..Machine::default() }).await.map(drop)
+    let more = owner(lab);
+    lab.boot_as(&Machine { disk_mib: Some(DISK_MIB), more, ..Machine::default() }).await.map(drop)
+}
+
+/// A monitor of its owner's own.
+fn owner(lab: &Lab) -> Vec<String> {
+    vec!["-qmp".to_owned(), format!("unix:{},server=on,wait=off", lab.vm_second().display())]
 }
 
 /// Asks for the protection of the guest that was booted on host A, and waits for it.
@@ -43,13 +49,8 @@ pub(super) async fn protect(lab: &Lab) -> Result<()> {
 /// # Errors
 /// If it does not end within a bound, or its file system is not clean.
 pub(super) async fn shut_down(lab: &Lab) -> Result<PathBuf> {
-    let image = disk(lab).await?;
-    let say = format!("exec 3<>/dev/tcp/{GUEST}/{}; echo SHUTDOWN NOSAVE >&3", REDIS.port());
-    let bound = COMMAND.as_secs().to_string();
-    let status = Command::new("ip")
-        .args(["netns", "exec", &lab.namespace("c"), "timeout", &bound, "bash", "-c", &say])
-        .status()?;
-    ensure!(status.success(), "Redis did not take its leave: {status}");
+    let (_, image) = disk(lab).await?;
+    tell_redis(lab, "SHUTDOWN NOSAVE", "").context("Redis did not take its leave")?;
     let spaces = [Host::A, Host::B].map(|host| lab.namespace(host.role()));
     until("the guest to shut down, and its twin with it", END, async || {
         let left: Vec<u32> = spaces.iter().flat_map(|space| qemus(space)).collect();
@@ -58,6 +59,37 @@ pub(super) async fn shut_down(lab: &Lab) -> Result<PathBuf> {
     .await?;
     run("e2fsck", &["-f", "-n", &image.display().to_string()]).context("the guest's file system is broken")?;
     Ok(image)
+}
+
+/// Says something to Redis; what a line of the answer says after `want`.
+fn tell_redis(lab: &Lab, what: &str, want: &str) -> Result<String> {
+    let read = format!(
+        "while read -r -u 3 line; do [[ $line == {want}* ]] && echo \"${{line#{want}}}\" && exit; done; exit 1"
+    );
+    let read = if want.is_empty() { "" } else { &read };
+    let say = format!("exec 3<>/dev/tcp/{GUEST}/{} || exit; echo {what} >&3; {read}", REDIS.port());
+    let bound = COMMAND.as_secs().to_string();
+    let said = Command::new("ip")
+        .args(["netns", "exec", &lab.namespace("c"), "timeout", &bound, "bash", "-c", &say])
+        .output()?;
+    ensure!(said.status.success(), "{}: {}", said.status, String::from_utf8_lossy(&said.stderr).trim());
+    Ok(String::from_utf8_lossy(&said.stdout).trim().to_owned())
+}
+
+/// Which life of Redis answers.
+///
+/// # Errors
+/// If none does.
+pub(super) async fn redis_life(lab: &Lab) -> Result<String> {
+    tell_redis(lab, "INFO server", "run_id:").context("Redis says nothing of itself")
+}
+
+/// Has the guest reboot. Its init takes a snapshot, which nothing needs, as a sign for that.
+///
+/// # Errors
+/// If Redis cannot be reached.
+pub(super) fn ask_to_reboot(lab: &Lab) -> Result<()> {
+    tell_redis(lab, "SHUTDOWN SAVE", "").map(drop).context("Redis did not take its leave")
 }
 
 /// Boots the guest on host A from `image`, as its owner would, and has it protected again.
@@ -72,12 +104,17 @@ pub(super) async fn boot_again(lab: &mut Lab, image: &Path) -> Result<()> {
     fs::rename(&new, &copy)?;
     let drive = format!("file={},if=virtio,format=raw,cache=none", copy.display());
     let kernel = "us.disk=/dev/vda".to_owned();
-    lab.boot_as(&Machine { kernel, more: vec!["-drive".to_owned(), drive], ..Machine::default() }).await?;
+    let mut more = owner(lab);
+    more.extend(["-drive".to_owned(), drive]);
+    lab.boot_as(&Machine { kernel, more, ..Machine::default() }).await?;
     protect(lab).await
 }
 
-/// The image of the VM's disk where it runs: what its QEMU has open.
-async fn disk(lab: &Lab) -> Result<PathBuf> {
+/// Where the VM runs, and the image of its disk there: what its QEMU has open.
+///
+/// # Errors
+/// If it is protected nowhere, or has no disk.
+pub(super) async fn disk(lab: &Lab) -> Result<(Host, PathBuf)> {
     for host in [Host::A, Host::B] {
         let status = lab.client(host).vm_status(VM).await?;
         if !(status.state == ProtectionState::Protected && status.role.word() == "primary") {
@@ -88,7 +125,7 @@ async fn disk(lab: &Lab) -> Result<PathBuf> {
                 let Ok(file) = fs::read_link(entry?.path()) else { continue };
                 let is_image = fs::metadata(&file).is_ok_and(|meta| meta.is_file() && meta.len() == DISK_MIB << 20);
                 if is_image && file.starts_with(lab.dir()) {
-                    return Ok(file);
+                    return Ok((host, file));
                 }
             }
         }

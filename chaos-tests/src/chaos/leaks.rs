@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use replicator::demo::lab::{Host, Lab};
 use replicator::demo::netns::processes_in;
 
-use super::fault::qemus;
+use super::field::qemus;
 
 /// How many descriptors or threads more than at its leanest an agent may have: connections come and go.
 const SLACK: usize = 40;

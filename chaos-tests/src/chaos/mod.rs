@@ -4,22 +4,29 @@
 //! One laboratory lives through many rounds. A round is: a fault, until it is over; waiting until the VM is protected again;
 //! judging. What is judged, in each round:
 //!
-//! - the history of all reads and writes is linearizable, and nothing acknowledged is lost ([`linear`]);
+//! - the history of all reads and writes is linearizable, and nothing acknowledged is lost ([`linear`], [`counter`]);
 //! - no connection of a client broke, unless the fault itself ends the guest's Redis;
 //! - never two copies are heard: the guest's frames come from one host at a time, and change hosts no more often than copies
 //!   were activated ([`sniffer`]);
 //! - the VM is protected again within a bound, and its clients are answered;
 //! - nothing is left: processes, interfaces, directories, descriptors ([`leaks`]).
 //!
-//! At the end the guest is shut down and its disks are checked.
+//! At the end both hosts lose power, and the disks are judged by themselves ([`power`]).
 
 pub mod capture;
+pub mod clock;
+pub mod counter;
 pub mod engine;
 pub mod fault;
+pub mod field;
 mod guest;
+mod inject;
+mod leak;
 pub mod leaks;
 pub mod linear;
+pub mod monitor;
 pub mod page;
+mod power;
 pub mod relay;
 pub mod report;
 pub mod schedule;

@@ -155,6 +155,7 @@ mod tests {
             rounds: vec![round],
             failure: Some("round 1: <lost>".to_owned()),
             kept: None,
+            on_disk: None,
             seconds: 9.0,
         };
         let page = html(&report);

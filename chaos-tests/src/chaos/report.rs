@@ -16,6 +16,8 @@ pub struct Report {
     pub failure: Option<String>,
     /// Where logs, captures and event logs are, if they were kept.
     pub kept: Option<String>,
+    /// How many writes and steps of counters were answered and found on both disks, after both hosts lost power at the end.
+    pub on_disk: Option<u64>,
     /// How long all of it took, in seconds.
     pub seconds: f64,
 }
@@ -133,6 +135,9 @@ impl Report {
             self.seconds,
             self.seed
         );
+        if let Some(on_disk) = self.on_disk {
+            let _ = writeln!(text, "both hosts lost power at the end: {on_disk} answered writes are on each disk");
+        }
         match &self.failure {
             None => text.push_str("nothing was broken\n"),
             Some(failure) => {
@@ -183,10 +188,11 @@ mod tests {
             rounds: vec![Round { kind: "kill-agent".to_owned(), answered: 7, ..Round::default() }],
             failure: Some("round 2: lost".to_owned()),
             kept: Some("/somewhere".to_owned()),
+            on_disk: Some(8),
             seconds: 1.0,
         };
         let text = report.text();
-        for word in ["kill-agent", "BROKEN: round 2: lost", "/somewhere", "--seed 42 --rounds 2"] {
+        for word in ["kill-agent", "8 answered writes", "BROKEN: round 2: lost", "/somewhere", "--seed 42 --rounds 2"] {
             assert!(text.contains(word), "{text}");
         }
     }

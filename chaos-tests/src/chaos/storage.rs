@@ -1,19 +1,34 @@
-//! A disk of its own for each host's state, journals and images, so that it can be full or hang without anybody else noticing.
+//! A disk of its own for each host's state, journals and images, so that it can be full, hang or break without anybody else noticing.
 //!
-//! A file system in a file in memory, mounted where the host's agent keeps its state. Promise: dropping it unmounts it.
+//! A file system in a file in memory, mounted where the host's agent keeps its state. The memory is a file system of its own, too: without
+//! room there, what the upper one writes is lost, and who syncs it is told. Promise: dropping it unmounts it.
 
 use std::fs::{self, File};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use replicator::demo::lab::{Host, Lab, VM};
 use replicator::demo::netns::processes_in;
+use replicator::demo::wait::until;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 /// Size of a host's disk. What is not written takes no memory.
 const DISK: u64 = 4 << 30;
+/// The memory that it may take.
+const MEMORY: u64 = 3 << 30;
+/// Its name there.
+const IMAGE: &str = "disk";
+/// What is written to see whether it is kept, and how much.
+const PROBE: &str = "probe";
+const PROBE_BYTES: usize = 4 << 20;
+/// How often its size is looked at until it has not grown meanwhile.
+const LOOKS: usize = 50;
+/// Bound on its being let go by processes that were killed.
+const LET_GO: Duration = Duration::from_secs(30);
 /// Its blocks.
 const BLOCK: u64 = 4096;
 /// What lies beside what fills a disk.
@@ -22,8 +37,8 @@ const FILLER: &str = "filler";
 /// See the module.
 #[derive(Debug)]
 pub struct Storage {
-    mounts: Vec<(Host, PathBuf)>,
-    below: PathBuf,
+    /// Whose, where, and where its memory is.
+    mounts: Vec<(Host, PathBuf, PathBuf)>,
 }
 
 impl Storage {
@@ -32,25 +47,98 @@ impl Storage {
     /// # Errors
     /// If this kernel has no loop devices, or refuses a mount.
     pub fn make(lab: &Lab) -> Result<Self> {
-        let below = lab.dir().join("disks");
-        fs::create_dir_all(&below)?;
-        run("mount", &["-t", "tmpfs", "-o", "size=3g,mode=700", "tmpfs", &shown(&below)])?;
-        let mut storage = Self { mounts: Vec::new(), below };
+        let mut storage = Self { mounts: Vec::new() };
         for host in [Host::A, Host::B] {
-            let image = storage.below.join(host.name());
-            File::create(&image)?.set_len(DISK)?;
-            run("mkfs.ext4", &["-q", "-F", &shown(&image)])?;
+            let below = lab.dir().join("disks").join(host.name());
+            fs::create_dir_all(&below)?;
+            run("mount", &["-t", "tmpfs", "-o", &room(MEMORY), "tmpfs", &shown(&below)])?;
             let at = lab.state_dir(host);
             fs::create_dir_all(&at)?;
+            // Every process of the laboratory lives in a mount namespace of its own: what is unmounted here is to be unmounted there, too.
+            let part = at.parent().context("the laboratory has a directory")?;
+            run("mount", &["--bind", &shown(part), &shown(part)])?;
+            run("mount", &["--make-shared", &shown(part)])?;
+            let image = below.join(IMAGE);
+            File::create(&image)?.set_len(DISK)?;
+            run("mkfs.ext4", &["-q", "-F", &shown(&image)])?;
             run("mount", &["-o", "loop", &shown(&image), &shown(&at)])?;
-            storage.mounts.push((host, at));
+            storage.mounts.push((host, at, below));
         }
         Ok(storage)
     }
 
+    fn mount(&self, host: Host) -> Result<(&Path, &Path)> {
+        let mount = self.mounts.iter().find(|(its, ..)| *its == host);
+        mount
+            .map(|(_, at, below)| (at.as_path(), below.as_path()))
+            .with_context(|| format!("{} has no disk of its own", host.name()))
+    }
+
     fn at(&self, host: Host) -> Result<&Path> {
-        let mount = self.mounts.iter().find(|(its, _)| *its == host);
-        mount.map(|(_, at)| at.as_path()).with_context(|| format!("{} has no disk of its own", host.name()))
+        self.mount(host).map(|(at, _)| at)
+    }
+
+    /// Turns a host's disk read-only, as the kernel does with one whose journal it could not write.
+    ///
+    /// # Errors
+    /// If it takes writes all the same.
+    pub fn abort(&self, host: Host) -> Result<()> {
+        let at = self.at(host)?;
+        run("mount", &["-o", "remount,abort", &shown(at)])?;
+        ensure!(!takes_writes(at), "the disk of {} takes writes", host.name());
+        Ok(())
+    }
+
+    /// Lets what is written to a host's disk be lost, and who syncs it be told, until there is room below again.
+    ///
+    /// # Errors
+    /// If it takes writes all the same.
+    pub fn lose_writes(&self, host: Host) -> Result<Losing> {
+        let (at, below) = self.mount(host)?;
+        let leave_none = || -> Result<()> {
+            let used = rustix::fs::statvfs(below)?;
+            let used = (used.f_blocks - used.f_bfree) * used.f_frsize;
+            run("mount", &["-o", &format!("remount,{}", room(used.max(BLOCK))), &shown(below)])
+        };
+        // It is refused if somebody has written between the look and the change.
+        let mut left = Err(anyhow!("it was not tried"));
+        for _ in 0..LOOKS {
+            left = leave_none();
+            if left.is_ok() {
+                break;
+            }
+        }
+        left.context("the disk always grows")?;
+        let losing = Losing(Some(below.to_owned()));
+        ensure!(!takes_writes(at), "the disk of {} takes writes", host.name());
+        Ok(losing)
+    }
+
+    /// Whether a host's disk takes and keeps what is written to it.
+    ///
+    /// # Errors
+    /// If it has none.
+    pub fn takes_writes(&self, host: Host) -> Result<bool> {
+        self.at(host).map(takes_writes)
+    }
+
+    /// What an operator does about a broken disk, while nothing runs on its host: has it checked, and mounts it again.
+    ///
+    /// # Errors
+    /// If it cannot be repaired.
+    pub async fn repair(&self, host: Host) -> Result<()> {
+        let (at, below) = self.mount(host)?;
+        until("the disk to be let go", LET_GO, async || {
+            Ok(run("umount", &[&shown(at)]).map_err(|error| error.to_string()))
+        })
+        .await?;
+        let image = shown(&below.join(IMAGE));
+        // It says that it has repaired something by its exit status.
+        let _ = run("e2fsck", &["-f", "-y", &image]);
+        run("e2fsck", &["-f", "-n", &image]).context("the disk stays broken")?;
+        run("mount", &["-o", "loop", &image, &shown(at)])?;
+        ensure!(takes_writes(at), "the disk of {} takes no writes", host.name());
+        Ok(())
     }
 
     /// Fills a host's disk to the last block, until the filler is dropped.
@@ -105,10 +193,10 @@ impl Storage {
 
 impl Drop for Storage {
     fn drop(&mut self) {
-        let disks = self.mounts.iter().map(|(_, at)| at).chain([&self.below]);
-        for at in disks {
+        let part = |at: &PathBuf| at.parent().map(Path::to_owned).unwrap_or_default();
+        for at in self.mounts.iter().flat_map(|(_, at, below)| [at.clone(), part(at), below.clone()]) {
             // Lazily: what still ends there may hold it for a moment.
-            if let Err(error) = run("umount", &["-l", &shown(at)]) {
+            if let Err(error) = run("umount", &["-l", &shown(&at)]) {
                 eprintln!("{error:#}");
             }
         }
@@ -122,6 +210,49 @@ pub fn sweep(dir: &Path) {
     for at in ours.collect::<Vec<_>>().into_iter().rev() {
         let _ = run("umount", &["-l", at]);
     }
+}
+
+/// A disk that loses what is written to it. Dropping it ends that, too.
+#[derive(Debug)]
+pub struct Losing(Option<PathBuf>);
+
+impl Losing {
+    /// Gives it room again.
+    ///
+    /// # Errors
+    /// If the memory below refuses.
+    pub fn end(mut self) -> Result<()> {
+        self.0.take().map_or(Ok(()), |below| give_room(&below))
+    }
+}
+
+impl Drop for Losing {
+    fn drop(&mut self) {
+        if let Some(below) = self.0.take() {
+            let _ = give_room(&below);
+        }
+    }
+}
+
+fn give_room(below: &Path) -> Result<()> {
+    run("mount", &["-o", &format!("remount,{}", room(MEMORY)), &shown(below)])
+}
+
+fn room(bytes: u64) -> String {
+    format!("size={bytes},mode=700")
+}
+
+/// Whether a file system takes and keeps what is written to it: more than its file has had room for.
+fn takes_writes(at: &Path) -> bool {
+    let path = at.join(PROBE);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&path)?;
+        file.write_all(&vec![0x55; PROBE_BYTES])?;
+        file.sync_all()
+    };
+    let taken = write().is_ok();
+    let _ = fs::remove_file(&path);
+    taken
 }
 
 /// What fills a disk.

@@ -1,4 +1,5 @@
 //! Clients in the client's namespace that read and write the guest's Redis all the time, and remember each question and answer.
+//! Some only count, with hardly a pause: what they are told never comes twice, so each answer that was lost is found ([`super::counter`]).
 //!
 //! Promise: a question that got no answer is remembered as one whose outcome is not known. A client keeps its connection as long
 //! as it can; that it broke is remembered, with the reason.
@@ -14,12 +15,17 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use replicator::demo::wait::now_ns;
 
+use super::counter::Count;
 use super::linear::{Action, Operation};
 use super::space;
 use crate::sim::rng::Rng;
 
-/// How many clients there are.
+/// How many clients read and write.
 pub const CLIENTS: u32 = 4;
+/// How many count.
+const COUNTERS: u32 = 2;
+/// Both.
+const ALL: usize = (CLIENTS + COUNTERS) as usize;
 /// How many keys a round has.
 pub const KEYS: u64 = 6;
 /// How long an answer may take before the connection counts as broken.
@@ -28,6 +34,8 @@ const ANSWER: Duration = Duration::from_secs(90);
 const CONNECT: Duration = Duration::from_secs(5);
 /// The longest time that a client thinks.
 const THINK_MICROS: u64 = 30_000;
+/// The same, of one that counts.
+const COUNT_MICROS: u64 = 3_000;
 /// How long a client that is told to pause sleeps between looks.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -40,9 +48,10 @@ struct Shared {
     pause: AtomicBool,
     end: AtomicBool,
     /// Clients that have no question under way, while they are to pause.
-    idle: Mutex<[bool; CLIENTS as usize]>,
-    answered: [AtomicU64; CLIENTS as usize],
+    idle: Mutex<[bool; ALL]>,
+    answered: [AtomicU64; ALL],
     history: Mutex<Vec<Operation>>,
+    counts: Mutex<Vec<Count>>,
     broken: Mutex<VecDeque<Broken>>,
 }
 
@@ -74,13 +83,14 @@ impl Workload {
             round: AtomicU64::new(0),
             pause: AtomicBool::new(true),
             end: AtomicBool::new(false),
-            idle: Mutex::new([false; CLIENTS as usize]),
+            idle: Mutex::new([false; ALL]),
             answered: Default::default(),
             history: Mutex::default(),
+            counts: Mutex::default(),
             broken: Mutex::default(),
         });
         let mut threads = Vec::new();
-        for client in 0..CLIENTS {
+        for client in 0..CLIENTS + COUNTERS {
             let shared = Arc::clone(&shared);
             let rng = Rng::new(seed ^ (u64::from(client) + 1).rotate_left(40));
             threads.push(space::spawn(space, || Ok(()), move |()| run(&shared, client, rng))?);
@@ -91,7 +101,7 @@ impl Workload {
     /// Lets the clients go, on the keys of `round`.
     pub fn go(&self, round: u64) {
         self.shared.round.store(round, Ordering::SeqCst);
-        *lock(&self.shared.idle) = [false; CLIENTS as usize];
+        *lock(&self.shared.idle) = [false; ALL];
         self.shared.pause.store(false, Ordering::SeqCst);
     }
 
@@ -108,7 +118,7 @@ impl Workload {
 
     /// How many answers each client has had, in all.
     #[must_use]
-    pub fn answered(&self) -> [u64; CLIENTS as usize] {
+    pub fn answered(&self) -> [u64; ALL] {
         std::array::from_fn(|client| self.shared.answered[client].load(Ordering::SeqCst))
     }
 
@@ -116,6 +126,23 @@ impl Workload {
     #[must_use]
     pub fn take(&self) -> (Vec<Operation>, Vec<Broken>) {
         (std::mem::take(&mut lock(&self.shared.history)), std::mem::take(&mut *lock(&self.shared.broken)).into())
+    }
+
+    /// The same of those that count.
+    #[must_use]
+    pub fn take_counts(&self) -> Vec<Count> {
+        std::mem::take(&mut lock(&self.shared.counts))
+    }
+
+    /// How far was counted in `round`.
+    ///
+    /// # Errors
+    /// If Redis cannot be asked.
+    pub fn counted(&self, round: u64) -> Result<u64> {
+        let to = self.shared.to;
+        let read = move |mut connection: Connection| connection.get(&counter(round));
+        let read = space::spawn(&self.space, move || Connection::open(to), read)?.join();
+        read.ok().context("the reader has died")?
     }
 
     /// Reads every key of some rounds once, over one new connection.
@@ -131,7 +158,7 @@ impl Workload {
                 let keys = rounds.flat_map(|round| (0..KEYS).map(move |key| round * KEYS + key));
                 keys.map(|key| {
                     let called_ns = now_ns();
-                    let action = Action::Read(connection.get(key)?);
+                    let action = Action::Read(connection.get(&name(key))?);
                     Ok(Operation { key, action, called_ns, returned_ns: Some(now_ns()), client: CLIENTS })
                 })
                 .collect()
@@ -179,14 +206,23 @@ fn run(shared: &Shared, client: u32, mut rng: Rng) {
             }
             continue;
         };
-        let key = shared.round.load(Ordering::SeqCst) * KEYS + rng.below(KEYS);
+        let round = shared.round.load(Ordering::SeqCst);
+        if client >= CLIENTS {
+            if let Err(error) = count(shared, open, round, client) {
+                lock(&shared.broken).push_back(error);
+                connection = None;
+            }
+            std::thread::sleep(rng.micros(0, COUNT_MICROS));
+            continue;
+        }
+        let key = round * KEYS + rng.below(KEYS);
         let called_ns = now_ns();
         let writes = rng.chance(500);
         let answer = if writes {
             value += 1;
-            open.set(key, value).map(|()| value)
+            open.set(&name(key), value).map(|()| value)
         } else {
-            open.get(key)
+            open.get(&name(key))
         };
         let returned_ns = now_ns();
         let action = |value| if writes { Action::Write(value) } else { Action::Read(value) };
@@ -208,6 +244,30 @@ fn run(shared: &Shared, client: u32, mut rng: Rng) {
     }
 }
 
+/// Counts one further.
+fn count(shared: &Shared, open: &mut Connection, round: u64, client: u32) -> Result<(), Broken> {
+    let called_ns = now_ns();
+    let answer = open.count(&counter(round));
+    let at_ns = now_ns();
+    let returned = answer.as_ref().ok().map(|&value| (at_ns, value));
+    lock(&shared.counts).push(Count { called_ns, returned, client });
+    if let Err(error) = answer {
+        return Err(Broken { at_ns, why: format!("client {client}, which counts: {error:#}") });
+    }
+    shared.answered[client as usize].fetch_add(1, Ordering::SeqCst);
+    Ok(())
+}
+
+/// What a key is called in Redis.
+pub(super) fn name(key: u64) -> String {
+    format!("k{key}")
+}
+
+/// What is counted in a round.
+pub(super) fn counter(round: u64) -> String {
+    format!("n{round}")
+}
+
 /// A connection to Redis: as much of its protocol as numbers under numbered keys need.
 struct Connection(BufReader<TcpStream>);
 
@@ -227,8 +287,8 @@ impl Connection {
         Ok(line.trim_end().to_owned())
     }
 
-    fn set(&mut self, key: u64, value: u64) -> Result<()> {
-        self.0.get_mut().write_all(format!("SET k{key} {value}\r\n").as_bytes())?;
+    fn set(&mut self, key: &str, value: u64) -> Result<()> {
+        self.0.get_mut().write_all(format!("SET {key} {value}\r\n").as_bytes())?;
         match self.line()?.as_str() {
             "+OK" => Ok(()),
             other => bail!("Redis answered `{other}` to SET"),
@@ -236,13 +296,21 @@ impl Connection {
     }
 
     /// 0 if there is nothing.
-    fn get(&mut self, key: u64) -> Result<u64> {
-        self.0.get_mut().write_all(format!("GET k{key}\r\n").as_bytes())?;
+    fn get(&mut self, key: &str) -> Result<u64> {
+        self.0.get_mut().write_all(format!("GET {key}\r\n").as_bytes())?;
         match self.line()?.as_str() {
             "$-1" => Ok(0),
             length if length.starts_with('$') => self.line()?.parse().context("Redis answered no number"),
             other => bail!("Redis answered `{other}` to GET"),
         }
+    }
+
+    /// Adds one; how much it is then.
+    fn count(&mut self, key: &str) -> Result<u64> {
+        self.0.get_mut().write_all(format!("INCR {key}\r\n").as_bytes())?;
+        let line = self.line()?;
+        let number = line.strip_prefix(':').and_then(|number| number.parse().ok());
+        number.with_context(|| format!("Redis answered `{line}` to INCR"))
     }
 }
 
@@ -263,6 +331,8 @@ mod tests {
                 ("SET k5 77\r\n", "+OK\r\n"),
                 ("GET k5\r\n", "$2\r\n77\r\n"),
                 ("GET k6\r\n", "$-1\r\n"),
+                ("INCR n7\r\n", ":3\r\n"),
+                ("INCR n7\r\n", "-ERR value is not an integer or out of range\r\n"),
                 ("SET k5 78\r\n", "-MISCONF no disk\r\n"),
             ];
             for (asked, answer) in exchange {
@@ -273,11 +343,13 @@ mod tests {
             }
         });
         let mut connection = Connection::open(to).unwrap();
-        connection.set(5, 77).unwrap();
-        assert_eq!(connection.get(5).unwrap(), 77);
-        assert_eq!(connection.get(6).unwrap(), 0);
-        assert!(connection.set(5, 78).unwrap_err().to_string().contains("MISCONF"));
+        connection.set(&name(5), 77).unwrap();
+        assert_eq!(connection.get(&name(5)).unwrap(), 77);
+        assert_eq!(connection.get(&name(6)).unwrap(), 0);
+        assert_eq!(connection.count(&counter(7)).unwrap(), 3);
+        assert!(connection.count(&counter(7)).is_err());
+        assert!(connection.set(&name(5), 78).unwrap_err().to_string().contains("MISCONF"));
         server.join().unwrap();
-        assert!(connection.get(5).is_err(), "a closed connection is no answer");
+        assert!(connection.get(&name(5)).is_err(), "a closed connection is no answer");
     }
 }

@@ -1,7 +1,7 @@
 //! What was protected is protected again: after a failover, after a planned one, and when agents restart.
 
 use anyhow::{Context as _, ensure};
-use chaos_tests::chaos::fault::qemus;
+use chaos_tests::chaos::field::qemus;
 use replicator::control::api::{Role, VmStatus};
 use replicator::demo::lab::{COMMAND, Host, VM};
 use rustix::process::{Pid, Signal, kill_process};

@@ -7,11 +7,13 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use chaos_tests::chaos::fault::set_deaf;
+use chaos_tests::chaos::clock::Clocks;
+use chaos_tests::chaos::field::set_deaf;
 use chaos_tests::chaos::relay::{Relay, Weather};
 use chaos_tests::chaos::space;
 use chaos_tests::chaos::storage::Storage;
 use replicator::demo::lab::{Host, Lab, WITNESS};
+use replicator::demo::wait::until;
 
 use crate::stage::play;
 
@@ -29,6 +31,9 @@ type Came = Vec<(u32, bool, Duration)>;
 const PROBE: usize = 20;
 /// Bound on that. A link that was plugged in a second time within a second is left down by the kernel until that is over.
 const PLUGGED: Duration = Duration::from_secs(10);
+
+/// Bound on an agent's look at its clock.
+const ASKED: Duration = Duration::from_secs(30);
 
 /// Sends numbered datagrams from one namespace to an address in another.
 fn send(from: &str, to: &str, address: &'static str) -> Result<Came> {
@@ -172,5 +177,49 @@ fn a_disk_is_full_or_hangs_for_its_own_host_alone() {
         ensure!(told.recv_timeout(SILENCE).is_err(), "a disk that hangs took a write");
         frozen.thaw()?;
         told.recv()?.context("the write that waited")
+    });
+}
+
+#[test]
+fn a_disk_breaks_for_its_own_host_alone_and_is_whole_again() {
+    play("broken disks", async |stage| {
+        let storage = Storage::make(&stage.lab)?;
+        let kept = stage.lab.state_dir(Host::B).join("kept");
+        let mut file = std::fs::File::create(&kept)?;
+        file.write_all(b"what was there")?;
+        file.sync_all()?;
+        drop(file);
+        let losing = storage.lose_writes(Host::B)?;
+        ensure!(storage.takes_writes(Host::A)?);
+        losing.end()?;
+        // If its own journal could not be written it stays read-only.
+        if !storage.takes_writes(Host::B)? {
+            storage.repair(Host::B).await?;
+        }
+
+        storage.abort(Host::B)?;
+        let refused = std::fs::write(&kept, "something else").expect_err("it is read-only");
+        ensure!(refused.kind() == std::io::ErrorKind::ReadOnlyFilesystem, "{refused}");
+        ensure!(storage.takes_writes(Host::A)?);
+        storage.repair(Host::B).await?;
+        ensure!(std::fs::read_to_string(&kept)? == "what was there");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_clock_jumps_for_its_own_daemon_alone() {
+    play("clocks that jump", async |stage| {
+        let clocks = Clocks::make(&mut stage.lab)?;
+        stage.lab.start_witness().await?;
+        stage.lab.start_agent(Host::A).await?;
+        clocks.set("a", Duration::from_secs(1_000_000), true)?;
+        stage.lab.pair_witness(Host::A).await.context("with a clock that is off")?;
+        let read = until("the clock to be read", ASKED, async || {
+            let reads = clocks.reads("a")?;
+            Ok(if reads > 0 { Ok(reads) } else { Err("it was not".to_owned()) })
+        });
+        ensure!(read.await? > 0 && clocks.reads("w")? == 0, "the witness has a clock of its own");
+        Ok(())
     });
 }

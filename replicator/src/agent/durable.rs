@@ -251,7 +251,7 @@ impl Durable {
     }
 
     /// Whether an earlier write failed, so that nothing more is taken.
-    pub(super) fn is_latched(&self) -> bool {
+    pub(super) fn has_failed(&self) -> bool {
         self.failed
     }
 
@@ -489,7 +489,7 @@ mod tests {
         std::fs::remove_dir_all(dir.path().join("vms")).expect("remove");
         assert!(memory.set_generation(1).is_err());
         std::fs::create_dir(dir.path().join("vms")).expect("back again");
-        assert!(memory.is_latched() && memory.set_generation(2).is_err(), "what is on the disk is not known");
+        assert!(memory.has_failed() && memory.set_generation(2).is_err(), "what is on the disk is not known");
     }
 
     #[test]
@@ -499,13 +499,13 @@ mod tests {
         let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
         memory.set_generation(3).expect("writes");
         std::fs::remove_dir_all(&vms).expect("remove");
-        assert!(memory.set_mark(Mark { generation: 4, epoch: 9 }).is_err());
-        assert!(memory.mend().is_err() && memory.is_latched(), "there is still no room");
+        assert!(memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).is_err());
+        assert!(memory.mend().is_err() && memory.has_failed(), "there is still no room");
         std::fs::create_dir(&vms).expect("back again");
         memory.mend().expect("writes");
         let on_disk = || Durable::open(dir.path(), "a", VmId([2; 16])).expect("opens");
         assert_eq!((on_disk().generation(), on_disk().mark()), (3, None), "the failed write was not acted upon");
-        memory.set_mark(Mark { generation: 4, epoch: 9 }).expect("writes");
+        memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).expect("writes");
         assert_eq!((on_disk().generation(), on_disk().mark()), (4, Some(Mark { generation: 4, epoch: 9 })));
     }
 }

@@ -257,7 +257,7 @@ impl Task {
                 Output::State { state, reason } => {
                     self.said = Some((api_state(state), reason));
                     // Who must make room is told of that as long as it is so.
-                    if !self.durable.is_latched() {
+                    if !self.durable.has_failed() {
                         self.show();
                     }
                 }
@@ -364,7 +364,7 @@ impl Task {
         if let Some((generation, epoch)) = mark {
             self.write_mark(generation, epoch);
         }
-        if !self.durable.is_latched() {
+        if !self.durable.has_failed() {
             self.show();
         }
     }

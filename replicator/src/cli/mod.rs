@@ -29,7 +29,7 @@ pub use args::{
 };
 pub use drill::{ChaosCommand, DrillArgs};
 pub use exit::{CliError, EXIT_CODES, Exit};
-pub use units::{Addresses, HostPort, HostPortError, Listen, ListenError, Span};
+pub use units::{HostPort, HostPortError, Listen, ListenError, Span};
 
 use crate::control::client::Client;
 

@@ -158,6 +158,8 @@ pub struct Lab {
     cable: bool,
     agents: Vec<(Host, Daemon)>,
     witness: Option<Daemon>,
+    /// By namespace: what its daemons find in their environment beside the log level.
+    environment: Vec<(String, (&'static str, String))>,
 }
 
 impl Lab {
@@ -176,6 +178,7 @@ impl Lab {
             cable: false,
             agents: Vec::new(),
             witness: None,
+            environment: Vec::new(),
         };
         lab.network().context("cannot build the laboratory's network")?;
         Ok(lab)
@@ -323,7 +326,7 @@ impl Lab {
         args.extend(["--run-dir".to_owned(), dir.join("run").display().to_string()]);
         let log = dir.join("witness.log");
         let mut witness =
-            Daemon::start("the witness", &self.namespace("w"), &self.understudy, &args, &log_env(), &log)?;
+            Daemon::start("the witness", &self.namespace("w"), &self.understudy, &args, &self.env("w"), &log)?;
         let client = self.witness_client();
         until("the witness to answer on its control socket", START, async || {
             witness.check()?;
@@ -352,7 +355,8 @@ impl Lab {
         }
         let what = format!("the agent of {}", host.name());
         let (namespace, log) = (self.namespace(host.role()), dir.join("agent.log"));
-        let mut agent = Daemon::start(&what, &namespace, &self.understudy, &args, &log_env(), &log)?;
+        let env = self.env(host.role());
+        let mut agent = Daemon::start(&what, &namespace, &self.understudy, &args, &env, &log)?;
         let client = self.client(host);
         until(&format!("{what} to answer on its control socket"), START, async || {
             agent.check()?;
@@ -471,6 +475,18 @@ impl Lab {
     pub fn set_cable(&self, up: bool) -> Result<()> {
         let state = if up { "up" } else { "down" };
         ip(&format!("-n {} link set cable {state}", self.namespace("a")))
+    }
+
+    /// What the agent of a host (`a`, `b`), or the witness (`w`), finds in its environment from its next start on.
+    pub fn set_environment(&mut self, role: &str, name: &'static str, value: String) {
+        self.environment.push((role.to_owned(), (name, value)));
+    }
+
+    /// The environment of a daemon. Its log level is ours unless somebody says otherwise.
+    fn env(&self, role: &str) -> Vec<(&'static str, String)> {
+        let level = std::env::var("UNDERSTUDY_LOG").unwrap_or_else(|_| "info".to_owned());
+        let more = self.environment.iter().filter(|(its, _)| its == role).map(|(_, variable)| variable.clone());
+        std::iter::once(("RUST_LOG", level)).chain(more).collect()
     }
 
     /// The directory of the whole laboratory.
@@ -788,11 +804,6 @@ fn make_disk(dir: &Path, mib: u64) -> Result<PathBuf> {
         .context("cannot run mkfs.ext4")?;
     ensure!(made.status.success(), "mkfs.ext4 failed: {}", String::from_utf8_lossy(&made.stderr).trim());
     Ok(image)
-}
-
-/// Where a daemon's log level comes from, unless ours says otherwise.
-fn log_env() -> [(&'static str, String); 1] {
-    [("RUST_LOG", std::env::var("UNDERSTUDY_LOG").unwrap_or_else(|_| "info".to_owned()))]
 }
 
 impl Drop for Lab {

@@ -34,9 +34,9 @@ const MODULES: [&str; 10] = [
     "virtio_net",
     "virtio_blk",
 ];
-const APPLETS: [&str; 14] = [
+const APPLETS: [&str; 16] = [
     "sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff", "mkdir", "umount",
-    "chroot",
+    "chroot", "reboot", "rm",
 ];
 const INIT: &str = include_str!("init.sh");
 /// Boots in two to three seconds under emulation.

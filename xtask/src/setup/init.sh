@@ -49,6 +49,15 @@ until printf 'PING\r\nQUIT\r\n' | nc 127.0.0.1 6379 2>/dev/null | grep -q PONG; 
 done
 echo READY
 wait
+# SHUTDOWN SAVE asks for a reboot: each write is in the log, so what it saved is needed for nothing else.
+if [ -e /data/dump.rdb ]; then
+    rm /data/dump.rdb
+    again=yes
+fi
 [ -z "$disk" ] || umount /data || echo "FAILED to unmount $disk"
+if [ -n "$again" ]; then
+    echo "reboots"
+    reboot -f
+fi
 echo "FAILED: redis-server has ended"
 poweroff -f
