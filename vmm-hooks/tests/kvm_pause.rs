@@ -1,16 +1,20 @@
-//! What a pause of the microVM costs, in its parts, and that it allocates nothing.
+//! What a pause of the microVM costs, in its parts, and that it allocates nothing; how many epochs a second it makes.
 //!
 //! Alone in its program: every allocation of the process is counted. The figures are printed, not judged: `cargo test` does not have the
-//! machine for itself.
+//! machine for itself. `UNDERSTUDY_LONG` measures more.
 
 use std::alloc::System;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use kvm_ioctls::Kvm;
+
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use vmm_hooks::guest::{Capture, Guest, PauseParts};
+use vmm_hooks::guest::{Capture, Guest, PauseParts, TwinHost};
 use vmm_hooks::kvm::pilot::abi;
-use vmm_hooks::kvm::{GateBounds, KvmGuest, Machine, PilotOptions, Spec, attach, host};
+use vmm_hooks::kvm::{GateBounds, KvmGuest, KvmTwinHost, Machine, PilotOptions, Spec, attach, host};
 use vmm_hooks::layout::PAGE_SIZE;
 
 #[global_allocator]
@@ -24,6 +28,10 @@ const EPOCHS: usize = 11;
 const SIZES: [u32; 2] = [10, 1000];
 /// And with `UNDERSTUDY_LONG`.
 const MORE: [u32; 2] = [100, 10_000];
+/// Pages that are written in a minute of epochs, and an epoch's length.
+const EPOCH_PAGES: u32 = 50;
+const EPOCH: Duration = Duration::from_millis(1);
+const MINUTE: Duration = Duration::from_secs(60);
 /// Most steps of the worker in a millisecond: on few cores it must not be in the way of what is measured.
 const RATE_MAX: u32 = 500;
 
@@ -63,19 +71,7 @@ fn a_pause_allocates_nothing() {
     }
     let more = std::env::var_os("UNDERSTUDY_LONG").is_some();
     for size in SIZES.into_iter().chain(MORE.into_iter().filter(|_| more)) {
-        let spec = Spec { name: "pause".to_owned(), memory: 128 << 20, cpus: 2, net: None, disks: Vec::new() };
-        let options = PilotOptions::default();
-        let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
-        let machine = machine.expect("this host can");
-        machine.resume().expect("it is new");
-        let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
-        let sequential = u32::try_from(abi::SEQUENTIAL).expect("small");
-        let order = [abi::order::WORK, 1, first, size, sequential, size.min(RATE_MAX)];
-        machine.order(&order, PATIENCE).expect("the pilot works");
-        let mut guest = attach(&machine).expect("nobody is attached");
-        guest.pause().expect("it runs");
-        guest.arm().expect("it stands");
-        guest.resume().expect("it stands");
+        let (machine, mut guest) = writer(&kvm, size, size.min(RATE_MAX));
         let (mut capture, mut page) = (Capture::default(), Vec::new());
         let mut pauses: Vec<(PauseParts, usize)> = Vec::with_capacity(EPOCHS + 2);
         // The first two make room.
@@ -117,4 +113,69 @@ fn a_pause_allocates_nothing() {
         );
         machine.fence().fence().expect("it ends");
     }
+    if more {
+        sustained(&kvm);
+    }
+}
+
+/// An armed machine whose second vCPU writes `pages` pages, one after the other, `rate` a millisecond or, with 0, without pause.
+fn writer(kvm: &Arc<Kvm>, pages: u32, rate: u32) -> (Machine, KvmGuest) {
+    let spec = Spec { name: "pause".to_owned(), memory: 128 << 20, cpus: 2, net: None, disks: Vec::new() };
+    let options = PilotOptions::default();
+    let machine = Machine::pilot(kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
+    let machine = machine.expect("this host can");
+    machine.resume().expect("it is new");
+    let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+    let sequential = u32::try_from(abi::SEQUENTIAL).expect("small");
+    machine.order(&[abi::order::WORK, 1, first, pages, sequential, rate], PATIENCE).expect("the pilot works");
+    let mut guest = attach(&machine).expect("nobody is attached");
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    guest.resume().expect("it stands");
+    (machine, guest)
+}
+
+/// A minute of epochs, one begun each millisecond, of a guest that writes fifty pages over and over; another thread puts them into a twin's memory.
+fn sustained(kvm: &Arc<Kvm>) {
+    let (machine, mut guest) = writer(kvm, EPOCH_PAGES, 0);
+    let mut twin = KvmTwinHost::default().prepare("pause-twin", guest.recipe(), guest.layout(), &[]).expect("room");
+    let memory = twin.memory();
+    let ((captured, epochs), (spare, spares)) = (channel::<Capture>(), channel());
+    let applier = std::thread::spawn(move || {
+        for capture in epochs {
+            for (&page, bytes) in capture.pages.iter().zip(capture.bytes.chunks(PAGE_SIZE)) {
+                memory.write(page, 0, bytes);
+            }
+            // Nobody takes it at the end.
+            let _ = spare.send(capture);
+        }
+    });
+    let begun = Instant::now();
+    let (mut pauses, mut pages) = (Vec::new(), 0);
+    while begun.elapsed() < MINUTE {
+        let mut epoch = spares.try_recv().unwrap_or_default();
+        let start = Instant::now();
+        guest.pause().expect("it runs");
+        guest.capture(&mut epoch, &mut PauseParts::default()).expect("it stands");
+        guest.resume().expect("it stands");
+        pauses.push(start.elapsed());
+        pages += epoch.pages.len();
+        captured.send(epoch).expect("the other thread lives");
+        let next = begun + EPOCH * u32::try_from(pauses.len()).expect("few");
+        std::thread::sleep(next.saturating_duration_since(Instant::now()));
+    }
+    let (took, paused) = (begun.elapsed(), pauses.iter().sum::<Duration>());
+    drop(captured);
+    applier.join().expect("it does not panic");
+    pauses.sort_unstable();
+    println!(
+        "{} epochs in {took:?}, {} pages each; paused for {paused:?}, median {:?}, 99 % {:?}",
+        pauses.len(),
+        pages / pauses.len(),
+        pauses[pauses.len() / 2],
+        pauses[pauses.len() * 99 / 100],
+    );
+    assert!(twin.alive());
+    twin.destroy().expect("it can be ended");
+    machine.fence().fence().expect("it ends");
 }
