@@ -1,7 +1,7 @@
 //! What a guest is told of its processor, and whether another host can keep it.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 use serde::{Deserialize, Serialize};
 
 use crate::sys::kvm::{KvmError, failed};
@@ -22,6 +22,13 @@ pub struct Leaf {
 
 /// A register whose bits are features: leaf, subleaf, register, names from bit 0 on; an empty name is a bit that is no feature.
 type Features = (u32, u32, usize, [&'static str; 32]);
+
+/// Leaf 1: ecx, ecx, edx.
+const TSC_DEADLINE: u32 = 1 << 24;
+const HYPERVISOR: u32 = 1 << 31;
+const SEVERAL: u32 = 1 << 28;
+/// Leaf 0x80000001, ecx: leaf 0x8000001e is there.
+const TOPOLOGY: u32 = 1 << 22;
 
 const FEATURES: [Features; 5] = [
     (
@@ -203,6 +210,53 @@ pub(super) fn supported(kvm: &Kvm) -> Result<Vec<Leaf>, KvmError> {
     Ok(table.as_slice().iter().map(leaf).collect())
 }
 
+/// What this host can promise a guest, with what KVM itself adds to the processor.
+pub(super) fn offered(kvm: &Kvm) -> Result<Vec<Leaf>, KvmError> {
+    let mut leaves = supported(kvm)?;
+    // Listed by no kernel before 6.14: it is KVM's own, with its local APIC.
+    if kvm.check_extension(Cap::TscDeadlineTimer) {
+        features(&mut leaves, |_, _, ecx, _| *ecx |= TSC_DEADLINE);
+    }
+    Ok(leaves)
+}
+
+/// What a kernel on `cpus` vCPUs is told: that it is under a hypervisor, and that they are the cores of one package.
+pub(super) fn for_kernel(kvm: &Kvm, cpus: u8) -> Result<Vec<Leaf>, KvmError> {
+    let mut leaves = offered(kvm)?;
+    as_package(&mut leaves, cpus);
+    Ok(leaves)
+}
+
+fn features(leaves: &mut [Leaf], with: impl Fn(&mut u32, &mut u32, &mut u32, &mut u32)) {
+    for leaf in leaves.iter_mut().filter(|leaf| leaf.function == 1) {
+        let [eax, ebx, ecx, edx] = &mut leaf.registers;
+        with(eax, ebx, ecx, edx);
+    }
+}
+
+fn as_package(leaves: &mut Vec<Leaf>, cpus: u8) {
+    let many = cpus > 1;
+    features(leaves, |_, ebx, ecx, edx| {
+        *ecx |= HYPERVISOR;
+        *ebx = *ebx & !0x00ff_0000 | u32::from(cpus) << 16;
+        *edx = if many { *edx | SEVERAL } else { *edx & !SEVERAL };
+    });
+    // What they say of the host's own package is not so here; a kernel does without.
+    leaves.retain(|leaf| !matches!(leaf.function, 0xb | 0x1f | 0x8000_001e | 0x8000_0026));
+    let cores = u32::from(cpus) - 1;
+    for leaf in leaves {
+        let [eax, _, ecx, _] = &mut leaf.registers;
+        match leaf.function {
+            // Cores of the package; every core has caches of its own.
+            4 if *eax & 0x1f != 0 => *eax = *eax & 0x3fff | cores.min(63) << 26,
+            // The same elsewhere: cores, and the bits of an APIC number that tell them apart.
+            0x8000_0001 => *ecx &= !TOPOLOGY,
+            0x8000_0008 => *ecx = cores | (u32::BITS - cores.leading_zeros()) << 12,
+            _ => {}
+        }
+    }
+}
+
 /// The table as KVM takes it, for vCPU `number`. `None`: it has too many entries.
 pub(super) fn table(leaves: &[Leaf], number: u32) -> Option<CpuId> {
     let entry = |leaf: &Leaf| {
@@ -246,5 +300,34 @@ mod tests {
         let older = [leaf(1, [0, 0, 0, 1 << 25]), leaf(7, [0, 1 << 5, 0, 0])];
         assert_eq!(missing(&wanted, &older), ["avx", "avx512f"]);
         assert_eq!(missing(&wanted, &[]), ["avx", "sse", "avx2", "avx512f"]);
+    }
+
+    #[test]
+    fn a_kernel_finds_as_many_cores_as_it_has_and_nothing_of_the_hosts_own() {
+        let leaf = |function, registers| Leaf { function, index: 0, flags: 0, registers };
+        let host = [
+            leaf(1, [0, 16 << 16 | 7, 1 << 25, 1]),
+            leaf(4, [1 | 15 << 26 | 31 << 14, 0, 0, 0]),
+            leaf(0xb, [1, 16, 0, 9]),
+            leaf(0x8000_0001, [0, 0, TOPOLOGY | 1, 0]),
+            leaf(0x8000_0008, [0, 0, 15 | 4 << 12, 0]),
+            leaf(0x8000_001e, [9, 9, 9, 9]),
+        ];
+        let told = |cpus| {
+            let mut leaves = host.to_vec();
+            as_package(&mut leaves, cpus);
+            leaves
+        };
+        let two = [
+            leaf(1, [0, 2 << 16 | 7, 1 << 25 | HYPERVISOR, 1 | SEVERAL]),
+            leaf(4, [1 | 1 << 26, 0, 0, 0]),
+            leaf(0x8000_0001, [0, 0, 1, 0]),
+            leaf(0x8000_0008, [0, 0, 1 | 1 << 12, 0]),
+        ];
+        assert_eq!(told(2), two);
+        let one = told(1);
+        assert_eq!(one[0].registers, [0, 1 << 16 | 7, 1 << 25 | HYPERVISOR, 1]);
+        assert_eq!(one[3].registers[2], 0);
+        assert_eq!(told(5)[3].registers[2], 4 | 3 << 12);
     }
 }

@@ -26,6 +26,9 @@ pub(super) struct Body {
     pub(super) spec: Spec,
     /// What the guest was promised of its processor.
     pub(super) cpuid: Vec<Leaf>,
+    /// Whether it has interrupt controllers, a timer and a serial port.
+    #[serde(default)]
+    pub(super) chips: bool,
 }
 
 /// The layout of a machine with so many bytes of memory.
@@ -55,7 +58,7 @@ pub struct KvmGuest {
 pub fn attach(machine: &Machine) -> Result<KvmGuest, GuestError> {
     let spec = machine.spec();
     let layout = layout(spec.memory).expect("a machine has memory");
-    let body = Body { spec: spec.clone(), cpuid: machine.cpuid().to_vec() };
+    let body = Body { spec: spec.clone(), cpuid: machine.cpuid().to_vec(), chips: machine.has_chips() };
     let disks = machine.0.log.sizes().iter().zip(&spec.disks);
     let recipe = Recipe {
         backend: BACKEND.to_owned(),

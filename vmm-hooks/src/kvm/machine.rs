@@ -16,8 +16,10 @@ use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
 use super::boot::{self, PilotOptions};
+use super::chips::{self, Chips, Line};
 use super::cpuid::{self, Leaf};
 use super::gate::{GateBounds, KvmGate};
+use super::linux::{self, LinuxOptions};
 use super::orders::{Clock, Orders};
 use super::pilot::abi;
 use super::ram::Ram;
@@ -38,6 +40,8 @@ use crate::sys::memory::SharedMemory;
 const STAND_MAX: Duration = Duration::from_secs(10);
 /// Serial output that is kept.
 const SERIAL_MAX: usize = 64 << 10;
+/// Most vCPUs under a kernel.
+const CPUS_MAX: u8 = 64;
 
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,6 +121,8 @@ pub(super) struct Inner {
     spec: Spec,
     cpuid: Vec<Leaf>,
     pub(super) vm: Arc<Vm>,
+    /// What a kernel needs beside processors, memory and virtio devices.
+    pub(super) chips: Option<Chips>,
     pub(super) slots: Vec<Slot>,
     pub(super) net: Option<Net>,
     pub(super) blocks: Vec<Block>,
@@ -181,7 +187,7 @@ impl Machine {
         let memory = SharedMemory::new(&format!("{}/ram", spec.name), spec.memory)
             .map_err(|error| refused("there is no memory for the microVM").because(error))?;
         let cpuid = cpuid::supported(kvm).map_err(|error| refused(error.to_string()).because(error))?;
-        let machine = Self::make(kvm, spec, &cpuid, &memory, false, wire, bounds)?;
+        let machine = Self::make(kvm, spec, &cpuid, false, &memory, false, wire, bounds)?;
         let inner = &machine.0;
         let net = inner.net.is_some().then_some(abi::MMIO);
         let disks: Vec<u64> = (0..inner.blocks.len()).map(|index| inner.block_address(index)).collect();
@@ -198,11 +204,49 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Makes a machine of `spec` around `memory` without anything in it. It stands.
+    /// Makes a machine that boots a Linux kernel. It stands. `wire`: as for [`Machine::pilot`].
+    ///
+    /// # Errors
+    /// If this host cannot have it; nothing is left behind.
+    pub fn linux(
+        kvm: &Arc<Kvm>,
+        spec: Spec,
+        options: &LinuxOptions,
+        wire: Option<OwnedFd>,
+        bounds: GateBounds,
+    ) -> Result<Self, GuestError> {
+        let cpus = u8::try_from(spec.cpus).ok().filter(|&cpus| cpus <= CPUS_MAX);
+        let cpus = cpus.ok_or_else(|| refused(format!("a microVM has at most {CPUS_MAX} vCPUs")))?;
+        let memory = SharedMemory::new(&format!("{}/ram", spec.name), spec.memory)
+            .map_err(|error| refused("there is no memory for the microVM").because(error))?;
+        let cpuid = cpuid::for_kernel(kvm, cpus).map_err(|error| refused(error.to_string()).because(error))?;
+        let machine = Self::make(kvm, spec, &cpuid, true, &memory, false, wire, bounds)?;
+        let inner = &machine.0;
+        let start = || -> Result<(), GuestError> {
+            let devices = usize::from(inner.net.is_some()) + inner.blocks.len();
+            let address = |place: usize| abi::MMIO + abi::MMIO_STRIDE * place as u64;
+            let devices: Vec<_> =
+                (0..devices).map(|place| (address(place), chips::line_of(place).expect("joined"))).collect();
+            let entry = linux::load(inner.vm.ram().memory(), options, cpus, &devices)?;
+            for (number, slot) in (0..).zip(&inner.slots) {
+                let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+                linux::enter(&vcpu, number, entry).map_err(|error| {
+                    refused(format!("the microVM cannot be made: {error}: {}", error.source)).because(error)
+                })?;
+            }
+            Ok(())
+        };
+        start().inspect_err(|_| machine.end(None))?;
+        Ok(machine)
+    }
+
+    /// Makes a machine of `spec` around `memory` without anything in it, with what a kernel needs if `chips`. It stands.
+    #[expect(clippy::too_many_arguments, reason = "what two callers have in common")]
     pub(super) fn make(
         kvm: &Arc<Kvm>,
         spec: Spec,
         cpuid: &[Leaf],
+        chips: bool,
         memory: &SharedMemory,
         private: bool,
         wire: Option<OwnedFd>,
@@ -216,6 +260,8 @@ impl Machine {
         };
         let ram = Ram::map(memory, private).map_err(|error| refused(error.to_string()).because(error))?;
         let vm = Arc::new(Vm::new(kvm, Arc::new(ram)).map_err(kvm_failed)?);
+        // Before the first vCPU, which has its part of them.
+        let chips = chips.then(|| Chips::new(&vm)).transpose().map_err(kvm_failed)?;
         let mut slots = Vec::new();
         for number in 0..spec.cpus {
             let vcpu = Vcpu::new(&vm, number).map_err(kvm_failed)?;
@@ -249,10 +295,21 @@ impl Machine {
             (None, _) => None,
             (Some(card), None) => return Err(network(&format!("there is nothing to join {} to", card.tap))),
         };
+        if chips.is_some() {
+            let line = |place| chips::line_of(place).map(|number| Line::new(&vm, number));
+            let crowded = || refused("a microVM with a kernel has at most 19 disks and cards");
+            if let Some(net) = &net {
+                net.interrupt_by(line(0).ok_or_else(crowded)?);
+            }
+            for (place, block) in (usize::from(net.is_some())..).zip(&blocks) {
+                block.interrupt_by(line(place).ok_or_else(crowded)?);
+            }
+        }
         let alive = slots.len();
         let inner = Arc::new(Inner {
             cpuid: cpuid.to_vec(),
             vm,
+            chips,
             clock: Clock::new(slots.len()),
             slots,
             net,
@@ -317,6 +374,11 @@ impl Machine {
     /// What its guest is told of its processor.
     pub(super) fn cpuid(&self) -> &[Leaf] {
         &self.0.cpuid
+    }
+
+    /// Whether it has what a kernel needs.
+    pub(super) fn has_chips(&self) -> bool {
+        self.0.chips.is_some()
     }
 
     /// Whether its vCPUs run.
@@ -439,10 +501,13 @@ impl Machine {
             let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
             let mut room = slot.room.lock().expect("nobody panics while it holds a vCPU");
             let ran = slot.ran.swap(false, Ordering::SeqCst);
-            state::vcpu::save(&vcpu, &mut room, ran, number, &mut writer)?;
+            state::vcpu::save(&vcpu, &mut room, ran, number, inner.chips.is_some(), &mut writer)?;
         }
         let clock = inner.vm.fd().get_clock().map_err(failed("read the guest's clock"))?;
         writer.structure(Tag::KvmClock, &clock);
+        if let Some(chips) = &inner.chips {
+            chips.save(&mut writer)?;
+        }
         writer.section(Tag::Clock, |section| inner.clock.save(section));
         if let Some(net) = &inner.net {
             writer.section(Tag::Net, |section| net.save(section));
@@ -459,20 +524,25 @@ impl Machine {
         let inner = &self.0;
         let parts = Parts {
             cpus: inner.spec.cpus,
+            chips: inner.chips.is_some(),
             clock: &inner.clock,
             net: inner.net.as_ref(),
             blocks: &inner.blocks,
             memory: inner.vm.ram().memory(),
         };
-        let mut decoded = state::machine::decode(bytes, &parts)?;
-        for ((number, slot), parsed) in (0..).zip(&inner.slots).zip(&decoded.vcpus) {
-            let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
-            parsed.load(&vcpu, &mut slot.room.lock().expect("nobody panics while it holds a vCPU"), number)?;
-        }
-        // The guest's time stood while it did: it is set, not moved on by what has passed since.
-        decoded.clock.flags = 0;
-        inner.vm.fd().set_clock(&decoded.clock).map_err(failed("load the guest's clock"))?;
-        Ok(())
+        state::machine::decode(bytes, &parts, |mut decoded, reader| {
+            for ((number, slot), parsed) in (0..).zip(&inner.slots).zip(&decoded.vcpus) {
+                let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
+                parsed.load(&vcpu, &mut slot.room.lock().expect("nobody panics while it holds a vCPU"), number)?;
+            }
+            // The guest's time stood while it did: it is set, not moved on by what has passed since.
+            decoded.clock.flags = 0;
+            inner.vm.fd().set_clock(&decoded.clock).map_err(failed("load the guest's clock"))?;
+            match &inner.chips {
+                Some(chips) => chips.load(reader),
+                None => Ok(()),
+            }
+        })
     }
 
     /// Tells the network where it is now: a reverse ARP request of its own address, to everybody.
@@ -531,10 +601,10 @@ impl Inner {
     }
 
     /// For a vCPU's thread: the guest shuts itself down. It stands from now on, so that its last output and writes can be committed.
-    pub(super) fn shut_down(&self) {
+    pub(super) fn shut_down(&self, how: &str) {
         let mut run = self.run();
         if run.want != Want::End && !run.off {
-            tracing::info!(name = self.spec.name, "the microVM's guest has shut itself down");
+            tracing::info!(name = self.spec.name, "the microVM's guest {how}");
             run.off = true;
             run.want = Want::Stand;
             run.events.push(GuestEvent::Shutdown);

@@ -16,11 +16,15 @@
 //! | [`guest`] | a machine as a [`crate::guest::Guest`] |
 //! | [`twin`] | a standby's twins |
 //! | [`boot`] | starting the pilot guest |
+//! | [`linux`] | starting a Linux kernel; `acpi`: what it is told of its machine |
+//! | `chips` | interrupt controllers, timer, serial port, and ports to switch off by: for a kernel |
 //! | [`pilot`] | what is known of the pilot from outside |
 //!
-//! Not there yet: an interrupt controller and with it Linux, the dirty ring, and resets by the guest, which end the machine.
+//! Not there yet: the dirty ring. A guest that resets itself is off, as under QEMU with `-no-reboot`.
 
+mod acpi;
 pub mod boot;
+mod chips;
 pub mod cpuid;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing {
@@ -30,6 +34,7 @@ pub(crate) mod fuzzing {
 }
 pub mod gate;
 pub mod guest;
+pub mod linux;
 pub mod machine;
 mod orders;
 pub mod pilot;
@@ -44,6 +49,7 @@ mod wake;
 pub use boot::PilotOptions;
 pub use gate::GateBounds;
 pub use guest::{BACKEND, KvmGuest, attach};
+pub use linux::{LinuxOptions, is_bzimage};
 pub use machine::{DiskFile, Machine, NetCard, Spec};
 pub use twin::{KvmTwinHost, TwinHostOptions};
 

@@ -109,7 +109,7 @@ impl TwinHost for KvmTwinHost {
         if recipe.backend != BACKEND {
             return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
         }
-        let Body { mut spec, cpuid } = serde_json::from_str(&recipe.body)
+        let Body { mut spec, cpuid, chips } = serde_json::from_str(&recipe.body)
             .map_err(|error| refused("the description of the microVM cannot be read").because(error))?;
         if layout(spec.memory).as_ref() != Some(wanted) {
             return Err(refused("the microVM's memory is not what its description says"));
@@ -120,7 +120,7 @@ impl TwinHost for KvmTwinHost {
             return Err(refused(error));
         }
         let kvm = super::host()?;
-        let offered = cpuid::supported(&kvm).map_err(|error| refused(error.to_string()).because(error))?;
+        let offered = cpuid::offered(&kvm).map_err(|error| refused(error.to_string()).because(error))?;
         let missing = cpuid::missing(&cpuid, &offered);
         if !missing.is_empty() {
             return Err(refused(format!(
@@ -146,6 +146,7 @@ impl TwinHost for KvmTwinHost {
             kvm,
             spec,
             cpuid,
+            chips,
             memory: Arc::new(memory),
             end: Arc::default(),
             tap,
@@ -187,6 +188,7 @@ struct KvmTwin {
     kvm: Arc<kvm_ioctls::Kvm>,
     spec: Spec,
     cpuid: Vec<cpuid::Leaf>,
+    chips: bool,
     memory: Arc<BlockMemory>,
     end: Arc<End>,
     /// If it was made for this twin.
@@ -204,7 +206,8 @@ impl KvmTwin {
     fn load(&self, device: &[u8], private: bool, wire: Option<OwnedFd>) -> Result<Machine, GuestError> {
         let memory = self.memory.block(0).expect("a machine has memory");
         let bounds = self.host.options.bounds;
-        let machine = Machine::make(&self.kvm, self.spec.clone(), &self.cpuid, memory, private, wire, bounds)
+        let spec = self.spec.clone();
+        let machine = Machine::make(&self.kvm, spec, &self.cpuid, self.chips, memory, private, wire, bounds)
             .map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..error })?;
         machine.load(device).map_err(does_not_load).inspect_err(|_| machine.end(None))?;
         Ok(machine)

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use kvm_ioctls::VcpuExit;
 
+use super::chips::PortAsk;
 use super::machine::Inner;
 use super::pilot::abi::{self, port};
 use crate::guest::GuestEvent;
@@ -75,13 +76,29 @@ impl Inner {
 
     /// Does what an exit asks for; how the machine ends, if it does.
     fn serve(&self, exit: VcpuExit<'_>, cpu: usize) -> Option<GuestEvent> {
+        let exit = match (&self.chips, exit) {
+            (Some(chips), VcpuExit::IoOut(number, data)) => {
+                match chips.write(number, data) {
+                    PortAsk::Nothing => {}
+                    PortAsk::Print(bytes) => self.print(&bytes),
+                    PortAsk::Off => self.shut_down("has switched itself off"),
+                    PortAsk::Reset => self.shut_down("has reset itself, and a microVM does not begin anew: it is off"),
+                }
+                return None;
+            }
+            (Some(chips), VcpuExit::IoIn(number, data)) => {
+                chips.read(number, data);
+                return None;
+            }
+            (_, exit) => exit,
+        };
         match exit {
             VcpuExit::IoOut(port::DONE, _) => {
                 self.orders.done();
                 // It may have been an order for another vCPU.
                 self.wake_all();
             }
-            VcpuExit::IoOut(port::EXIT, data) if word(data) == 0 => self.shut_down(),
+            VcpuExit::IoOut(port::EXIT, data) if word(data) == 0 => self.shut_down("has shut itself down"),
             VcpuExit::IoOut(port::EXIT, data) => {
                 return Some(died(format!("the guest ended itself with code {}", word(data))));
             }

@@ -64,6 +64,7 @@ impl Protected {
         protected
     }
 
+    #[allow(dead_code, reason = "the tests with a kernel in the machine look at it from inside")]
     pub(crate) fn memory(&self) -> Arc<dyn TwinMemory> {
         self.twin.memory()
     }

@@ -1,4 +1,4 @@
-//! A whole machine's state: decoded, without KVM, up to the point at which this host is asked to take it.
+//! A whole machine's state: decoded; KVM is given its part by whoever asks, at the moment for it.
 
 use kvm_bindings::kvm_clock_data;
 
@@ -14,6 +14,8 @@ use crate::kvm::virtio::net::Net;
 pub(in crate::kvm) struct Parts<'a> {
     /// How many vCPUs it has.
     pub(in crate::kvm) cpus: u64,
+    /// Whether it has interrupt controllers.
+    pub(in crate::kvm) chips: bool,
     pub(in crate::kvm) clock: &'a Clock,
     pub(in crate::kvm) net: Option<&'a Net>,
     pub(in crate::kvm) blocks: &'a [Block],
@@ -27,14 +29,20 @@ pub(in crate::kvm) struct Decoded {
     pub(in crate::kvm) clock: kvm_clock_data,
 }
 
-/// Decodes a state and loads the devices' part of it. After an error the machine is of no use.
-pub(in crate::kvm) fn decode(bytes: &[u8], parts: &Parts<'_>) -> Result<Decoded, StateError> {
+/// Decodes a state: gives the processors' part to `take`, which loads what KVM keeps, interrupt controllers from the reader among it, and then
+/// loads the devices, whose interrupt lines rise on controllers that are loaded. After an error the machine is of no use.
+pub(in crate::kvm) fn decode(
+    bytes: &[u8],
+    parts: &Parts<'_>,
+    take: impl FnOnce(Decoded, &mut Reader<'_>) -> Result<(), StateError>,
+) -> Result<(), StateError> {
     let (mut reader, found) = Reader::begin(bytes)?;
     if found != parts.cpus {
         return Err(StateError::Vcpus { expected: parts.cpus, found });
     }
-    let vcpus = (0..found).map(|number| Parsed::read(number, &mut reader)).collect::<Result<_, _>>()?;
+    let vcpus = (0..found).map(|number| Parsed::read(number, parts.chips, &mut reader)).collect::<Result<_, _>>()?;
     let clock = reader.structure(Tag::KvmClock, "a clock")?;
+    take(Decoded { vcpus, clock }, &mut reader)?;
     let section = |reader: &mut Reader<'_>, tag, load: &dyn Fn(&mut Reader<'_>) -> Result<(), StateError>| {
         let mut section = reader.section(tag)?;
         load(&mut section)?;
@@ -47,6 +55,5 @@ pub(in crate::kvm) fn decode(bytes: &[u8], parts: &Parts<'_>) -> Result<Decoded,
     for block in parts.blocks {
         section(&mut reader, Tag::Block, &|from| block.load(from, parts.memory))?;
     }
-    reader.end()?;
-    Ok(Decoded { vcpus, clock })
+    reader.end()
 }

@@ -1,6 +1,6 @@
 //! The form of device state: one version, sections in one fixed order, no length that is not checked.
 //!
-//!     "USKVMST" 1 | vCPUs: u32 | for each vCPU: the sections of `vcpu` | clock | devices
+//!     "USKVMST" 1 | vCPUs: u32 | for each vCPU: the sections of `vcpu` | clock | chips, if it has them | devices
 //!
 //! A section is its tag and its length (u32 each, little-endian) and so many bytes: for KVM's own structures their memory, whose
 //! form the kernel keeps for ever. A reader takes a section only where it must stand, so nothing is missing, twice there, or left over.
@@ -34,6 +34,10 @@ pub(super) enum Tag {
     Net,
     Block,
     End,
+    Lapic,
+    IrqChip,
+    Pit,
+    Serial,
 }
 
 /// Why a state was not taken or does not load.

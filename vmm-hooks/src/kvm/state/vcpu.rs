@@ -2,13 +2,15 @@
 //!
 //! Read: `KVM_GET_MP_STATE` first, for it may take in events that others show; events last, for reading others may change them.
 //! Loaded: what the registers mean (CPUID, long before) first, `xcrs` before `xsave`, which is checked against it; model-specific registers
-//! after `sregs`; events last. (Documentation/virt/kvm/api.rst; the same order as in Firecracker and Cloud Hypervisor.)
+//! after `sregs`, the local APIC between them, which needs its base from `sregs` and is needed by the deadline of its timer, a
+//! model-specific register and the last of them; events last. (Documentation/virt/kvm/api.rst; the same order as in Firecracker and Cloud Hypervisor.)
 //! Every step has a name in its error.
 
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{
-    Msrs, Xsave, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    Msrs, Xsave, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
 };
 use kvm_ioctls::Kvm;
 use zerocopy::{FromBytes, IntoBytes};
@@ -18,6 +20,8 @@ use crate::sys::kvm::{KvmError, Vcpu, failed, xsave_with};
 
 /// Bytes of the part of `kvm_xsave` that every host has.
 const REGION: usize = 4096;
+/// When the local APIC's timer is to fire: taken only by one that is in that mode, and compared with the time stamp counter.
+const TSC_DEADLINE: u32 = 0x6e0;
 
 /// How long the state of a vCPU that has not run since is what it was: its clock goes on.
 const FRESH: Duration = Duration::from_millis(100);
@@ -45,30 +49,32 @@ impl Room {
             let mut one = Msrs::from_entries(&[entry]).expect("one fits");
             matches!(vcpu.fd().get_msrs(&mut one), Ok(1)) && matches!(vcpu.fd().set_msrs(&one), Ok(1))
         };
-        let entries: Vec<_> = list
+        let mut entries: Vec<_> = list
             .as_slice()
             .iter()
             .filter(readable)
             .map(|&index| kvm_msr_entry { index, ..Default::default() })
             .collect();
+        entries.sort_by_key(|entry| entry.index == TSC_DEADLINE);
         let msrs = Msrs::from_entries(&entries).expect("KVM lists no more than it takes");
         let khz = vcpu.fd().get_tsc_khz().unwrap_or(0);
         Ok(Self { xsave: vcpu.new_xsave()?, msrs, khz, ran: false, last: Vec::new(), read: None })
     }
 }
 
-/// Writes the state of a vCPU that stands; `ran`: it was in the guest since this was last called.
+/// Writes the state of a vCPU that stands; `ran`: it was in the guest since this was last called; `chips`: it has a local APIC.
 ///
 /// Each question to a vCPU costs some microseconds, so none is asked twice: one that was not in the guest is as it was, and what KVM leaves
-/// with each exit is taken from there.
+/// with each exit is taken from there. A local APIC takes in events also while its vCPU stands: then all is asked, each time.
 pub(in crate::kvm) fn save(
     vcpu: &Vcpu,
     room: &mut Room,
     ran: bool,
     number: u64,
+    chips: bool,
     into: &mut Writer<'_>,
 ) -> Result<(), StateError> {
-    if ran {
+    if ran || chips {
         (room.ran, room.read) = (true, None);
     }
     if room.read.is_some_and(|read| read.elapsed() < FRESH) {
@@ -76,18 +82,18 @@ pub(in crate::kvm) fn save(
         return Ok(());
     }
     let start = into.bytes.len();
-    read(vcpu, room, number, into)?;
+    read(vcpu, room, number, chips, into)?;
     room.last.clear();
     room.last.extend_from_slice(&into.bytes[start..]);
     room.read = Some(Instant::now());
     Ok(())
 }
 
-fn read(vcpu: &Vcpu, room: &mut Room, number: u64, into: &mut Writer<'_>) -> Result<(), StateError> {
+fn read(vcpu: &Vcpu, room: &mut Room, number: u64, chips: bool, into: &mut Writer<'_>) -> Result<(), StateError> {
     let fd = vcpu.fd();
     let named = |what| move |error| StateError::Vcpu { vcpu: number, source: failed(what)(error) };
     into.structure(Tag::MpState, &fd.get_mp_state().map_err(named("read a vCPU's activity"))?);
-    let left_with = vcpu.left_with().filter(|_| room.ran);
+    let left_with = vcpu.left_with().filter(|_| room.ran && !chips);
     let (regs, sregs) = match &left_with {
         Some(left) => (left.regs, left.sregs),
         None => (
@@ -101,6 +107,9 @@ fn read(vcpu: &Vcpu, room: &mut Room, number: u64, into: &mut Writer<'_>) -> Res
     vcpu.read_xsave(&mut room.xsave).map_err(|source| StateError::Vcpu { vcpu: number, source })?;
     write_xsave(&room.xsave, into);
     into.structure(Tag::DebugRegs, &fd.get_debug_regs().map_err(named("read a vCPU's debug registers"))?);
+    if chips {
+        into.structure(Tag::Lapic, &fd.get_lapic().map_err(named("read a vCPU's local APIC"))?);
+    }
     let read = fd.get_msrs(&mut room.msrs).map_err(named("read a vCPU's model-specific registers"))?;
     let msrs = room.msrs.as_slice();
     if let Some(missing) = msrs.get(read) {
@@ -125,27 +134,29 @@ pub(in crate::kvm) struct Parsed {
     xcrs: kvm_xcrs,
     xsave: Xsave,
     debug: kvm_debugregs,
+    lapic: Option<kvm_lapic_state>,
     msrs: Msrs,
     khz: u32,
     events: kvm_vcpu_events,
 }
 
 impl Parsed {
-    /// Reads the state of vCPU `number`.
-    pub(in crate::kvm) fn read(number: u64, from: &mut Reader<'_>) -> Result<Self, StateError> {
+    /// Reads the state of vCPU `number`; `chips`: it has a local APIC.
+    pub(in crate::kvm) fn read(number: u64, chips: bool, from: &mut Reader<'_>) -> Result<Self, StateError> {
         let mp_state = from.structure(Tag::MpState, "a vCPU's activity")?;
         let regs = from.structure(Tag::Regs, "registers")?;
         let sregs = from.structure(Tag::Sregs, "system registers")?;
         let xcrs = from.structure(Tag::Xcrs, "extended control registers")?;
         let xsave = read_xsave(from.bytes(Tag::Xsave)?, number)?;
         let debug = from.structure(Tag::DebugRegs, "debug registers")?;
+        let lapic = if chips { Some(from.structure(Tag::Lapic, "a local APIC")?) } else { None };
         // Not where it lies: the bytes need not be aligned.
         let entries = from.bytes(Tag::Msrs)?.chunks(size_of::<kvm_msr_entry>()).map(kvm_msr_entry::read_from_bytes);
         let msrs = entries.collect::<Result<Vec<_>, _>>().ok().and_then(|msrs| Msrs::from_entries(&msrs).ok());
         let msrs = msrs.ok_or(StateError::Invalid { what: "model-specific registers" })?;
         let khz: u32 = from.structure(Tag::TscKhz, "a clock rate")?;
         let events = from.structure(Tag::Events, "events")?;
-        Ok(Self { mp_state, regs, sregs, xcrs, xsave, debug, msrs, khz, events })
+        Ok(Self { mp_state, regs, sregs, xcrs, xsave, debug, lapic, msrs, khz, events })
     }
 
     /// Loads it into a vCPU that has not run.
@@ -155,9 +166,15 @@ impl Parsed {
         fd.set_mp_state(self.mp_state).map_err(named("load a vCPU's activity"))?;
         fd.set_regs(&self.regs).map_err(named("load a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(named("load a vCPU's system registers"))?;
-        fd.set_xcrs(&self.xcrs).map_err(named("load a vCPU's extended control registers"))?;
+        // A processor without XSAVE has none, and takes none.
+        if self.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&self.xcrs).map_err(named("load a vCPU's extended control registers"))?;
+        }
         vcpu.load_xsave(&self.xsave).map_err(|source| StateError::Vcpu { vcpu: number, source })?;
         fd.set_debug_regs(&self.debug).map_err(named("load a vCPU's debug registers"))?;
+        if let Some(lapic) = &self.lapic {
+            fd.set_lapic(lapic).map_err(named("load a vCPU's local APIC"))?;
+        }
         // A host whose own rate is the same needs no scaling, which not every host can do.
         if self.khz != 0 && fd.get_tsc_khz().ok() != Some(self.khz) {
             fd.set_tsc_khz(self.khz).map_err(named("load a vCPU's clock rate"))?;
@@ -168,7 +185,11 @@ impl Parsed {
             return Err(StateError::Msr { vcpu: number, index: refused.index });
         }
         fd.set_vcpu_events(&self.events).map_err(named("load a vCPU's events"))?;
-        Ok(())
+        // So that the guest's watchdogs know that it stood; a guest without KVM's clock cannot be told, and has none that look at it.
+        match fd.kvmclock_ctrl() {
+            Err(error) if error.errno() != libc::EINVAL => Err(named("tell a vCPU that it stood")(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Writes it as [`save`] writes a vCPU's.
@@ -180,6 +201,9 @@ impl Parsed {
         into.structure(Tag::Xcrs, &self.xcrs);
         write_xsave(&self.xsave, into);
         into.structure(Tag::DebugRegs, &self.debug);
+        if let Some(lapic) = &self.lapic {
+            into.structure(Tag::Lapic, lapic);
+        }
         into.structure(Tag::Msrs, self.msrs.as_slice());
         into.structure(Tag::TscKhz, &self.khz);
         into.structure(Tag::Events, &self.events);
@@ -195,6 +219,7 @@ impl Parsed {
             xcrs: kvm_xcrs::default(),
             xsave: xsave_with(&[0; 4], [0; REGION / 4]).expect("there is memory"),
             debug: kvm_debugregs::default(),
+            lapic: None,
             msrs: Msrs::from_entries(&vec![kvm_msr_entry::default(); msrs]).expect("few"),
             khz: 0,
             events: kvm_vcpu_events::default(),
@@ -257,7 +282,7 @@ mod tests {
             machine.save(&mut bytes).expect("it stands");
             let (mut reader, _) = Reader::begin(&bytes).expect("it was just written");
             for (number, slot) in (0..).zip(&machine.0.slots) {
-                let said = Parsed::read(number, &mut reader).expect("it was just written");
+                let said = Parsed::read(number, false, &mut reader).expect("it was just written");
                 let vcpu = slot.vcpu.lock().expect("nobody panics");
                 let fd = vcpu.fd();
                 let regs = fd.get_regs().expect("it stands");

@@ -17,6 +17,7 @@ use vm_memory::Bytes;
 
 use super::log::{DiskLog, PIECE, change};
 use super::{Ask, QUEUE_SIZE, Transport};
+use crate::kvm::chips::Line;
 use crate::kvm::ram::Memory;
 use crate::kvm::state::{Reader, StateError, Writer};
 
@@ -100,6 +101,11 @@ impl Block {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nobody panics while it holds a disk")
+    }
+
+    /// Joins it to an interrupt line.
+    pub(in crate::kvm) fn interrupt_by(&self, line: Line) {
+        self.lock().transport.interrupt_by(line);
     }
 
     pub(in crate::kvm) fn read(&self, offset: u64, into: &mut [u8]) {

@@ -18,6 +18,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_mmio as mmio;
 use virtio_queue::{Queue, QueueT};
 
+use super::chips::Line;
 use super::ram::Memory;
 use super::state::{Reader, StateError, Writer};
 
@@ -52,6 +53,9 @@ pub(super) struct Transport {
     queue_select: u32,
     status: u32,
     interrupt: u32,
+    /// Up as long as `interrupt` is not zero; `None`: the driver polls.
+    line: Option<Line>,
+    up: bool,
 }
 
 /// What is there of a value, at `offset` of it.
@@ -76,6 +80,23 @@ impl Transport {
             queue_select: 0,
             status: 0,
             interrupt: 0,
+            line: None,
+            up: false,
+        }
+    }
+
+    /// Joins it to an interrupt line that is down.
+    pub(super) fn interrupt_by(&mut self, line: Line) {
+        self.line = Some(line);
+    }
+
+    /// Sets what the driver finds as reasons of an interrupt.
+    fn interrupt(&mut self, reasons: u32) {
+        self.interrupt = reasons;
+        let up = reasons != 0;
+        if let Some(line) = self.line.as_ref().filter(|_| up != self.up) {
+            line.set(up);
+            self.up = up;
         }
     }
 
@@ -89,12 +110,12 @@ impl Transport {
     pub(super) fn break_down(&mut self, why: &dyn std::fmt::Display) {
         tracing::warn!(device = self.id, %why, "the guest's driver broke a virtio queue; the device waits to be reset");
         self.status |= VIRTIO_CONFIG_S_NEEDS_RESET;
-        self.interrupt |= mmio::VIRTIO_MMIO_INT_CONFIG;
+        self.interrupt(self.interrupt | mmio::VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// Buffers were used.
     pub(super) fn used(&mut self) {
-        self.interrupt |= mmio::VIRTIO_MMIO_INT_VRING;
+        self.interrupt(self.interrupt | mmio::VIRTIO_MMIO_INT_VRING);
     }
 
     fn queue(&self) -> Option<&Queue> {
@@ -139,7 +160,7 @@ impl Transport {
             mmio::VIRTIO_MMIO_QUEUE_NOTIFY if self.runs() && (value as usize) < self.queues.len() => {
                 return Ask::Look(value as usize);
             }
-            mmio::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt &= !value,
+            mmio::VIRTIO_MMIO_INTERRUPT_ACK => self.interrupt(self.interrupt & !value),
             mmio::VIRTIO_MMIO_STATUS => return self.set_status(value),
             mmio::VIRTIO_MMIO_QUEUE_READY if negotiating => self.set_ready(value, memory),
             // Where a queue is stands once it is ready: so what was valid then still is.
@@ -152,7 +173,8 @@ impl Transport {
     fn set_status(&mut self, value: u32) -> Ask {
         if value == 0 {
             self.queues.iter_mut().for_each(QueueT::reset);
-            (self.driver_features, self.status, self.interrupt) = (0, 0, 0);
+            (self.driver_features, self.status) = (0, 0);
+            self.interrupt(0);
             return Ask::Reset;
         }
         self.status = value | self.status & VIRTIO_CONFIG_S_NEEDS_RESET;
@@ -213,6 +235,8 @@ impl Transport {
             *word = from.u32()?;
         }
         self.driver_features = from.u64()?;
+        // The line of this machine is down, whatever it was on the other.
+        self.interrupt(self.interrupt);
         for queue in &mut self.queues {
             let mut state = queue.state();
             let mut small = || -> Result<u16, StateError> {

@@ -13,6 +13,7 @@ use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::Bytes;
 
 use super::{Ask, QUEUE_SIZE, Transport};
+use crate::kvm::chips::Line;
 use crate::kvm::gate::KvmGate;
 use crate::kvm::ram::Memory;
 use crate::kvm::state::{Reader, StateError, Writer};
@@ -66,6 +67,11 @@ impl Net {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nobody panics while it holds the card")
+    }
+
+    /// Joins it to an interrupt line.
+    pub(in crate::kvm) fn interrupt_by(&self, line: Line) {
+        self.lock().transport.interrupt_by(line);
     }
 
     pub(in crate::kvm) fn read(&self, offset: u64, into: &mut [u8]) {
