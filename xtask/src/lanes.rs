@@ -1,6 +1,6 @@
 //! `cargo xtask demo | test | sim | chaos | bench`: what they call, in which order.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -198,6 +198,10 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Ok(guest) => outcome(shell::run(chaos_command(&guest).args(["--rounds", "8", "--seed", "1"]))),
         Err(why) => Outcome::Skipped(why),
     });
+    lane("nested: Linux under KVM, on emulated hosts", &|| match means.demo() {
+        Ok(_) => outcome(nested_lane(all)),
+        Err(why) => Outcome::Skipped(why),
+    });
     if all {
         lane("the chaos suite finds output before its commit", &|| match means.demo() {
             Ok(guest) => outcome(shell::run(chaos_command(&guest).args(LEAK))),
@@ -248,6 +252,23 @@ fn component(name: &str) -> Result<(), String> {
         Ok(status) if status.success() => Ok(()),
         _ => Err(format!("`cargo {name}` is not installed: rustup component add {name}")),
     }
+}
+
+/// Builds what is to run on emulated hosts, and runs it there: all of it, or what one such host can show.
+fn nested_lane(all: bool) -> Result<()> {
+    let mut build = shell::cargo();
+    // All of the workspace, so that nothing is built with other features than before.
+    build.args(["test", "--workspace", "--no-run", "--test", "kvm_linux"]);
+    let built = shell::output(build.args(["--quiet", "--message-format", "json"]))?;
+    let messages = built.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let programs: Vec<PathBuf> = messages.filter_map(|message| Some(message["executable"].as_str()?.into())).collect();
+    let mut test = shell::cargo();
+    test.env("UNDERSTUDY_NESTED_PROGRAMS", std::env::join_paths(programs)?);
+    test.args(["test", "--workspace", "--test", "nested", "--", "--test-threads", "1", "--nocapture"]);
+    if !all {
+        test.args(["--exact", "a_microvm_with_linux_under_kvm"]);
+    }
+    shell::run(&mut test)
 }
 
 /// Rounds with PostgreSQL on a disk, by the build that was just tested.

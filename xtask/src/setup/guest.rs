@@ -1,8 +1,8 @@
 //! The demo's guest: Debian's cloud kernel, busybox and Redis in an initramfs, built from Debian's packages.
 //!
-//! Promise: `target/guest` holds `vmlinuz`, `initrd.img`, `cmdline` (kernel arguments without `us.ip=`) and
-//! `manifest` (what it was made of), all of one build; it is replaced as a whole or not at all. A second build with
-//! the same rules does nothing, without network.
+//! Promise: `target/guest` holds `vmlinuz`, `initrd.img`, `cmdline` (kernel arguments without `us.ip=`), `nested.img` (an
+//! initramfs that makes a host with KVM of an emulated machine) and `manifest` (what it was made of), all of one build; it is
+//! replaced as a whole or not at all. A second build with the same rules does nothing, without network.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use super::cpio::{self, Entry};
 use crate::shell;
 
 /// Changes when the way the image is put together does.
-const RULES: u32 = 1;
+const RULES: u32 = 2;
 /// Depends on the newest cloud kernel.
 const KERNEL: &str = "linux-image-cloud-amd64";
 const PACKAGES: [&str; 3] = ["redis-server", "redis-tools", "busybox-static"];
@@ -34,11 +34,32 @@ const MODULES: [&str; 10] = [
     "virtio_net",
     "virtio_blk",
 ];
-const APPLETS: [&str; 16] = [
+/// The same of an emulated host, beside those of the processor's maker.
+const HOST_MODULES: [&str; 14] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_blk",
+    "tun",
+    "llc",
+    "stp",
+    "bridge",
+    "irqbypass",
+];
+/// Loaded last, by name.
+const HOST_KVM: [&str; 3] = ["kvm", "kvm-amd", "kvm-intel"];
+const APPLETS: [&str; 18] = [
     "sh", "mount", "insmod", "cat", "ip", "echo", "printf", "nc", "grep", "usleep", "poweroff", "mkdir", "umount",
-    "chroot", "reboot", "rm",
+    "chroot", "dd", "md5sum", "reboot", "rm",
 ];
 const INIT: &str = include_str!("init.sh");
+const TICK: &str = include_str!("tick.sh");
+const HOST_INIT: &str = include_str!("nested.sh");
 /// Boots in two to three seconds under emulation.
 const CMDLINE: &str = "console=ttyS0 quiet mitigations=off nokaslr ipv6.disable=1 nowatchdog panic=-1";
 const LIBRARY_DIRS: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
@@ -83,7 +104,8 @@ pub(crate) fn build(apt: &mut Apt, refresh: bool) -> Result<Result<PathBuf, Stri
 /// The manifest's first line: differs whenever another image would come out of the same packages.
 fn rules() -> String {
     let mut hasher = DefaultHasher::new();
-    (RULES, KERNEL, PACKAGES, MODULES, APPLETS, INIT, CMDLINE).hash(&mut hasher);
+    (RULES, KERNEL, PACKAGES, MODULES, APPLETS, INIT, CMDLINE, TICK, HOST_MODULES, HOST_KVM, HOST_INIT)
+        .hash(&mut hasher);
     format!("rules {:016x}", hasher.finish())
 }
 
@@ -122,6 +144,9 @@ fn make(apt: &mut Apt, work: &Path, rules: &str) -> Result<PathBuf> {
     let mut archive = Vec::new();
     cpio::write(&mut archive, &entries)?;
     fs::write(image.join("initrd.img"), &archive)?;
+    let mut host = Vec::new();
+    cpio::write(&mut host, &host_entries(&tree)?)?;
+    fs::write(image.join("nested.img"), &host)?;
     fs::write(image.join("cmdline"), format!("{CMDLINE}\n"))?;
     fs::write(image.join("manifest"), manifest)?;
     println!("setup: built the guest image, initrd of {} KiB", archive.len() / 1024);
@@ -136,6 +161,29 @@ fn only_file_starting_with(dir: &Path, prefix: &str) -> Result<PathBuf> {
         }
     }
     bail!("no {prefix}* in {}", dir.display());
+}
+
+/// The files of an emulated host's initramfs, parents first.
+fn host_entries(tree: &Path) -> Result<Vec<(String, Entry)>> {
+    let dirs = ["bin", "dev", "lib", "lib/modules", "mnt", "proc", "sys"];
+    let mut entries: Vec<(String, Entry)> = dirs.map(|dir| (dir.to_owned(), Entry::Directory)).into();
+    let busybox = tree.join("bin/busybox");
+    let bytes = fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
+    entries.push(("bin/busybox".to_owned(), Entry::File(bytes, true)));
+    let mut modules = BTreeMap::new();
+    find_modules(&tree.join("lib/modules"), &mut modules)?;
+    for name in HOST_MODULES.into_iter().chain(HOST_KVM) {
+        let path = modules.get(name).with_context(|| format!("the kernel package has no module {name}"))?;
+        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        entries.push((format!("lib/modules/{name}.ko"), Entry::File(bytes, false)));
+    }
+    let order = [&HOST_MODULES[..], &HOST_KVM[..1]].concat().join("\n");
+    entries.push(("lib/modules/order".to_owned(), Entry::File(order.into_bytes(), false)));
+    for applet in APPLETS {
+        entries.push((format!("bin/{applet}"), Entry::Link("busybox".to_owned())));
+    }
+    entries.push(("init".to_owned(), Entry::File(HOST_INIT.as_bytes().to_vec(), true)));
+    Ok(entries)
 }
 
 /// The files of the initramfs, parents first.
@@ -165,6 +213,7 @@ fn entries(tree: &Path) -> Result<Vec<(String, Entry)>> {
     for applet in APPLETS {
         entries.push((format!("bin/{applet}"), Entry::Link("busybox".to_owned())));
     }
+    entries.push(("tick".to_owned(), Entry::File(TICK.as_bytes().to_vec(), true)));
     entries.push(("init".to_owned(), Entry::File(INIT.as_bytes().to_vec(), true)));
     Ok(entries)
 }
