@@ -261,7 +261,9 @@ fn nested_lane(all: bool) -> Result<()> {
     build.args(["test", "--workspace", "--no-run", "--test", "kvm_linux"]);
     let built = shell::output(build.args(["--quiet", "--message-format", "json"]))?;
     let messages = built.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let programs: Vec<PathBuf> = messages.filter_map(|message| Some(message["executable"].as_str()?.into())).collect();
+    let mut programs: Vec<PathBuf> =
+        messages.filter_map(|message| Some(message["executable"].as_str()?.into())).collect();
+    programs.push(shell::target().join("debug/understudy"));
     let mut test = shell::cargo();
     test.env("UNDERSTUDY_NESTED_PROGRAMS", std::env::join_paths(programs)?);
     test.args(["test", "--workspace", "--test", "nested", "--", "--test-threads", "1", "--nocapture"]);

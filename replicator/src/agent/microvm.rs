@@ -12,7 +12,7 @@ use heartbeat_core::record::Owner;
 use heartbeat_core::store::{StoreOp, StoreRequest};
 use tokio::sync::oneshot;
 use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe, Survivor, Twin, TwinHost};
-use vmm_hooks::kvm::{self, DiskFile, GateBounds, KvmTwinHost, Machine, NetCard, PilotOptions, Spec};
+use vmm_hooks::kvm::{self, DiskFile, GateBounds, KvmTwinHost, LinuxOptions, Machine, NetCard, PilotOptions, Spec};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions, QemuTwinHost};
 use vmm_hooks::sys::process::PidFd;
@@ -24,6 +24,8 @@ use crate::cli::config::AgentConfig;
 use crate::control::api::{Accepted, ErrorBody, ErrorKind, ProtectionState, Role, VmStatus};
 use crate::control::microvm::{RunNet, RunRequest};
 
+/// What a kernel is told that its operator tells nothing.
+const CMDLINE: &str = "console=ttyS0 panic=-1";
 /// The longest name of a microVM, in bytes.
 const NAME_MAX: usize = 64;
 
@@ -400,18 +402,28 @@ fn busy(name: &str) -> ErrorBody {
 
 /// Makes a microVM that stands.
 fn boot(request: RunRequest, bounds: GateBounds) -> Result<Machine, GuestError> {
-    let RunRequest { name, kernel, memory, cpus, disk, net } = request;
+    let RunRequest { name, kernel, initrd, cmdline, memory, cpus, disk, net } = request;
+    let linux = initrd.is_some() || cmdline.is_some() || kvm::is_bzimage(&kernel);
+    if !linux && net.as_ref().is_some_and(|net| net.address.is_none()) {
+        let error = GuestError::new(GuestErrorKind::Refused, "the pilot guest has no address for its network card");
+        return Err(error.advise("nothing was started; give it one, or a Linux kernel something to boot from"));
+    }
     let kvm = kvm::host()?;
     let disks = disk.into_iter().map(|path| DiskFile { name: "disk0".to_owned(), path }).collect::<Vec<_>>();
     let mut options = PilotOptions { log: !disks.is_empty(), ..PilotOptions::default() };
     let mut wire = None;
     let mut card = None;
     if let Some(RunNet { tap, bridge, mac, address, prefix, gateway }) = net {
-        options = PilotOptions { address, prefix, gateway, ..options };
+        options = PilotOptions { address: address.unwrap_or(options.address), prefix, gateway, ..options };
         let card = card.insert(NetCard { mac: mac.unwrap_or_else(|| mac_of(&name)), tap, bridge });
         wire = Some(kvm::join(card)?);
     }
     let spec = Spec { name, memory, cpus, net: card, disks };
+    if linux {
+        let cmdline = cmdline.unwrap_or_else(|| CMDLINE.to_owned());
+        let options = LinuxOptions { kernel, initrd, cmdline };
+        return Machine::linux(&kvm, spec, &options, wire, bounds);
+    }
     Machine::pilot(&kvm, spec, &kernel, &options, wire, bounds)
 }
 

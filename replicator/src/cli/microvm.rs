@@ -20,14 +20,20 @@ use crate::control::policy::DurabilityPolicy;
 pub struct RunArgs {
     /// What the microVM is called
     pub name: String,
-    /// What it boots: the pilot guest, which `cargo xtask setup` builds
+    /// What it boots: a Linux kernel (bzImage or vmlinux), or the pilot guest, which `cargo xtask setup` builds
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
+    /// A kernel's initramfs
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// A kernel's command line [default: a serial console]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
     /// A raw image for its disk; the pilot keeps its log on it, from the start
     #[arg(long, value_name = "FILE")]
     pub disk: Option<PathBuf>,
     /// The tap interface of its network card; made if it is not there
-    #[arg(long, value_name = "NAME", requires = "address")]
+    #[arg(long, value_name = "NAME")]
     pub tap: Option<String>,
     /// The bridge that the tap is put on; without it an existing tap stays where it is
     #[arg(long, value_name = "NAME", requires = "tap")]
@@ -35,11 +41,11 @@ pub struct RunArgs {
     /// The card's address [default: one made of the name]
     #[arg(long, value_name = "MAC", requires = "tap")]
     pub mac: Option<Mac>,
-    /// The guest's own address, such as `10.0.0.2/24`
-    #[arg(long, value_name = "IP/BITS", requires = "tap")]
+    /// The pilot's own address, such as `10.0.0.2/24`
+    #[arg(long, value_name = "IP/BITS", requires = "tap", conflicts_with_all = ["initrd", "cmdline"])]
     pub address: Option<Network>,
-    /// The guest's gateway
-    #[arg(long, value_name = "IP", requires = "tap")]
+    /// The pilot's gateway
+    #[arg(long, value_name = "IP", requires = "address")]
     pub gateway: Option<Ipv4Addr>,
     /// Its memory
     #[arg(long, value_name = "SIZE", default_value = "512MiB")]
@@ -93,18 +99,20 @@ impl FromStr for Network {
 
 /// `understudy run`
 pub(super) async fn run(args: RunArgs, client: &Client) -> Result<Exit, CliError> {
-    let RunArgs { name, kernel, disk, tap, bridge, mac, address, gateway, memory, cpus, to } = args;
-    let net = tap.zip(address).map(|(tap, Network { address, prefix })| RunNet {
+    let RunArgs { name, kernel, initrd, cmdline, disk, tap, bridge, mac, address, gateway, memory, cpus, to } = args;
+    let net = tap.map(|tap| RunNet {
         tap,
         bridge,
         mac: mac.map(|mac| mac.0),
-        address,
-        prefix,
+        address: address.map(|network| network.address),
+        prefix: address.map_or(0, |network| network.prefix),
         gateway,
     });
     let request = RunRequest {
         name,
         kernel: absolute(&kernel)?,
+        initrd: initrd.as_deref().map(absolute).transpose()?,
+        cmdline,
         memory: memory.as_u64(),
         cpus,
         disk: disk.as_deref().map(absolute).transpose()?,

@@ -11,8 +11,14 @@ use serde::{Deserialize, Serialize};
 pub struct RunRequest {
     /// What it is called from now on.
     pub name: String,
-    /// What it boots, by its path on the agent's host: the pilot guest.
+    /// What it boots, by its path on the agent's host: a Linux kernel, or the pilot guest. A vmlinux without `initrd` and `cmdline` is taken for the pilot.
     pub kernel: PathBuf,
+    /// A kernel's initramfs, by its path on the agent's host.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// A kernel's command line; a serial console if absent.
+    #[serde(default)]
+    pub cmdline: Option<String>,
     /// Its memory, in bytes.
     pub memory: u64,
     /// Its vCPUs.
@@ -25,7 +31,7 @@ pub struct RunRequest {
     pub net: Option<RunNet>,
 }
 
-/// A microVM's network card, and what its guest is told of the network.
+/// A microVM's network card, and what the pilot is told of the network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunNet {
@@ -37,11 +43,13 @@ pub struct RunNet {
     /// The card's address; one that is made of the name if absent.
     #[serde(default)]
     pub mac: Option<[u8; 6]>,
-    /// The guest's own address.
-    pub address: Ipv4Addr,
-    /// Bits of its network's prefix.
+    /// The pilot's own address; a Linux guest is told by its command line, or asks its network.
+    #[serde(default)]
+    pub address: Option<Ipv4Addr>,
+    /// Bits of the pilot's network's prefix.
+    #[serde(default)]
     pub prefix: u8,
-    /// Its gateway.
+    /// The pilot's gateway.
     #[serde(default)]
     pub gateway: Option<Ipv4Addr>,
 }

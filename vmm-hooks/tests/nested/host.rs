@@ -19,7 +19,7 @@ const SPARE: u64 = 16 << 20;
 
 /// What is missing here to make a host, in words.
 pub(crate) fn missing() -> Option<String> {
-    for program in ["qemu-system-x86_64", "mke2fs", "ldd"] {
+    for program in ["qemu-system-x86_64", "mke2fs", "ldd", "ip"] {
         let there = Command::new(program).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status();
         if there.is_err() {
             return Some(format!("{program} is not installed"));
@@ -79,6 +79,16 @@ impl Disk {
         }
     }
 
+    /// Adds a program of this machine by its name; the directory that it is in.
+    pub(crate) fn add_named(&self, name: &str) -> PathBuf {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.exists());
+        let found = found.unwrap_or_else(|| panic!("{name} is not installed"));
+        let file = fs::canonicalize(found).expect("it is there");
+        self.add_program(&file);
+        file.parent().expect("it has one").to_owned()
+    }
+
     /// Adds the guest image.
     pub(crate) fn add_guest(&self) {
         for name in ["vmlinuz", "initrd.img", "cmdline"] {
@@ -120,7 +130,7 @@ impl Host {
     pub(crate) fn start(directory: &Path, name: &str, cpu: &str, disk: &Path, more: &[&str]) -> Self {
         let console = directory.join(format!("{name}.console"));
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu, "-smp", "1", "-m", "1024"]);
+        qemu.args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", cpu, "-smp", "2", "-m", "1024"]);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         qemu.arg("-kernel").arg(guest().join("vmlinuz")).arg("-initrd").arg(guest().join("nested.img"));
         qemu.args(["-append", "console=ttyS0 quiet mitigations=off nokaslr nowatchdog panic=-1"]);

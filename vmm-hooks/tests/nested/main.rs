@@ -59,3 +59,27 @@ fn a_microvm_with_linux_under_kvm() {
 fn a_microvm_with_linux_under_kvm_on_a_wide_processor() {
     run_tests(&["kvm_linux"], WIDE);
 }
+
+#[test]
+fn a_microvm_with_redis_goes_on_after_the_death_of_its_agent_and_nothing_is_lost() {
+    let Some(understudy) = programs("understudy") else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let disk = Disk::new(directory.path());
+    disk.add_program(&understudy[0]);
+    disk.add_guest();
+    let places = format!("UNDERSTUDY={}\nGUEST={}\n", understudy[0].display(), host::guest().display());
+    let path = format!("export PATH={}:$PATH TMPDIR=/run RUST_BACKTRACE=1\n", disk.add_named("ip").display());
+    let script = format!("{path}{places}{}", include_str!("failover.sh"));
+    let mut host = Host::start(directory.path(), "host", PLAIN, &disk.finish(&script), &[]);
+    let (code, console) = host.ended(PATIENCE);
+    println!("{console}");
+    assert_eq!(code, 0, "the failover did not come to its end");
+    let answer = |word: &str| -> serde_json::Value {
+        let line = console.lines().find_map(|line| line.strip_prefix(word));
+        serde_json::from_str(line.unwrap_or_else(|| panic!("there is no {word}"))).expect("an answer")
+    };
+    let written = answer("WRITTEN ");
+    assert!(written["broken"].is_null(), "the client's connection broke: {written}");
+    assert!(written["acked"].as_u64() > Some(150), "the client did not go on: {written}");
+    assert_eq!(answer("CHECKED ")["lost"], 0);
+}

@@ -1,0 +1,75 @@
+# Two agents and a witness on one emulated host, and between them a microVM with Linux and Redis, which is killed with its agent.
+# UNDERSTUDY is the program, GUEST the directory of the guest image. What it says is judged by who started it.
+set -e
+fail() {
+    echo "FAILED: $1"
+    cat /run/*.log
+    exit 1
+}
+# Asks again until it is so.
+await() {
+    tries=0
+    until "$@" >/run/answer 2>&1; do
+        tries=$((tries + 1))
+        [ $tries -lt 600 ] || fail "$* does not come about: $(cat /run/answer)"
+        usleep 200000
+    done
+}
+lines() { [ "$(wc -l </run/written)" -ge "$1" ]; }
+on() {
+    case $1 in
+    w) control=/run/w/witness.sock ;;
+    *) control=/run/$1/agent.sock ;;
+    esac
+    shift
+    "$UNDERSTUDY" --control "$control" "$@"
+}
+code() { sed -n 's/^code *//p' /run/answer; }
+
+ip link add br0 type bridge
+ip addr add 10.77.7.1/24 dev br0
+ip link set br0 up
+# Everything is emulated, so patience is what a real host's agents would not have.
+cat >/run/agent.toml <<END
+[heartbeat]
+interval = "1s"
+silence = "10s"
+unacknowledged = "20s"
+END
+"$UNDERSTUDY" agent --config /run/agent.toml --name a --listen 127.0.0.1:7844 --state-dir /var/a --run-dir /run/a --metrics off >/run/a.log 2>&1 &
+primary=$!
+await on a status
+on a run web --kernel "$GUEST/vmlinuz" --initrd "$GUEST/initrd.img" \
+    --cmdline "$(cat "$GUEST/cmdline") us.ip=10.77.7.2/24" --tap web0 --bridge br0 --memory 192MiB --cpus 1
+"$UNDERSTUDY" demo worker ping --to 10.77.7.2:6379 --seconds 400 || fail "Redis does not answer"
+echo "ANSWERS"
+"$UNDERSTUDY" witness --name w --listen 127.0.0.3:7846 --state-dir /var/w --run-dir /run/w >/run/w.log 2>&1 &
+"$UNDERSTUDY" agent --config /run/agent.toml --name b --listen 127.0.0.2:7844 --state-dir /var/b --run-dir /run/b --metrics off >/run/b.log 2>&1 &
+for host in a b; do
+    await on w pair --witness
+    await on $host pair 127.0.0.3 --code "$(code)" --witness
+done
+await on b pair
+await on a pair 127.0.0.2 --code "$(code)"
+echo "PAIRED"
+# Also an agent may be too slow for the other here, and is asked again.
+await on a protect web --to b
+echo "PROTECTED"
+mkfifo /run/ask
+"$UNDERSTUDY" demo worker write --to 10.77.7.2:6379 --tag n </run/ask >/run/written 2>/run/writer.log &
+exec 3>/run/ask
+await lines 1
+echo >&3
+await lines 2
+kill -9 $primary
+echo "KILLED"
+echo >&3
+await lines 3
+exec 3>&-
+await lines 4
+written=$(tail -n 1 /run/written)
+echo "WRITTEN $written"
+acked=${written#*\"acked\":}
+checked=$("$UNDERSTUDY" demo worker check --to 10.77.7.2:6379 --tag n --acked "${acked%%,*}")
+echo "CHECKED $checked"
+on b status web
