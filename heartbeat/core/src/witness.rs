@@ -147,6 +147,14 @@ impl Witness {
         self.unconfirmed.contains(&vm)
     }
 
+    /// What the other host may be shown of this VM, for its [`Witness::handle_others_record`]. `None`: nothing now. Of a record that is being written, or that may have been, nobody
+    /// may hear what it was before: that this host forces the other one out must not be missed by a new life of that.
+    #[must_use]
+    pub fn shown(&self, vm: VmId) -> Option<Option<Record>> {
+        let Some(slot) = self.slots.get(&vm) else { return Some(None) };
+        matches!(slot.disk, Disk::Idle).then_some(slot.durable)
+    }
+
     /// The other host's own record of this VM, or that it has none. One of a higher generation, or of what it became, was forced there: it is taken over.
     /// While a record is being written nothing happens; ask again.
     pub fn handle_others_record(&mut self, vm: VmId, theirs: Option<&Record>) {

@@ -72,9 +72,15 @@ fn a_host_that_was_forced_out_learns_it_and_says_so() {
     assert!(theirs.handle_force(VM, other, Generation(2)));
     assert!(!theirs.handle_force(VM, other, Generation(2)), "one at a time");
     assert_eq!(theirs.record(VM), None, "it counts when it is durable");
+    assert_eq!(
+        theirs.shown(VM),
+        None,
+        "the dead host may be back already: it must not be told that it was not forced out"
+    );
     let forced = persist(&mut theirs);
     let alone = Owner::Solo { node: other, activated: false, other: None };
     assert_eq!((forced.owner, forced.generation), (alone, Generation(2 + FORCED)));
+    assert_eq!((theirs.shown(VM), theirs.shown(VmId([8; 16]))), (Some(Some(forced)), Some(None)));
     assert_eq!(answer(&ask(&mut theirs, other, StoreOp::Read)).record, Some(forced));
 
     let mut mine = Witness::of_pair(HERE, [(VM, paired())], me.node);

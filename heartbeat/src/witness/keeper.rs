@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quinn::VarInt;
+
 use heartbeat_core::ids::{Generation, NodeId, Party, StoreId, VmId};
 use heartbeat_core::record::{Owner, Record};
 use heartbeat_core::store::StoreRequest;
@@ -17,7 +19,7 @@ use super::DiskError;
 use super::disk::Disk;
 use super::serve::{Server, serve_connection};
 use crate::quic::{Connection, Endpoint, MessageError, Purpose, QuicError, read_message, write_message};
-use crate::store::{Asked, OwnershipStore, StoreError};
+use crate::store::{Asked, OwnershipStore, RESET_LATCHED, StoreError};
 use crate::trust::Peers;
 
 /// How long an answer of this host's own store may take.
@@ -122,11 +124,15 @@ impl Keeper {
         }
     }
 
-    /// Shows what is durable to a paired host, as it is.
+    /// Shows a paired host what is durable, and certain: whether it was forced out is not known while that is being written.
     async fn show(&self, connection: Connection) {
         while let Ok((mut send, mut recv)) = connection.quic.accept_bi().await {
             let Ok(vm) = read_message::<VmId>(&mut recv, MAX_STORE_MESSAGE).await else { return };
-            let kept: Option<Record> = self.record(vm);
+            let Some(kept) = self.server.shown(vm) else {
+                // It asks again. Fails only if it has gone.
+                let _ = send.reset(VarInt::from_u32(RESET_LATCHED));
+                continue;
+            };
             if write_message(&mut send, &kept).await.is_ok() {
                 // Fails only if the asker has gone.
                 let _ = send.finish();

@@ -105,6 +105,12 @@ impl Server {
         self.lock().machine.is_unconfirmed(vm)
     }
 
+    /// See [`Witness::shown`]. A damaged record is no absent one.
+    pub(super) fn shown(&self, vm: VmId) -> Option<Option<Record>> {
+        let state = self.lock();
+        state.machine.shown(vm).filter(|_| !state.latched.contains_key(&vm))
+    }
+
     /// See [`Witness::handle_others_record`].
     pub(super) fn told_of_other(self: &Arc<Self>, vm: VmId, theirs: Option<&Record>) {
         self.lock().machine.handle_others_record(vm, theirs);
@@ -358,6 +364,30 @@ mod tests {
         let mut pending = server.request(party(1).node, other).expect("served");
         let answer = (&mut pending.receiver).await.expect("answered");
         assert!(answer.applied);
+    }
+
+    /// `docs/protocol.md` P13: what may have been forced is not shown as it was before, and a damaged record is not shown as none.
+    #[tokio::test]
+    async fn a_record_that_is_not_known_for_sure_is_not_shown() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (disk, _) = Disk::open(dir.path()).expect("open");
+        let peers = Arc::new(Peers::open(&dir.path().join("peers")).expect("peers"));
+        let damaged = VmId([4; 16]);
+        let found = vec![(damaged, Err("its checksum is wrong".to_owned()))];
+        let server = Arc::new(Server::of_pair(disk, found, peers, party(1).node));
+        assert_eq!(server.shown(damaged), None);
+        assert_eq!(server.shown(VM), Some(None), "it keeps nothing of it");
+        // The runtime has one thread: the write begins when this test waits.
+        let forced = server.force(VM, party(1), Generation(1)).expect("it may be written");
+        assert_eq!(server.shown(VM), None, "nobody knows yet");
+        assert!(forced.await.expect("it is written"));
+        let shown = server.shown(VM).expect("it is known").expect("there is one");
+        assert!(matches!(shown.owner, Owner::Solo { node, .. } if node == party(1)), "{shown:?}");
+
+        std::fs::remove_dir_all(dir.path().join("records")).expect("break the disk");
+        let forced = server.force(VM, party(1), Generation(1)).expect("it is tried");
+        assert!(!forced.await.expect("it is tried"));
+        assert_eq!(server.shown(VM), None, "which of the two the disk has is not known");
     }
 
     #[tokio::test]
