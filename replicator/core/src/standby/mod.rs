@@ -358,6 +358,9 @@ impl Standby {
             self.show(ProtectionState::FailingOver, "the operator forced it: the primary's host is confirmed dead");
             self.ownership.handle_forced(now, store);
             self.ownership.want(now, Want::Solo { activated: false });
+        } else if matches!(self.phase, Phase::Marking { .. } | Phase::Activating { .. } | Phase::Announcing) {
+            // It had won already when that became durable. Where the record goes on is where it says that the VM runs here.
+            self.ownership.handle_forced(now, store);
         }
         self.advance(now);
     }

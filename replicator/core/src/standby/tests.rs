@@ -30,6 +30,7 @@ fn solo(node: u8, activated: bool) -> Owner {
 struct Bench {
     now: Time,
     standby: Standby,
+    store: StoreId,
     record: Option<Record>,
     asks: Vec<StoreRequest>,
     outputs: Vec<Output>,
@@ -38,7 +39,8 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let standby = Standby::new(StandbyConfig::new(VM, party(2), party(1), Generation(1)));
-        let mut bench = Self { now: Time::ZERO, standby, record: None, asks: Vec::new(), outputs: Vec::new() };
+        let (asks, outputs) = (Vec::new(), Vec::new());
+        let mut bench = Self { now: Time::ZERO, standby, store: STORE, record: None, asks, outputs };
         bench.standby.handle_prepared(bench.now);
         bench.collect();
         bench
@@ -79,7 +81,7 @@ impl Bench {
     }
 
     fn becomes(&mut self, owner: Owner) {
-        self.record = Some(Record::changed(STORE, self.record.as_ref(), owner));
+        self.record = Some(Record::changed(self.store, self.record.as_ref(), owner));
     }
 
     fn answer(&mut self) {
@@ -93,7 +95,7 @@ impl Bench {
                     applied = true;
                 }
             }
-            let answer = StoreAnswer { id: request.id, vm: VM, store: STORE, record: self.record, applied };
+            let answer = StoreAnswer { id: request.id, vm: VM, store: self.store, record: self.record, applied };
             self.standby.handle_answer(self.now, &answer);
             self.collect();
         }
@@ -129,6 +131,36 @@ fn acknowledges_until_the_grant_is_read_and_activates_the_last() {
     bench.answer();
     assert_eq!(bench.take(), [Output::Release, Output::Close(CloseCode::Done), Output::Finished]);
     assert_eq!(bench.record.map(|record| record.owner), Some(solo(2, true)));
+}
+
+/// P13: the dead host's store had granted it the VM while its operator forced that host out. It says in its own store that the VM runs.
+#[test]
+fn a_winner_goes_by_its_own_store_once_a_force_is_durable() {
+    let runs = ActivationResult::Runs { load: Duration::ZERO, resume: Duration::ZERO };
+    for early in [true, false] {
+        let mut bench = Bench::paired();
+        bench.standby.handle_suspected(bench.now, Suspicion::ConnectionLost);
+        bench.answer();
+        bench.standby.handle_marked(bench.now, Generation(2));
+        if !early {
+            bench.standby.handle_activated(bench.now, runs.clone());
+        }
+        // What it asked of the dead host gets no answer.
+        bench.collect();
+        bench.asks.clear();
+        bench.take();
+        bench.store = StoreId([3; 16]);
+        let owner = Owner::Solo { node: party(2), activated: false, other: None };
+        bench.record = Some(Record { generation: Generation(1 << 32), ..Record::changed(bench.store, None, owner) });
+        bench.standby.handle_forced(bench.now, bench.store);
+        if early {
+            bench.standby.handle_activated(bench.now, runs.clone());
+        }
+        bench.answer();
+        assert_eq!(bench.take(), [Output::Release, Output::Finished], "not activated twice");
+        let runs = Owner::Solo { node: party(2), activated: true, other: None };
+        assert_eq!(bench.record.map(|record| record.owner), Some(runs));
+    }
 }
 
 /// P5: a failed activation gives the VM back, and the copy is kept.
