@@ -371,6 +371,11 @@ impl Durable {
         self.change(|text| text.former.retain(|former| former.path != image))
     }
 
+    /// Has nothing of the VM for a later life to take up. At once: one that stood by and ran nothing is not what it was.
+    pub(super) fn settle(&mut self) -> io::Result<()> {
+        self.change(|text| (text.guest, text.protection) = (None, None))
+    }
+
     /// Which process is its guest here, as far as it was noted.
     pub(super) fn guest(&self) -> Option<&GuestAt> {
         self.text.guest.as_ref()
@@ -440,6 +445,19 @@ mod tests {
             1,
             "nothing escapes the directory"
         );
+    }
+
+    #[test]
+    fn what_is_settled_is_not_taken_up() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
+        let guest = GuestAt { name: "a".into(), pid: 7, started: 1, control: None, attached: true, microvm: false };
+        memory.set_guest(Some(guest)).expect("writes");
+        memory.set_protection(Some(Protection::default())).expect("writes");
+        assert_eq!(Durable::with_parts(dir.path()).len(), 1);
+        memory.settle().expect("writes");
+        assert_eq!(Durable::with_parts(dir.path()).len(), 0);
+        assert_eq!(memory.vm(), VmId([1; 16]), "what it is called in the record stays known");
     }
 
     #[test]

@@ -295,8 +295,7 @@ impl Found {
         if let End::Theirs = end {
             survivor_left(&self.life.agent.config.standby.images, &self.life.at.name);
         }
-        let forgotten = self.durable.set_guest(None).and_then(|()| self.durable.set_protection(None));
-        if let Err(error) = forgotten {
+        if let Err(error) = self.durable.settle() {
             tracing::error!(vm = self.life.at.name, %error, "that it is settled could not be noted");
         }
     }

@@ -136,9 +136,10 @@ impl Life {
             survivor_left(&self.agent.config.standby.images, &self.at.name);
         }
         self.note(|durable, at| {
-            durable.set_guest(Some(at).filter(|_| !gone && matches!(left, Left::Stopped | Left::Over)))?;
             if gone || matches!(left, Left::Asked | Left::Alone { .. }) {
-                durable.set_protection(None)?;
+                durable.settle()
+            } else {
+                durable.set_guest(Some(at))
             }
             // It runs here as the record's only owner, and nothing that was asked can change that any more.
             if !gone && matches!(left, Left::Asked | Left::Alone { .. }) {
