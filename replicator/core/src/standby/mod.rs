@@ -349,10 +349,12 @@ impl Standby {
     /// The primary's host is dead, as was confirmed, and the record names this node alone, durably, in `store`: see
     /// [`Ownership::handle_forced`].
     pub fn handle_forced(&mut self, now: Time, store: StoreId) {
-        if self.may_be_forced().is_ok() {
+        // A last word of the dead host may have come after its operator was told that it may be forced: what is durable goes on all the same.
+        let heard_again = self.phase == Phase::Receiving && self.is_named() && self.is_bound() && !self.told_unprotect;
+        if heard_again || self.may_be_forced().is_ok() {
             self.disconnect(now);
-            if let Phase::Asking { recoverable } = &mut self.phase {
-                *recoverable = false;
+            if self.phase != Phase::Frozen {
+                self.phase = Phase::Asking { recoverable: false };
             }
             self.asked = true;
             self.show(ProtectionState::FailingOver, "the operator forced it: the primary's host is confirmed dead");

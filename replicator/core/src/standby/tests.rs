@@ -163,6 +163,25 @@ fn a_winner_goes_by_its_own_store_once_a_force_is_durable() {
     }
 }
 
+/// P13: a heartbeat that was long under way comes between the force and the moment that it is durable.
+#[test]
+fn a_force_counts_though_the_dead_host_was_heard_again() {
+    let mut bench = Bench::paired();
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.collect();
+    assert_eq!(bench.standby.may_be_forced(), Ok(()));
+    bench.standby.handle_peer_heard(bench.now);
+    assert!(bench.standby.may_be_forced().is_err(), "nobody would force it now");
+    bench.collect();
+    bench.asks.clear();
+    bench.store = StoreId([3; 16]);
+    let owner = Owner::Solo { node: party(2), activated: false, other: None };
+    bench.record = Some(Record { generation: Generation(1 << 32), ..Record::changed(bench.store, None, owner) });
+    bench.standby.handle_forced(bench.now, bench.store);
+    bench.answer();
+    assert_eq!(bench.take(), [Output::Mark { generation: Generation(1 << 32), epoch: Epoch(3) }]);
+}
+
 /// P5: a failed activation gives the VM back, and the copy is kept.
 #[test]
 fn a_failed_activation_gives_back_and_keeps_the_copy() {
