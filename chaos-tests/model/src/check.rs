@@ -100,6 +100,15 @@ impl Checker {
         }
     }
 
+    /// The VM goes on from here, whatever was heard of it. Whether something is lost by that.
+    pub fn goes_on_from(&mut self, state: State) -> bool {
+        let lost = self.newest.is_some_and(|newest| !state.remembers(newest));
+        if lost {
+            self.newest = None;
+        }
+        lost
+    }
+
     /// The store tells somebody of this record.
     pub fn shows(&mut self, record: Option<Record>) {
         if record.map(|record| record.revision) > self.shown.map(|record| record.revision) {

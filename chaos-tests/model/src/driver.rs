@@ -6,15 +6,16 @@
 use heartbeat_core::ids::{Epoch, Generation};
 use heartbeat_core::record::Owner;
 use heartbeat_core::store::{StoreOp, StoreRequest};
-use heartbeat_core::witness::WitnessOutput;
 use replicator_core::message::{Durability, PeerMessage, RehearsalResult};
 use replicator_core::pacing::Pacing;
 use replicator_core::primary::{self, CaptureReport, Primary, PrimaryConfig};
 use replicator_core::standby::{self, Standby, StandbyConfig};
 
 use crate::check::{State, Violation};
+use crate::store::Packet;
+use crate::trouble::Memory;
 use crate::wiring::Wiring;
-use crate::world::{Capture, Connection, Copied, Packet, Streamed, VM, World, host_of, node};
+use crate::world::{Capture, Connection, Copied, Streamed, VM, World, node};
 
 /// Longer than any run: what these would bound is an action of its own here.
 const NEVER: std::time::Duration = std::time::Duration::from_secs(1_000_000);
@@ -26,6 +27,7 @@ impl World {
         (self.hosts[host].linked, self.hosts[1 - host].linked) = (true, false);
         let (me, peer) = (self.party(host), self.party(1 - host));
         let mut config = PrimaryConfig::new(VM, me, peer);
+        config.ownership.store = self.store_of(host);
         let state = &mut self.hosts[host];
         config.ownership.generation = state.generation;
         config.ownership.first_request = state.take_requests();
@@ -35,7 +37,7 @@ impl World {
         let mut primary = Primary::new(config);
         primary.handle_start(state.now);
         state.primary = Some(Box::new(primary));
-        state.muted = false;
+        (state.muted, state.memory) = (false, Memory::Guest);
         // A copy of an earlier time is not what this session counts on.
         (state.copy, state.binding, state.mark) = (None, None, None);
         self.pump(host);
@@ -48,6 +50,8 @@ impl World {
                 self.do_primary(host, output);
             } else if let Some(output) = self.hosts[host].standby.as_mut().and_then(|machine| machine.poll_output()) {
                 self.do_standby(host, output);
+            } else if let Some(output) = self.hosts[host].restart.as_mut().and_then(|machine| machine.poll_output()) {
+                self.do_restart(host, output);
             } else {
                 return;
             }
@@ -124,7 +128,7 @@ impl World {
             Output::Ask(request) => self.ask(host, request),
             Output::Peer(message) => self.tell(host, message),
             Output::PersistGeneration(generation) => {
-                self.hosts[host].generation = self.hosts[host].generation.max(generation);
+                self.generation_is_durable(host, generation);
                 self.hosts[host].primary.as_mut().expect("it said so").handle_generation_persisted(now, generation);
             }
             Output::Close(_) => self.close(host),
@@ -165,7 +169,7 @@ impl World {
             Output::Ask(request) => self.ask(host, request),
             Output::Peer(message) => self.tell(host, message),
             Output::PersistGeneration(generation) => {
-                self.hosts[host].generation = self.hosts[host].generation.max(generation);
+                self.generation_is_durable(host, generation);
                 self.hosts[host].standby.as_mut().expect("it said so").handle_generation_persisted(now, generation);
             }
             Output::Mark { generation, .. } => {
@@ -204,7 +208,7 @@ impl World {
         }
     }
 
-    fn ask(&mut self, host: usize, request: StoreRequest) {
+    pub(crate) fn ask(&mut self, host: usize, request: StoreRequest) {
         if let StoreOp::Change { owner, .. } = request.op {
             self.hosts[host].asked = request.id;
             let alone = matches!(owner, Owner::Solo { node: wanted, .. } if wanted.node == node(host));
@@ -212,23 +216,7 @@ impl World {
                 self.open_gate(host);
             }
         }
-        self.send(Packet::Request(request));
-    }
-
-    pub(crate) fn pump_witness(&mut self) {
-        while let Some(output) = self.witness.poll_output() {
-            match output {
-                WitnessOutput::Persist { record, token, .. } => {
-                    if self.wiring == Wiring::WitnessForgets {
-                        self.writing = Some((0, record));
-                        self.witness.handle_persisted(token);
-                    } else {
-                        self.writing = Some((token, record));
-                    }
-                }
-                WitnessOutput::Answer { to, answer, .. } => self.answer(host_of(to), answer),
-            }
-        }
+        self.send(Packet::Request(self.hosts[host].asks, request));
     }
 
     fn release(&mut self, host: usize, through: Epoch) {
@@ -253,7 +241,7 @@ impl World {
         if self.hosts[host].guest.take().is_none() {
             return;
         }
-        self.hosts[host].capture = None;
+        (self.hosts[host].capture, self.hosts[host].memory) = (None, Memory::Nothing);
         let elsewhere = match self.owner() {
             Some(Owner::Solo { node: winner, activated: true, .. } | Owner::Paired { primary: winner, .. }) => {
                 winner.node != node(host)
@@ -276,7 +264,7 @@ impl World {
         let named = match self.owner() {
             Some(Owner::Paired { primary, standby }) => {
                 let session = self.hosts[host].standby.as_ref().expect("it said so").config().generation;
-                let current = self.disk.is_some_and(|record| record.generation == session);
+                let current = self.record().is_some_and(|record| record.generation == session);
                 current && primary.node != node(host) && *standby == self.party(host)
             }
             Some(Owner::Solo { node: owner, .. }) => owner.node == node(host),
@@ -292,7 +280,7 @@ impl World {
         }
         let state = &mut self.hosts[host];
         state.staged.clear();
-        (state.copy, state.binding) = (None, None);
+        (state.copy, state.binding, state.memory) = (None, None, Memory::Nothing);
     }
 
     // --- the pause path ---
@@ -368,7 +356,8 @@ impl World {
         let state = &mut self.hosts[host];
         let now = state.now;
         let stays = state.standby.as_mut().is_some_and(|standby| standby.handle_operator_discard(now).is_err());
-        if stays || state.primary.is_some() || state.guest.is_some() || state.activating.is_some() {
+        let taken = state.primary.is_some() || state.restart.is_some() || state.guest.is_some();
+        if stays || taken || state.activating.is_some() || !self.follow_keeper(host) {
             self.stream_out(host, 0, Streamed::Control(PeerMessage::Refused { reason: String::new() }));
             return;
         }
@@ -376,11 +365,12 @@ impl World {
         self.pump(host);
         (self.makes_room, self.hosts[host].linked) = (false, true);
         let (me, peer) = (self.party(host), self.party(1 - host));
+        let mut config = StandbyConfig::new(VM, me, peer, generation);
+        config.ownership.store = self.store_of(host);
         let state = &mut self.hosts[host];
         state.staged.clear();
         (state.copy, state.binding, state.mark) = (None, None, None);
-        state.lost_by_fault = false;
-        let mut config = StandbyConfig::new(VM, me, peer, generation);
+        (state.lost_by_fault, state.memory) = (false, Memory::Standby);
         config.ownership.generation = state.generation;
         config.ownership.first_request = state.take_requests();
         let mut standby = Standby::new(config);

@@ -3,6 +3,8 @@
 use std::fmt;
 
 use heartbeat_core::record::Owner;
+use heartbeat_core::witness::FORCED;
+use replicator_core::restart::End;
 use stateright::{Model, Property};
 
 use crate::check::{PROPERTIES, Violation};
@@ -16,22 +18,31 @@ impl fmt::Display for World {
         for (index, host) in self.hosts.iter().enumerate() {
             let primary = host.primary.as_ref().map(|primary| (primary.state(), primary.ownership().verdict()));
             let standby = host.standby.as_ref().map(|standby| (standby.state(), standby.ownership().verdict()));
+            let restart = host.restart.as_ref().map(|restart| restart.ownership().verdict());
             writeln!(f, "  host {index} guest {:?} gate {:?} copy {:?}", host.guest, host.gate, host.copy)?;
-            writeln!(f, "    primary {primary:?}\n    standby {standby:?}")?;
+            writeln!(f, "    primary {primary:?}\n    standby {standby:?}\n    restart {restart:?} {:?}", host.ended)?;
         }
         Ok(())
     }
 }
 
 /// What some state of some scenario must be: a checker that never gets there proves nothing.
-pub const REACHED: [&str; 6] = [
+pub const REACHED: [&str; 10] = [
     "a VM is protected",
     "a standby takes over",
     "a primary goes on alone",
     "a loser is destroyed",
     "a VM is given back and runs",
     "a VM is stopped on purpose",
+    "a new life frees its guest",
+    "a new life gives a grant back",
+    "a host is forced out, and the VM runs",
+    "a host learns that it was forced out",
 ];
+
+fn was_forced(world: &World, store: usize) -> bool {
+    world.stores[store].disk.is_some_and(|record| record.generation.0 >= FORCED)
+}
 
 fn is(world: &World, what: Violation) -> bool {
     world.checker.violation == Some(what)
@@ -66,7 +77,7 @@ impl Model for Scenario {
             |_, world| !is(world, PROPERTIES[4].0),
             |_, world| !is(world, PROPERTIES[5].0),
         ];
-        let reached: [fn(&Self, &World) -> bool; 6] = [
+        let reached: [fn(&Self, &World) -> bool; 10] = [
             |_, world| (0..2).any(|host| world.is_protected(host)),
             |_, world| world.hosts.iter().any(|host| host.guest.is_some() && host.mark.is_some()),
             |_, world| {
@@ -84,6 +95,10 @@ impl Model for Scenario {
                     && world.hosts[0].guest.is_some_and(|guest| guest.running)
             },
             |_, world| matches!(world.owner(), Some(Owner::Stopped { .. })),
+            |_, world| world.hosts.iter().any(|host| host.ended == Some(End::Ours)),
+            |_, world| world.hosts.iter().any(|host| host.ended == Some(End::GaveBack)),
+            |_, world| was_forced(world, world.keeper) && world.hosts[world.keeper].guest.is_some(),
+            |_, world| world.is_pair() && was_forced(world, 1 - world.keeper),
         ];
         let always = PROPERTIES.into_iter().zip(always).map(|((_, name), holds)| Property::always(name, holds));
         always.chain(REACHED.into_iter().zip(reached).map(|(name, seen)| Property::sometimes(name, seen))).collect()

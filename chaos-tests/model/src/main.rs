@@ -1,4 +1,4 @@
-//! `model [--large] [NAME]`: explores the scenarios and prints how many states each has. `model --start pairing|protected|again BOUND=N ...
+//! `model [--large] [NAME]`: explores the scenarios and prints how many states each has. `model --start pairing|protected|again|two-hosts|two-hosts-again|two-hosts-alone BOUND=N ...
 //! [wiring=MISTAKE]`: one of your own.
 
 use std::process::ExitCode;
@@ -45,6 +45,9 @@ fn own(arguments: &[String]) -> Option<Scenario> {
         "pairing" => Start::Pairing,
         "protected" => Start::Protected,
         "again" => Start::PairingAgain,
+        "two-hosts" => Start::TwoHosts,
+        "two-hosts-again" => Start::TwoHostsAgain,
+        "two-hosts-alone" => Start::TwoHostsAlone,
         _ => return None,
     };
     let mut scenario = Scenario { name: "own", start, bounds: Bounds::default(), wiring: Wiring::Faithful };
@@ -64,7 +67,7 @@ fn main() -> ExitCode {
     if arguments.first().is_some_and(|argument| argument == "--start") {
         let Some(scenario) = own(&arguments[1..]) else {
             eprintln!(
-                "model --start pairing|protected|again BOUND=N ... [wiring=MISTAKE]; names are in chaos-tests/model/src"
+                "model --start pairing|protected|again|two-hosts|two-hosts-again|two-hosts-alone BOUND=N ... [wiring=MISTAKE]; names are in chaos-tests/model/src"
             );
             return ExitCode::FAILURE;
         };

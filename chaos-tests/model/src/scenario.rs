@@ -21,8 +21,10 @@ pub struct Bounds {
     pub suspicions: u8,
     /// Crashes of the witness. A write under way is kept by its disk, or not.
     pub witness_crashes: u8,
-    /// Hosts that lose power for good.
+    /// Hosts that lose power.
     pub kills: u8,
+    /// Hosts that have it again.
+    pub returns: u8,
     /// Agents that restart while their host and their QEMUs go on.
     pub restarts: u8,
     /// Guests whose process dies.
@@ -39,6 +41,10 @@ pub struct Bounds {
     pub unprotects: u8,
     /// Protections that begin after the first.
     pub protects: u8,
+    /// Dead hosts that an operator forces out.
+    pub forces: u8,
+    /// VMs that an operator starts from their disk.
+    pub boots: u8,
 }
 
 impl Bounds {
@@ -54,6 +60,7 @@ impl Bounds {
             "suspicions" => self.suspicions = times,
             "witness_crashes" => self.witness_crashes = times,
             "kills" => self.kills = times,
+            "returns" => self.returns = times,
             "restarts" => self.restarts = times,
             "deaths" => self.deaths = times,
             "shutdowns" => self.shutdowns = times,
@@ -62,6 +69,8 @@ impl Bounds {
             "takeovers" => self.takeovers = times,
             "unprotects" => self.unprotects = times,
             "protects" => self.protects = times,
+            "forces" => self.forces = times,
+            "boots" => self.boots = times,
             _ => return None,
         }
         Some(self)
@@ -77,6 +86,18 @@ pub enum Start {
     Protected,
     /// Host 1 took over and runs the guest alone, host 0's copy is gone, and host 1 has asked host 0 to be its standby.
     PairingAgain,
+    /// Host 0 runs a guest that host 1 protects, and keeps the record itself: there is no third host.
+    TwoHosts,
+    /// The same after host 1 took over: it runs the guest, and host 0 protects it and still keeps the record.
+    TwoHostsAgain,
+    /// There is no third host; host 0 keeps the record and went alone, and host 1 read that and keeps its copy.
+    TwoHostsAlone,
+}
+
+impl Start {
+    pub(crate) fn has_third(self) -> bool {
+        !matches!(self, Self::TwoHosts | Self::TwoHostsAgain | Self::TwoHostsAlone)
+    }
 }
 
 /// One thing to check.
@@ -115,6 +136,7 @@ const NONE: Bounds = Bounds {
     suspicions: 0,
     witness_crashes: 0,
     kills: 0,
+    returns: 0,
     restarts: 0,
     deaths: 0,
     shutdowns: 0,
@@ -123,6 +145,8 @@ const NONE: Bounds = Bounds {
     takeovers: 0,
     unprotects: 0,
     protects: 0,
+    forces: 0,
+    boots: 0,
 };
 
 const fn faithful(name: &'static str, start: Start, bounds: Bounds) -> Scenario {
@@ -130,7 +154,7 @@ const fn faithful(name: &'static str, start: Start, bounds: Bounds) -> Scenario 
 }
 
 /// What runs each time: seconds.
-pub const SMALL: [Scenario; 8] = [
+pub const SMALL: [Scenario; 12] = [
     faithful("pairing", Start::Pairing, Bounds { steps: 1, captures: 2, breaks: 1, ..NONE }),
     faithful("contest", Start::Protected, Bounds { steps: 2, captures: 1, breaks: 1, failures: 1, ..NONE }),
     faithful("votes", Start::Protected, Bounds { steps: 1, breaks: 1, witness_crashes: 1, doubled: 1, ..NONE }),
@@ -139,10 +163,22 @@ pub const SMALL: [Scenario; 8] = [
     faithful("operators", Start::Protected, Bounds { planned: 1, takeovers: 1, ..NONE }),
     faithful("ends", Start::Protected, Bounds { breaks: 1, deaths: 1, shutdowns: 1, ..NONE }),
     faithful("again", Start::PairingAgain, Bounds { steps: 1, captures: 2, breaks: 1, ..NONE }),
+    faithful("power", Start::Protected, Bounds { steps: 1, kills: 1, returns: 1, ..NONE }),
+    faithful("two hosts", Start::TwoHosts, Bounds { steps: 1, kills: 1, returns: 1, forces: 1, ..NONE }),
+    faithful(
+        "two hosts, alone",
+        Start::TwoHostsAlone,
+        Bounds { steps: 1, kills: 1, returns: 1, forces: 1, boots: 1, ..NONE },
+    ),
+    faithful(
+        "two hosts, again",
+        Start::TwoHostsAgain,
+        Bounds { steps: 1, breaks: 1, kills: 1, returns: 1, forces: 1, ..NONE },
+    ),
 ];
 
 /// What runs with `cargo xtask test --all`: minutes.
-pub const LARGE: [Scenario; 10] = [
+pub const LARGE: [Scenario; 16] = [
     faithful("pairing", Start::Pairing, Bounds { steps: 2, captures: 3, breaks: 1, ..NONE }),
     faithful("contest", Start::Protected, Bounds { steps: 2, captures: 1, breaks: 1, failures: 1, doubled: 1, ..NONE }),
     faithful(
@@ -168,6 +204,28 @@ pub const LARGE: [Scenario; 10] = [
         Start::PairingAgain,
         Bounds { steps: 1, captures: 2, breaks: 1, failures: 1, restarts: 1, ..NONE },
     ),
+    faithful("two lives", Start::Protected, Bounds { steps: 1, breaks: 1, restarts: 2, ..NONE }),
+    faithful("power", Start::Protected, Bounds { steps: 1, breaks: 1, kills: 1, returns: 1, restarts: 1, ..NONE }),
+    faithful(
+        "two hosts",
+        Start::TwoHosts,
+        Bounds { steps: 2, breaks: 1, kills: 1, returns: 1, forces: 1, boots: 1, ..NONE },
+    ),
+    faithful(
+        "two hosts, two lives",
+        Start::TwoHosts,
+        Bounds { steps: 1, breaks: 1, kills: 1, forces: 1, restarts: 1, ..NONE },
+    ),
+    faithful(
+        "two hosts, alone",
+        Start::TwoHostsAlone,
+        Bounds { steps: 2, kills: 1, returns: 1, forces: 1, boots: 1, restarts: 1, ..NONE },
+    ),
+    faithful(
+        "two hosts, again",
+        Start::TwoHostsAgain,
+        Bounds { steps: 1, breaks: 1, kills: 2, returns: 2, forces: 1, restarts: 1, ..NONE },
+    ),
     // Found that a late ask of an earlier life made a node destroy its own guest.
     faithful("second life", Start::Pairing, Bounds { steps: 1, captures: 4, restarts: 1, protects: 1, ..NONE }),
 ];
@@ -177,7 +235,7 @@ const fn mistake(start: Start, bounds: Bounds) -> Scenario {
 }
 
 /// Each mistake, where it is found, and as what.
-pub const MISTAKES: [(Wiring, Scenario, Violation); 11] = [
+pub const MISTAKES: [(Wiring, Scenario, Violation); 17] = [
     (
         Wiring::ReleaseOnSent,
         mistake(Start::Protected, Bounds { steps: 1, captures: 1, ..NONE }),
@@ -221,4 +279,27 @@ pub const MISTAKES: [(Wiring, Scenario, Violation); 11] = [
         Violation::Forgets,
     ),
     (Wiring::SealEarly, mistake(Start::Protected, Bounds { steps: 1, captures: 1, ..NONE }), Violation::BeforeCommit),
+    (Wiring::FreeUnread, mistake(Start::Protected, Bounds { steps: 1, restarts: 1, ..NONE }), Violation::BeforeCommit),
+    (
+        Wiring::FreeFormerLife,
+        mistake(Start::Pairing, Bounds { steps: 1, captures: 2, restarts: 1, ..NONE }),
+        Violation::BeforeCommit,
+    ),
+    (
+        Wiring::ForgetMark,
+        mistake(Start::Protected, Bounds { steps: 2, breaks: 1, restarts: 1, ..NONE }),
+        Violation::TwoAudible,
+    ),
+    (
+        Wiring::ForceUnconfirmed,
+        mistake(Start::TwoHosts, Bounds { steps: 1, breaks: 1, forces: 1, ..NONE }),
+        Violation::BeforeCommit,
+    ),
+    (Wiring::AnswerUnconfirmed, forced_out(), Violation::BeforeCommit),
+    (Wiring::ShowWhileForcing, forced_out(), Violation::BeforeCommit),
 ];
+
+/// A host that was alone dies, is forced out, and comes back.
+const fn forced_out() -> Scenario {
+    mistake(Start::TwoHostsAlone, Bounds { steps: 1, kills: 1, returns: 1, forces: 1, boots: 1, ..NONE })
+}

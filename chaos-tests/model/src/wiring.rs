@@ -21,17 +21,29 @@ pub enum Wiring {
     DestroyEarly,
     /// Output is held from one capture after the first that the standby will hold (P10).
     HoldLate,
-    /// An agent that restarts loads a copy that it marked as activated once more (P8).
+    /// An agent that restarts loads a copy that it marked as activated once more (P62).
     ActivateTwice,
     /// The standby activates the epoch before the last that it acknowledged (P4).
     ActivateOlder,
     /// Frames emitted after a capture are tagged as before it (P1).
     SealEarly,
+    /// A new life of an agent frees the guest that it finds before it has read the record (P61).
+    FreeUnread,
+    /// A new life takes a record that names a former life of its node, or none, for leave to free the guest (P61): what the former one asked may still be applied.
+    FreeFormerLife,
+    /// A new life gives a grant back without a look at its mark (P62).
+    ForgetMark,
+    /// An operator forces a host out that lives (P13).
+    ForceUnconfirmed,
+    /// A host's own store answers in a new life before it was shown what the other host has (P13).
+    AnswerUnconfirmed,
+    /// A host shows the other one the record of before while it is writing that it forces it out (P13).
+    ShowWhileForcing,
 }
 
 impl Wiring {
     /// Every mistake.
-    pub const MUTANTS: [Self; 11] = [
+    pub const MUTANTS: [Self; 17] = [
         Self::ReleaseOnSent,
         Self::AcknowledgeAfterGrant,
         Self::AloneWithoutGrant,
@@ -43,5 +55,11 @@ impl Wiring {
         Self::ActivateTwice,
         Self::ActivateOlder,
         Self::SealEarly,
+        Self::FreeUnread,
+        Self::FreeFormerLife,
+        Self::ForgetMark,
+        Self::ForceUnconfirmed,
+        Self::AnswerUnconfirmed,
+        Self::ShowWhileForcing,
     ];
 }

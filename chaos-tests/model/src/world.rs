@@ -3,22 +3,22 @@
 use std::collections::VecDeque;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use heartbeat_core::ids::{Epoch, Generation, Incarnation, NodeId, Party, StoreId, VmId};
-use heartbeat_core::record::{Owner, Record};
-use heartbeat_core::store::{StoreAnswer, StoreOp, StoreRequest};
+use heartbeat_core::ids::{Epoch, Generation, Incarnation, NodeId, Party, VmId};
+use heartbeat_core::record::Owner;
 use heartbeat_core::time::Time;
-use heartbeat_core::witness::Witness;
 use replicator_core::message::PeerMessage;
 use replicator_core::primary::{GuestEvent, Operator, Primary};
+use replicator_core::restart::{End, Restart};
 use replicator_core::standby::{ActivationResult, Standby, Suspicion};
 use replicator_core::state::ProtectionState;
 
 use crate::check::{Checker, State, Violation, may_only_run_on};
 use crate::scenario::{Bounds, Scenario, Start};
+use crate::store::{Packet, Store};
+use crate::trouble::{Memory, Twin};
 use crate::wiring::Wiring;
 
 pub(crate) const VM: VmId = VmId([9; 16]);
-pub(crate) const STORE: StoreId = StoreId([5; 16]);
 /// Bound on what a run that is settled without choices may take.
 const SETTLES_WITHIN: usize = 500;
 
@@ -37,8 +37,8 @@ pub enum Action {
     Arrives(usize, bool),
     /// The next message of a stream of the replication connection arrives at this host: control (0) or pages (1).
     Stream(usize, usize),
-    /// The witness's write is durable.
-    Durable,
+    /// The write of a store is durable.
+    Durable(usize),
     /// The witness crashes and restarts; a write under way was kept, or not.
     WitnessCrash(bool),
     /// The host's clock reaches its next deadline.
@@ -49,10 +49,18 @@ pub enum Action {
     Suspect(usize),
     /// It hears it again.
     Hear(usize),
-    /// The host loses power for good.
-    Kill(usize),
-    /// Its agent restarts.
-    Restart(usize),
+    /// The host loses power. A write of its own store was kept, or not.
+    Kill(usize, bool),
+    /// It has power again, and nothing but what it made durable.
+    PowerOn(usize),
+    /// Its agent restarts, in the middle of an activation, or not. A write of its own store was kept, or not.
+    Restart(usize, Option<Twin>, bool),
+    /// The other host is dead, and the operator forces it out.
+    Force(usize),
+    /// The other host shows this one what its own store has.
+    Show(usize),
+    /// Its operator starts the VM from its disk, as its own store allows.
+    Boot(usize),
     /// Its guest's process dies.
     Dies(usize),
     /// Its guest shuts down.
@@ -116,6 +124,14 @@ pub(crate) struct Host {
     pub(crate) gate: Gate,
     pub(crate) primary: Option<Box<Primary>>,
     pub(crate) standby: Option<Box<Standby>>,
+    /// Of a new life of the agent, until it knows what it may do with what it found.
+    pub(crate) restart: Option<Box<Restart>>,
+    /// Durable: what a new life of the agent takes the VM up by.
+    pub(crate) memory: Memory,
+    /// How the last taking up ended.
+    pub(crate) ended: Option<End>,
+    /// Durable: whose store it asks, where there is no third host.
+    pub(crate) asks: usize,
     /// Its machine is an end of the replication connection, not of an earlier one.
     pub(crate) linked: bool,
     pub(crate) next_request: u64,
@@ -136,25 +152,6 @@ pub(crate) struct Host {
     pub(crate) lost_by_fault: bool,
     /// The last change that it asked for. Only [`Wiring::RefusalIsDefeat`] looks at it.
     pub(crate) asked: u64,
-}
-
-#[derive(Clone, Debug, Hash)]
-pub(crate) enum Packet {
-    Request(StoreRequest),
-    Answer(usize, StoreAnswer),
-}
-
-impl Packet {
-    /// An order that does not depend on how they came to be under way.
-    fn key(&self) -> (bool, usize, u64, u64, bool) {
-        match self {
-            Self::Request(request) => (false, host_of(request.asker.node), request.id, 0, false),
-            Self::Answer(to, answer) => {
-                let revision = answer.record.map_or(0, |record| record.revision.0);
-                (true, *to, answer.id, revision, answer.applied)
-            }
-        }
-    }
 }
 
 #[derive(Clone, Debug, Hash)]
@@ -180,16 +177,15 @@ pub struct World {
     pub(crate) hosts: [Host; 2],
     pub(crate) connection: Option<Connection>,
     pub(crate) packets: Vec<Packet>,
-    pub(crate) witness: Witness,
-    /// What the witness makes durable; its token is 0 if it was answered already (by mistake).
-    pub(crate) writing: Option<(u64, Record)>,
-    /// What its disk has.
-    pub(crate) disk: Option<Record>,
+    /// The witness's; or those that the two hosts keep.
+    pub(crate) stores: Vec<Store>,
+    /// Whose store the record is in: of the hosts, the one that forced last.
+    pub(crate) keeper: usize,
     pub(crate) checker: Checker,
     pub(crate) shut_down: bool,
     /// A copy is being destroyed to make room for that of another session.
     pub(crate) makes_room: bool,
-    next_step: u8,
+    pub(crate) next_step: u8,
 }
 
 impl PartialEq for World {
@@ -223,6 +219,10 @@ impl Host {
             gate: Gate::default(),
             primary: None,
             standby: None,
+            restart: None,
+            memory: Memory::Nothing,
+            ended: None,
+            asks: 0,
             linked: false,
             next_request: 1,
             next_epoch: Epoch(1),
@@ -258,7 +258,7 @@ impl Host {
 }
 
 /// Takes one from what may still happen.
-fn spend(left: &mut u8) {
+pub(crate) fn spend(left: &mut u8) {
     *left = left.checked_sub(1).expect("offered only if it is left");
 }
 
@@ -271,9 +271,8 @@ impl World {
             hosts: [Host::new(Some(guest)), Host::new(None)],
             connection: None,
             packets: Vec::new(),
-            witness: Witness::new(STORE, []),
-            writing: None,
-            disk: None,
+            stores: Store::all(scenario.start.has_third()),
+            keeper: 0,
             checker: Checker::default(),
             shut_down: false,
             makes_room: false,
@@ -281,11 +280,11 @@ impl World {
         };
         match scenario.start {
             Start::Pairing => world.protect(0),
-            Start::Protected => {
+            Start::Protected | Start::TwoHosts => {
                 world.protect(0);
                 world.settle(|world| world.is_protected(0));
             }
-            Start::PairingAgain => {
+            Start::PairingAgain | Start::TwoHostsAgain => {
                 world.protect(0);
                 world.settle(|world| world.is_protected(0));
                 world.happens(Action::Lose(1));
@@ -294,6 +293,17 @@ impl World {
                 world.settle(|world| world.hosts[0].guest.is_none() && world.hosts[0].primary.is_none());
                 world.packets.clear();
                 world.protect(1);
+                if scenario.start == Start::TwoHostsAgain {
+                    world.settle(|world| world.is_protected(1));
+                }
+            }
+            Start::TwoHostsAlone => {
+                world.protect(0);
+                world.settle(|world| world.is_protected(0));
+                world.happens(Action::Lose(0));
+                world.settle(|world| world.hosts[0].primary.is_none());
+                world.happens(Action::Lose(1));
+                world.settle(|world| world.packets.is_empty() && world.may_be_forced(1));
             }
         }
         (world.wiring, world.left) = (scenario.wiring, scenario.bounds);
@@ -320,7 +330,7 @@ impl World {
             let first = actions.iter().copied().find(|action| match action {
                 Action::Activated(_, runs) => *runs,
                 Action::Arrives(_, again) => !*again,
-                Action::Stream(..) | Action::Durable | Action::End(_) => true,
+                Action::Stream(..) | Action::Durable(_) | Action::End(_) => true,
                 _ => false,
             });
             let next = first.or_else(|| actions.iter().copied().find(|action| matches!(action, Action::Begin(_))));
@@ -334,7 +344,7 @@ impl World {
     }
 
     pub(crate) fn owner(&self) -> Option<&Owner> {
-        self.disk.as_ref().map(|record| &record.owner)
+        self.record().map(|record| &record.owner)
     }
 
     /// What can happen next.
@@ -343,6 +353,9 @@ impl World {
         for host in 0..2 {
             let state = &self.hosts[host];
             if !state.alive {
+                if left.returns > 0 {
+                    actions.push(Action::PowerOn(host));
+                }
                 continue;
             }
             let primary = state.primary.is_some();
@@ -382,22 +395,17 @@ impl World {
                     actions.push(Action::Lose(host));
                 }
             }
+            if left.ticks[host] > 0 && self.next_deadline(host).is_some() {
+                actions.push(Action::Tick(host));
+            }
             if primary || state.standby.is_some() {
-                if left.ticks[host] > 0 && self.next_deadline(host).is_some() {
-                    actions.push(Action::Tick(host));
-                }
                 if state.suspects {
                     actions.push(Action::Hear(host));
                 } else if left.suspicions > 0 {
                     actions.push(Action::Suspect(host));
                 }
             }
-            if left.kills > 0 {
-                actions.push(Action::Kill(host));
-            }
-            if left.restarts > 0 && state.activating.is_none() {
-                actions.push(Action::Restart(host));
-            }
+            self.troubles(host, actions);
             if primary && left.planned > 0 {
                 actions.push(Action::Planned(host));
             }
@@ -408,29 +416,12 @@ impl World {
                 actions.push(Action::TakeOver(host));
             }
             let apart = self.connection.as_ref().is_none_or(|connection| connection.lost == [true; 2]);
-            let idle = !primary && state.standby.is_none() && state.guest.is_some();
+            let idle = self.is_idle(host) && state.guest.is_some();
             if left.protects > 0 && idle && apart && self.hosts[1 - host].alive && !self.shut_down {
                 actions.push(Action::Protect(host));
             }
         }
-        for (index, packet) in self.packets.iter().enumerate() {
-            if matches!(packet, Packet::Answer(to, _) if !self.hosts[*to].alive) {
-                continue;
-            }
-            actions.push(Action::Arrives(index, false));
-            if left.doubled > 0 {
-                actions.push(Action::Arrives(index, true));
-            }
-        }
-        if self.writing.is_some() {
-            actions.push(Action::Durable);
-        }
-        if left.witness_crashes > 0 {
-            actions.push(Action::WitnessCrash(false));
-            if self.writing.is_some() {
-                actions.push(Action::WitnessCrash(true));
-            }
-        }
+        self.store_actions(actions);
     }
 
     fn next_deadline(&self, host: usize) -> Option<Time> {
@@ -438,6 +429,7 @@ impl World {
         let due = [
             state.primary.as_ref().and_then(|primary| primary.poll_timeout()),
             state.standby.as_ref().and_then(|standby| standby.poll_timeout()),
+            state.restart.as_ref().and_then(|restart| restart.poll_timeout()),
         ];
         due.into_iter().flatten().min()
     }
@@ -450,7 +442,7 @@ impl World {
             Action::Activated(host, runs) => self.activated(host, runs),
             Action::Arrives(index, again) => self.arrives(index, again),
             Action::Stream(host, stream) => self.stream(host, stream),
-            Action::Durable => self.durable(),
+            Action::Durable(store) => self.durable(store),
             Action::WitnessCrash(kept) => self.witness_crashes(kept),
             Action::Tick(host) => {
                 spend(&mut self.left.ticks[host]);
@@ -458,7 +450,12 @@ impl World {
                 let state = &mut self.hosts[host];
                 state.now = state.now.max(at);
                 let now = state.now;
-                self.input(host, |primary| primary.handle_timeout(now), |standby| standby.handle_timeout(now));
+                self.input_any(
+                    host,
+                    |primary| primary.handle_timeout(now),
+                    |standby| standby.handle_timeout(now),
+                    |restart| restart.handle_timeout(now),
+                );
             }
             Action::Lose(host) => {
                 let both = self.connection.as_ref().is_some_and(|connection| connection.lost[1 - host]);
@@ -482,12 +479,20 @@ impl World {
                 let now = self.hosts[host].now;
                 self.input(host, |primary| primary.handle_peer_heard(now), |standby| standby.handle_peer_heard(now));
             }
-            Action::Kill(host) => self.kill(host),
-            Action::Restart(host) => self.restart(host),
+            Action::Kill(host, kept) => self.kill(host, kept),
+            Action::PowerOn(host) => self.power_on(host),
+            Action::Restart(host, twin, kept) => self.restart(host, twin, kept),
+            Action::Force(host) => self.force(host),
+            Action::Show(host) => self.show(host),
+            Action::Boot(host) => self.boot(host),
             Action::Dies(host) => {
                 spend(&mut self.left.deaths);
                 let state = &mut self.hosts[host];
                 (state.guest, state.capture, state.lost_by_fault) = (None, None, true);
+                let now = state.now;
+                if let Some(restart) = &mut state.restart {
+                    restart.handle_gone(now);
+                }
                 self.guest_event(host, GuestEvent::Died { how: String::new() });
             }
             Action::ShutsDown(host) => {
@@ -526,12 +531,31 @@ impl World {
         primary: impl FnOnce(&mut Primary),
         standby: impl FnOnce(&mut Standby),
     ) {
+        self.input_any(host, primary, standby, |_| {});
+    }
+
+    /// The same, where a new life that took the VM up wants to know of it, too.
+    pub(crate) fn input_any(
+        &mut self,
+        host: usize,
+        primary: impl FnOnce(&mut Primary),
+        standby: impl FnOnce(&mut Standby),
+        restart: impl FnOnce(&mut Restart),
+    ) {
         if let Some(machine) = &mut self.hosts[host].primary {
             primary(machine);
         } else if let Some(machine) = &mut self.hosts[host].standby {
             standby(machine);
+        } else if let Some(machine) = &mut self.hosts[host].restart {
+            restart(machine);
         }
         self.pump(host);
+    }
+
+    /// No machine has the VM in its hands here.
+    pub(crate) fn is_idle(&self, host: usize) -> bool {
+        let state = &self.hosts[host];
+        state.primary.is_none() && state.standby.is_none() && state.restart.is_none()
     }
 
     fn operator(&mut self, host: usize, ask: Operator) {
@@ -555,7 +579,9 @@ impl World {
         let guest = state.guest.as_mut().expect("it runs");
         guest.state = guest.state.step(number);
         let emitted = guest.state;
-        if state.gate.holding {
+        if state.gate.holding && state.primary.is_none() {
+            // Nobody reads what it says: QEMU drops it.
+        } else if state.gate.holding {
             state.gate.held.push_back((state.gate.epoch, emitted));
         } else {
             self.heard(host, emitted);
@@ -580,7 +606,7 @@ impl World {
         let copy = if older { found(&state.staged, before).unwrap_or(copy) } else { copy };
         let result = if runs {
             state.guest = Some(Guest { state: copy, running: true });
-            (state.gate, state.muted) = (Gate::default(), false);
+            (state.gate, state.muted, state.memory) = (Gate::default(), false, Memory::Guest);
             self.checker.runs(copy);
             ActivationResult::Runs { load: Default::default(), resume: Default::default() }
         } else {
@@ -596,129 +622,6 @@ impl World {
         };
         let now = self.hosts[host].now;
         self.input(host, |_| {}, |standby| standby.handle_activated(now, result));
-    }
-
-    // --- the witness ---
-
-    pub(crate) fn send(&mut self, packet: Packet) {
-        let at = self.packets.partition_point(|known| known.key() <= packet.key());
-        self.packets.insert(at, packet);
-    }
-
-    fn arrives(&mut self, index: usize, again: bool) {
-        let packet = if again {
-            spend(&mut self.left.doubled);
-            self.packets[index].clone()
-        } else {
-            self.packets.remove(index)
-        };
-        match packet {
-            Packet::Request(request) => {
-                let undurable = self.writing.filter(|_| self.wiring == Wiring::ReadUndurable);
-                if let (Some((_, record)), StoreOp::Read) = (undurable, request.op) {
-                    let (id, vm) = (request.id, request.vm);
-                    let answer = StoreAnswer { id, vm, store: STORE, record: Some(record), applied: false };
-                    self.answer(host_of(request.asker.node), answer);
-                    return;
-                }
-                // One write at a time: a mistaken early answer must not lose the one before.
-                if self.writing.is_some_and(|(token, _)| token == 0) {
-                    self.durable();
-                }
-                self.witness.handle_request(request.asker.node, 0, request);
-                self.pump_witness();
-            }
-            Packet::Answer(to, answer) => {
-                let now = self.hosts[to].now;
-                let refused = !answer.applied && answer.id == self.hosts[to].asked;
-                if self.wiring == Wiring::RefusalIsDefeat && refused && self.hosts[to].primary.is_some() {
-                    self.fence(to);
-                }
-                self.input(
-                    to,
-                    |primary| primary.handle_answer(now, &answer),
-                    |standby| standby.handle_answer(now, &answer),
-                );
-            }
-        }
-    }
-
-    pub(crate) fn answer(&mut self, to: usize, answer: StoreAnswer) {
-        self.checker.shows(answer.record);
-        self.send(Packet::Answer(to, answer));
-    }
-
-    fn durable(&mut self) {
-        let (token, record) = self.writing.take().expect("offered only if there is one");
-        self.disk = Some(record);
-        if token != 0 {
-            self.witness.handle_persisted(token);
-            self.pump_witness();
-        }
-    }
-
-    fn witness_crashes(&mut self, kept: bool) {
-        spend(&mut self.left.witness_crashes);
-        let writing = self.writing.take();
-        if let Some((_, record)) = writing.filter(|_| kept) {
-            self.disk = Some(record);
-        }
-        self.witness = Witness::new(STORE, self.disk.map(|record| (VM, record)));
-        self.checker.found(self.disk);
-    }
-
-    // --- faults ---
-
-    fn kill(&mut self, host: usize) {
-        spend(&mut self.left.kills);
-        // From here on the other one is all there is.
-        if let Some(&Owner::Paired { primary, standby }) = self.owner()
-            && primary.node == node(host)
-            && standby == self.party(1 - host)
-            && !self.hosts[1 - host].has_vm()
-            && !self.hosts[1 - host].lost_by_fault
-        {
-            self.checker.broken(Violation::NoCopy);
-        }
-        let state = &mut self.hosts[host];
-        (state.alive, state.guest, state.capture) = (false, None, None);
-        (state.primary, state.standby, state.activating) = (None, None, None);
-        (state.muted, state.lost_by_fault) = (true, true);
-        state.gate = Gate::default();
-    }
-
-    /// The agent restarts: its machines are gone and its gates closed; QEMUs go on.
-    fn restart(&mut self, host: usize) {
-        spend(&mut self.left.restarts);
-        let twice = self.wiring == Wiring::ActivateTwice;
-        let state = &mut self.hosts[host];
-        state.incarnation = state.incarnation.next();
-        state.next_epoch = Epoch(state.next_epoch.0 + 100);
-        (state.primary, state.suspects) = (None, false);
-        state.gate.held.clear();
-        if let Some(guest) =
-            state.guest.as_mut().filter(|_| state.capture.is_some_and(|capture| capture.begun.is_some()))
-        {
-            guest.running = false;
-        }
-        (state.capture, state.captured) = (None, Vec::new());
-        if state.standby.take().is_some() && state.guest.is_none() {
-            // What it staged went with it.
-            if let Some(copy) = &mut state.copy {
-                copy.gone = true;
-            }
-            state.lost_by_fault = true;
-            state.staged.clear();
-        }
-        if let Some(guest) = state.guest.as_mut().filter(|_| twice && state.mark.is_some())
-            && let Some(copy) = state.copy
-        {
-            guest.state = copy.state;
-            self.checker.runs(copy.state);
-        }
-        if let Some(connection) = &mut self.connection {
-            connection.lost[host] = true;
-        }
     }
 
     pub(crate) fn lose(&mut self, host: usize) {

@@ -23,10 +23,13 @@ pub(super) enum Datagram {
         request: StoreRequest,
     },
     Answer(StoreAnswer),
-    /// What does the other host keep of the VM?
-    AskKept,
-    /// This.
+    /// What does the other host keep of the VM? Of this life of the asker's agent: a connection does not outlive it.
+    AskKept {
+        life: Incarnation,
+    },
+    /// This, for that life.
     Kept {
+        life: Incarnation,
         record: Option<Record>,
     },
 }

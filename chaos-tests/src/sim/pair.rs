@@ -6,7 +6,7 @@
 use std::cmp::Reverse;
 use std::time::Duration;
 
-use heartbeat_core::ids::StoreId;
+use heartbeat_core::ids::{Incarnation, StoreId};
 use heartbeat_core::record::{Owner, Record};
 use heartbeat_core::store::StoreRequest;
 use heartbeat_core::witness::{Witness, WitnessOutput};
@@ -129,16 +129,21 @@ impl World {
             |record| matches!(record.owner, Owner::Solo { node: other, activated: false, .. } if other.node != node(host)),
         );
         if self.pair.stores[host].is_unconfirmed(VM) || waits {
-            self.datagram(host, 1 - host, Datagram::AskKept);
+            let life = self.hosts[host].incarnation;
+            self.datagram(host, 1 - host, Datagram::AskKept { life });
         }
     }
 
-    pub(super) fn asked_of_kept(&mut self, host: usize) {
-        let record = self.pair.stores[host].record(VM).copied();
-        self.datagram(host, 1 - host, Datagram::Kept { record });
+    pub(super) fn asked_of_kept(&mut self, host: usize, life: Incarnation) {
+        if let Some(record) = self.pair.stores[host].shown(VM) {
+            self.datagram(host, 1 - host, Datagram::Kept { life, record });
+        }
     }
 
-    pub(super) fn told_of_kept(&mut self, host: usize, record: Option<Record>) {
+    pub(super) fn told_of_kept(&mut self, host: usize, life: Incarnation, record: Option<Record>) {
+        if life != self.hosts[host].incarnation {
+            return;
+        }
         let before = self.pair.stores[host].record(VM).map(|record| record.generation);
         self.counts.learnt += u64::from(record.map(|record| record.generation) > before);
         self.pair.stores[host].handle_others_record(VM, record.as_ref());
@@ -252,7 +257,9 @@ impl World {
         while let Some(output) = self.pair.stores[host].poll_output() {
             if let WitnessOutput::Persist { token, .. } = output {
                 self.pair.forcing[host] = Some((token, alone));
-                let wait = self.rng.micros(50, 9_000);
+                // A slow disk may need longer than the dead host needs to come back.
+                let longest = if self.rng.chance(700) { 9_000 } else { 900_000 };
+                let wait = self.rng.micros(50, longest);
                 self.after(wait, Event::KeptDurable(host, token));
             }
         }
@@ -277,10 +284,11 @@ impl World {
     /// The record is this host's from here on, and the VM goes on from what it has.
     fn begins_from(&mut self, host: usize, alone: bool) {
         self.counts.forced += 1;
-        let staged = self.hosts[host]
-            .standby
-            .as_ref()
-            .and_then(|standby| standby.acknowledged().and_then(|epoch| self.hosts[host].staged.get(&epoch).copied()));
+        // A copy that was activated is not gone on from a second time, whatever became of its guest.
+        let staged =
+            self.hosts[host].standby.as_ref().filter(|_| !self.hosts[host].had_guest).and_then(|standby| {
+                standby.acknowledged().and_then(|epoch| self.hosts[host].staged.get(&epoch).copied())
+            });
         let state = self.hosts[host].guest.as_ref().map(|guest| guest.state).or(staged);
         (self.pair.keeper, self.pair.asks[host]) = (host, host);
         if let Some(state) = state {

@@ -416,8 +416,8 @@ impl World {
         match datagram {
             Datagram::Heartbeat(incarnation) => self.heartbeat(to, incarnation),
             Datagram::Request { from, request } if to != WITNESS => self.asked_of_host(to, from, request),
-            Datagram::Kept { record } => self.told_of_kept(to, record),
-            Datagram::AskKept => self.asked_of_kept(to),
+            Datagram::Kept { life, record } => self.told_of_kept(to, life, record),
+            Datagram::AskKept { life } => self.asked_of_kept(to, life),
             Datagram::Request { from, request } => {
                 if self.answered_by_mistake(from, &request) {
                     return;

@@ -12,6 +12,7 @@
 use alloc::collections::VecDeque;
 use alloc::format;
 use alloc::string::{String, ToString};
+use core::hash::{Hash, Hasher};
 
 use heartbeat_core::ids::{Generation, NodeId, StoreId};
 use heartbeat_core::ownership::{Ownership, OwnershipConfig, OwnershipOutput, Verdict, Want};
@@ -22,7 +23,7 @@ use heartbeat_core::time::Time;
 use crate::state::ProtectionState;
 
 /// What a new life of the agent finds of a VM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Here {
     /// Its guest lives. If it was protected nobody hears it, and it may stand.
     Guest,
@@ -37,7 +38,7 @@ pub enum Here {
 }
 
 /// How it ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum End {
     /// The guest is this node's alone, and free.
     Ours,
@@ -50,7 +51,7 @@ pub enum End {
 }
 
 /// What the driver must do, in order.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
     /// Ask the store; the answer comes by [`Restart::handle_answer`], or never.
     Ask(heartbeat_core::store::StoreRequest),
@@ -72,7 +73,7 @@ pub enum Output {
 }
 
 /// See the module. Order of calls: as for [`crate::primary::Primary`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Restart {
     ownership: Ownership,
     here: Here,
@@ -81,6 +82,14 @@ pub struct Restart {
     giving_back: bool,
     shown: String,
     outputs: VecDeque<Output>,
+}
+
+/// What decides how it goes on; what is shown is left out. For checkers that explore states.
+impl Hash for Restart {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let Self { ownership, here, finished, giving_back, shown: _, outputs } = self;
+        (ownership, here, finished, giving_back, outputs).hash(state);
+    }
 }
 
 impl Restart {
