@@ -137,9 +137,9 @@ impl Life {
         }
         self.note(|durable, at| {
             if gone || matches!(left, Left::Asked | Left::Alone { .. }) {
-                durable.settle()
+                durable.settle()?;
             } else {
-                durable.set_guest(Some(at))
+                durable.set_guest(Some(at))?;
             }
             // It runs here as the record's only owner, and nothing that was asked can change that any more.
             if !gone && matches!(left, Left::Asked | Left::Alone { .. }) {

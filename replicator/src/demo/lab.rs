@@ -12,6 +12,7 @@
 //! Each host has state and run directories of its own; all share one file system and one set of process numbers.
 //! Promise: dropping the laboratory ends every process in it and removes everything it made in the kernel.
 
+mod cable;
 mod microvm;
 
 use std::fs;
@@ -93,15 +94,6 @@ impl Host {
     #[must_use]
     pub fn metrics(self) -> String {
         format!("{}:9644", self.address())
-    }
-
-    /// Its address on the cable of [`Lab::lay_cable`].
-    #[must_use]
-    pub fn cable_address(self) -> &'static str {
-        match self {
-            Self::A => "10.78.0.1",
-            Self::B => "10.78.0.2",
-        }
     }
 
     /// Its address.
@@ -445,36 +437,6 @@ impl Lab {
     pub fn set_link(&self, host: Host, up: bool) -> Result<()> {
         let state = if up { "up" } else { "down" };
         ip(&format!("-n {} link set to-{} {state}", self.namespace("s"), host.role()))
-    }
-
-    /// Lays a cable from host to host beside the switch, before their agents start: heartbeats go over both, replication over the cable as long
-    /// as it can.
-    ///
-    /// # Errors
-    /// If `ip` refuses, or a configuration file cannot be written.
-    pub fn lay_cable(&mut self) -> Result<()> {
-        let [a, b] = [Host::A, Host::B].map(|host| self.namespace(host.role()));
-        ip(&format!("-n {a} link add cable type veth peer name cable netns {b}"))?;
-        for host in [Host::A, Host::B] {
-            let (name, direct, address) = (self.namespace(host.role()), host.cable_address(), host.address());
-            ip(&format!("-n {name} addr add {direct}/24 dev cable"))?;
-            ip(&format!("-n {name} link set cable up"))?;
-            let text = format!(
-                "heartbeat_listen = [\"{address}:7845\", \"{direct}:7845\"]\naddresses = [\"{direct}:7844\", \"{address}:7844\"]\n"
-            );
-            fs::write(self.agent_config(host)?, text).context("cannot configure an agent")?;
-        }
-        self.cable = true;
-        Ok(())
-    }
-
-    /// Connects or cuts that cable.
-    ///
-    /// # Errors
-    /// If `ip` refuses.
-    pub fn set_cable(&self, up: bool) -> Result<()> {
-        let state = if up { "up" } else { "down" };
-        ip(&format!("-n {} link set cable {state}", self.namespace("a")))
     }
 
     /// What the agent of a host (`a`, `b`), or the witness (`w`), finds in its environment from its next start on.
