@@ -192,6 +192,10 @@ impl World {
         self.hosts[host].alive = false;
         self.end_guest(host);
         self.hosts[host].gate = super::host::Gate::default();
+        // What was being activated runs nowhere, and is not heard when the power is back.
+        self.events.retain(
+            |Reverse(queued)| !matches!(queued.event, Event::Activated(of, ..) | Event::Marked(of, _) if of == host),
+        );
         // Nobody sends again what was lost on its way.
         if let Some(connection) = &mut self.connection {
             connection.lost[host] = true;
