@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, pidfd_send_signal};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
 use vmm_hooks::sys::process::{PidFd, ProcessError};
@@ -188,14 +188,22 @@ impl Probe {
     }
 }
 
-/// An agent that stands still, until this is dropped.
+/// A process that stands still, until this is dropped.
 #[derive(Debug)]
-struct Stopped(Pid);
+struct Stopped(PidFd);
+
+impl Stopped {
+    fn new(process: &PidFd) -> Result<Self, String> {
+        let cannot = |error| format!("process {} cannot be stopped: {error}", process.pid());
+        pidfd_send_signal(process, Signal::STOP).map_err(cannot)?;
+        Ok(Self(process.clone()))
+    }
+}
 
 impl Drop for Stopped {
     fn drop(&mut self) {
         // One that has ended in the meantime needs nothing.
-        let _ = kill_process(self.0, Signal::CONT);
+        let _ = pidfd_send_signal(&self.0, Signal::CONT);
     }
 }
 
@@ -232,20 +240,13 @@ fn open(at: ProcessAt) -> Result<PidFd, String> {
     PidFd::open_same(at.pid, at.started).map_err(|error| format!("nothing was broken: {error}"))
 }
 
-fn send(process: &PidFd, signal: Signal) -> Result<Pid, String> {
-    let pid = i32::try_from(process.pid()).ok().and_then(Pid::from_raw).ok_or("no such process")?;
-    // Opened as the very process a moment ago, and not ours to reap: its number is not used again before it has ended.
-    kill_process(pid, signal).map_err(|error| format!("process {} cannot be sent a signal: {error}", process.pid()))?;
-    Ok(pid)
-}
-
 /// Breaks it, makes sure that it is broken, and says when that was over.
 async fn injure(args: &DrillArgs, plan: &DrillPlan, report: &mut Report) -> Result<u64, String> {
     let guest = plan.vm.filter(|_| args.fault.hits_vm()).map(open).transpose()?;
     let agent = if args.fault.hits_agent() { Some(open(plan.agent)?) } else { None };
     report.begin();
     if let (DrillFault::StopAgent, Some(agent)) = (args.fault, &agent) {
-        let stopped = Stopped(send(agent, Signal::STOP)?);
+        let stopped = Stopped::new(agent)?;
         report.step(format!("the agent (process {}) stands still", agent.pid()));
         print_last(report);
         tokio::time::sleep(args.stop).await;
@@ -254,10 +255,8 @@ async fn injure(args: &DrillArgs, plan: &DrillPlan, report: &mut Report) -> Resu
         print_last(report);
         return Ok(report.began_ns);
     }
-    if let Some(agent) = &agent {
-        // As a host's death: it must not see its VM die, nor say anything more.
-        send(agent, Signal::STOP)?;
-    }
+    // As a host's death: the agent must not see its VM die, nor say anything more. One that is not killed after all goes on.
+    let _stopped = agent.as_ref().map(Stopped::new).transpose()?;
     let killed = (|| {
         for process in guest.iter().chain(&agent) {
             process.kill_confirmed(END)?;
