@@ -61,16 +61,17 @@ fn content(path: &Path, format: &str) -> Vec<u8> {
 /// Images and their formats.
 type Disks = Vec<(PathBuf, &'static str)>;
 
-/// What a standby holds.
-struct Images(Vec<Vec<u8>>);
+/// What a standby holds, and what it was told, in order: disk, offset, bytes, whether they are zeroes.
+struct Images(Vec<Vec<u8>>, Vec<(u32, u64, u64, bool)>);
 
 impl Images {
     fn unknown(disks: usize) -> Self {
-        Self(vec![vec![0xee; BYTES]; disks])
+        Self(vec![vec![0xee; BYTES]; disks], Vec::new())
     }
 
     fn apply(&mut self, writes: &[DiskWrite]) {
         for write in writes {
+            self.1.push((write.disk, write.offset, write.bytes(), matches!(write.change, DiskChange::Zero(_))));
             let start = usize::try_from(write.offset).expect("small");
             let range = &mut self.0[write.disk as usize][start..start + usize::try_from(write.bytes()).expect("small")];
             match &write.change {
@@ -87,7 +88,8 @@ impl Images {
             let differs = |from: usize| truth[from..].iter().zip(&copy[from..]).position(|(truth, copy)| truth != copy);
             if let Some(at) = differs(0) {
                 let bytes = truth[at..].iter().zip(&copy[at..]).take_while(|(truth, copy)| truth != copy).count();
-                panic!("{} differs at {at} for {bytes} bytes: {} became {}", path.display(), truth[at], copy[at]);
+                let (path, was, is) = (path.display(), truth[at], copy[at]);
+                panic!("{path} differs at {at} for {bytes} bytes: {was} became {is}; told was {:?}", self.1);
             }
         }
     }
@@ -435,7 +437,7 @@ fn a_log_that_runs_over_breaks_the_mirror_and_lets_the_guest_go_on() {
     guest.mirror_disks().expect("mirrors");
     first_copy(&mut guest, &mut Images::unknown(1));
     arm(&mut guest);
-    stop_and_compare(&mut guest, &mut Images(vec![content(&disks[0].0, "raw")]), &disks, None);
+    stop_and_compare(&mut guest, &mut Images(vec![content(&disks[0].0, "raw")], Vec::new()), &disks, None);
     guest.bound_disk_log(64 << 10, 256 << 10, Duration::ZERO);
     let load = Load::start(&qemu, &["a"]);
     wait_for("the end of the log", || guest.mirror_progress().is_err());
