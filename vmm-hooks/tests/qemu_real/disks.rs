@@ -328,8 +328,17 @@ fn disks_made_with_blockdev_are_their_copies_at_every_stop() {
 
 /// A machine with one raw virtio disk and a second monitor, attached, and its image.
 fn one_disk(more: &[&str]) -> Option<(tempfile::TempDir, Qemu, Disks)> {
+    one_disk_that_holds(None, more)
+}
+
+/// The same full of this byte. An image is made before its QEMU is: one that opens it meanwhile takes it for as long as it is
+/// at that moment, for good.
+fn one_disk_that_holds(byte: Option<u8>, more: &[&str]) -> Option<(tempfile::TempDir, Qemu, Disks)> {
     let dir = tempfile::Builder::new().prefix("qemu-disks").tempdir().expect("a directory");
     let path = image(dir.path(), "d0", "raw")?;
+    if let Some(byte) = byte {
+        fs::write(&path, vec![byte; BYTES]).expect("room");
+    }
     let drive = format!("file={},format=raw,if=virtio,id=a", path.display());
     let qemu = Qemu::start(&[&["-M", "pc", "-nic", "none", "-qmp", SECOND, "-drive", &drive], more].concat())?;
     Some((dir, qemu, vec![(path, "raw")]))
@@ -396,12 +405,9 @@ fn writes_that_nobody_takes_wait_and_never_freeze_a_stop() {
 
 #[test]
 fn a_pause_in_the_middle_of_the_first_copy_neither_hangs_nor_runs_over() {
-    let Some((_dir, qemu, disks)) = one_disk(&[]) else { return };
-    fs::write(&disks[0].0, vec![5; BYTES]).expect("room");
+    let Some((_dir, qemu, disks)) = one_disk_that_holds(Some(5), &[]) else { return };
     let mut guest = qemu.attach();
-    guest.pause().expect("pauses");
-    guest.arm().expect("arms");
-    guest.resume().expect("resumes");
+    arm(&mut guest);
     // A log that holds a part of the disk alone, and answers that wait longer than this test.
     guest.bound_disk_log(1 << 20, 64 << 20, SOON * 2);
     guest.mirror_disks().expect("mirrors");

@@ -8,7 +8,7 @@ mod standby;
 mod troubles;
 
 use std::fs;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -69,6 +69,10 @@ impl Qemu {
             .expect("QEMU starts");
         let qemu = Self { child, dir };
         wait_for("the QMP socket", || std::os::unix::net::UnixStream::connect(qemu.socket()).is_ok());
+        // The socket is there long before QEMU has opened its images; its greeting comes after.
+        let mut monitor = std::os::unix::net::UnixStream::connect(qemu.socket()).expect("QEMU listens");
+        monitor.set_read_timeout(Some(SOON)).expect("a socket");
+        monitor.read_exact(&mut [0]).expect("QEMU greets");
         Some(qemu)
     }
 
