@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::boot::{self, PilotOptions};
 use super::chips::{self, Chips, Line};
+use super::confine::confine;
 use super::cpuid::{self, Leaf};
 use super::gate::{GateBounds, KvmGate};
 use super::linux::{self, LinuxOptions};
@@ -356,6 +357,9 @@ impl Machine {
         if self.0.net.is_some() {
             let inner = Arc::clone(&self.0);
             let receive = move || {
+                if let Err(error) = confine() {
+                    return inner.end(Some(GuestEvent::Died { how: error.to_string() }));
+                }
                 let net = inner.net.as_ref().expect("asked above");
                 // The first vCPU is the one that serves the network.
                 net.receive(inner.vm.ram().memory(), &inner.slots[0].wake);

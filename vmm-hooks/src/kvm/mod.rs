@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`machine`] | makes, starts, stops and ends a machine; its vCPUs stand when it says so |
 //! | `vcpu` | one vCPU's thread, and what its exits ask for |
+//! | `confine` | what the threads of a machine that runs may ask the kernel for |
 //! | [`ram`] | guest memory, with marks of what the VMM itself wrote |
 //! | `virtio` | the devices; the disk-write log |
 //! | [`gate`] | output by epochs |
@@ -25,6 +26,7 @@
 mod acpi;
 pub mod boot;
 mod chips;
+mod confine;
 pub mod cpuid;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use kvm_ioctls::VcpuExit;
 
 use super::chips::PortAsk;
+use super::confine::confine;
 use super::machine::Inner;
 use super::pilot::abi::{self, port};
 use crate::guest::GuestEvent;
@@ -17,6 +18,9 @@ use crate::guest::GuestEvent;
 pub(super) fn run(inner: &Inner, number: usize) {
     let slot = &inner.slots[number];
     slot.kick.mine();
+    if let Err(error) = confine() {
+        inner.end(Some(died(error.to_string())));
+    }
     // How long the guest wants to wait.
     let mut rest = None;
     while inner.may_run(number, rest.take()) {

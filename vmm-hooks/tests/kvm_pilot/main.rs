@@ -163,6 +163,43 @@ fn no_kick_and_no_wake_up_is_lost_however_late_the_threads_come() {
     machine.fence().fence().expect("it ends");
 }
 
+/// What the kernel says of the threads called `vcpu...` and `net` of this process: their numbers, and whether each is confined.
+fn machine_threads() -> Vec<(String, bool)> {
+    let tasks = fs::read_dir("/proc/self/task").expect("a process has threads");
+    let confined = |task: &Path| {
+        let name = fs::read_to_string(task.join("comm")).ok()?;
+        let status = fs::read_to_string(task.join("status")).ok()?;
+        let is = |line: &str| status.lines().any(|its| its.split_whitespace().eq(line.split(' ')));
+        let ours = name.starts_with("vcpu") || name == "net\n";
+        let confined = is("Seccomp: 2") && is("NoNewPrivs: 1") && is("CapEff: 0000000000000000");
+        ours.then(|| (task.file_name().unwrap_or_default().to_string_lossy().into_owned(), confined))
+    };
+    tasks.filter_map(|task| confined(&task.ok()?.path())).collect()
+}
+
+/// At least so many threads of machines are there, and each is confined, or will be: other tests' machines begin and end meanwhile.
+fn all_are_confined(least: usize) {
+    let seen = machine_threads();
+    assert!(seen.len() >= least, "{seen:?}");
+    let deadline = Instant::now() + PATIENCE;
+    for (thread, _) in seen {
+        while machine_threads().contains(&(thread.clone(), false)) {
+            assert!(Instant::now() < deadline, "thread {thread} is not confined");
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn the_threads_of_a_machine_may_do_nothing_but_run_it() {
+    let Some(kvm) = means() else { return };
+    let machine = boot(&kvm, spec(2));
+    let page = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+    machine.order(&[abi::order::FILL, page, 3], PATIENCE).expect("the pilot works");
+    all_are_confined(2);
+    machine.fence().fence().expect("its threads end");
+}
+
 #[test]
 fn a_guest_that_ends_itself_is_gone_in_words() {
     let Some(kvm) = means() else { return };
@@ -335,6 +372,8 @@ fn no_acknowledged_write_and_no_connection_is_lost_in_failovers_in_a_row_and_the
         let host = KvmTwinHost::new(TwinHostOptions { join, ..TwinHostOptions::default() });
         image_now = image(&name);
         let mut protected = Protected::begin(&machine, &host, &name, vec![image_now.clone()]);
+        // A vCPU, and the one that receives.
+        all_are_confined(2);
         let (goal, since) = (written() + 60, Instant::now());
         while written() < goal {
             protected.epoch(Duration::from_millis(20));

@@ -1,0 +1,179 @@
+//! What the threads of a microVM may ask the kernel for, once they run: what a running guest needs, and nothing else.
+//!
+//! A guest that broke out of a device would be in a vCPU's thread, or in the one that receives frames. Promises: such a thread opens
+//! nothing, starts nothing, connects to nothing, maps nothing that can be executed, and has no capability; of KVM it may ask to run the guest
+//! and to move an interrupt line. What it may not is answered with `EPERM` and not done. It stays a thread of its process, whose
+//! memory and open files it can reach: this is a fence around mistakes, not a process of its own (docs/decisions.md 33).
+//!
+//! Sources: Documentation/userspace-api/seccomp_filter.rst, and capabilities(7): both belong to a thread, not to its process.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+
+use crate::guest::{GuestError, GuestErrorKind};
+
+/// Calls with any argument: the guest's disks and wire, waiting, memory, the clock, and the end of a thread.
+const CALLS: [libc::c_long; 38] = [
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_fdatasync,
+    libc::SYS_fsync,
+    libc::SYS_lseek,
+    libc::SYS_close,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+    libc::SYS_time,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_getrandom,
+    libc::SYS_brk,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_restart_syscall,
+    libc::SYS_getcpu,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_exit,
+];
+
+/// `KVM_RUN` and `KVM_IRQ_LINE` of linux/kvm.h.
+const IOCTLS: [u64; 2] = [0xae80, 0x4008_ae61];
+
+/// Made once: the filter depends on nothing.
+static FILTER: LazyLock<Result<BpfProgram, String>> = LazyLock::new(|| filter().map_err(|error| error.to_string()));
+
+fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    let word = |argument, test, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, test, value);
+    let mut calls: BTreeMap<_, _> = CALLS.into_iter().map(|call| (call, Vec::new())).collect();
+    let asks = IOCTLS.into_iter().map(|ask| SeccompRule::new(vec![word(1, SeccompCmpOp::Eq, ask)?]));
+    calls.insert(libc::SYS_ioctl, asks.collect::<Result<_, _>>()?);
+    // What the allocator maps and grows is data.
+    let executable = u64::try_from(libc::PROT_EXEC).expect("a flag");
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        let data = word(2, SeccompCmpOp::MaskedEq(executable), 0)?;
+        calls.insert(call, vec![SeccompRule::new(vec![data])?]);
+    }
+    let refused = SeccompAction::Errno(u32::try_from(libc::EPERM).expect("an error's number"));
+    SeccompFilter::new(calls, refused, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+}
+
+/// Confines the thread that calls it, for good.
+///
+/// # Errors
+/// If this kernel has no seccomp filters, or does not let this thread have one. Nothing may run in it then.
+pub(super) fn confine() -> Result<(), GuestError> {
+    let failed = |why: &dyn std::fmt::Display| {
+        GuestError::new(GuestErrorKind::Failed, format!("a thread of the microVM cannot be confined: {why}"))
+            .advise("nothing was started; the host's kernel must have seccomp filters (CONFIG_SECCOMP_FILTER)")
+    };
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(None, sets).map_err(|error| failed(&error))?;
+    let filter = FILTER.as_ref().map_err(|error| failed(error))?;
+    seccompiler::apply_filter(filter).map_err(|error| failed(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::fs::FileExt;
+    use std::process::Command;
+    use std::sync::{Arc, mpsc};
+
+    use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+
+    /// In a thread of its own, which keeps what is done to it.
+    fn confined<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
+        let thread = std::thread::spawn(move || {
+            confine().expect("this kernel has seccomp filters");
+            act()
+        });
+        thread.join().expect("it does not panic")
+    }
+
+    #[test]
+    fn what_a_guest_needs_is_done() {
+        let mut file = tempfile::tempfile().expect("room");
+        let (told, hear) = mpsc::channel();
+        confined(move || {
+            file.write_all(&[7; 4096]).and_then(|()| file.sync_data()).expect("a disk");
+            file.read_exact_at(&mut [0; 512], 512).expect("a disk");
+            // Large enough to be mapped, and given back.
+            let large = vec![1_u8; 64 << 20];
+            told.send(large.iter().map(|&byte| u64::from(byte)).sum::<u64>())
+        })
+        .expect("somebody hears");
+        assert_eq!(hear.recv(), Ok(64 << 20));
+    }
+
+    #[test]
+    fn nothing_is_opened_started_connected_to_or_made_executable() {
+        let denied = |error: &std::io::Error| error.raw_os_error() == Some(libc::EPERM);
+        let listener = TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let address = listener.local_addr().expect("bound");
+        let (opened, started, connected, mapped, given) = confined(move || {
+            let mapped = MmapRegionBuilder::<()>::new(4096).with_mmap_prot(libc::PROT_READ | libc::PROT_EXEC).build();
+            (
+                File::open("/proc/self/mem").map(drop),
+                Command::new("/bin/true").status().map(drop),
+                TcpStream::connect(address).map(drop),
+                mapped.map(drop),
+                set_capabilities(
+                    None,
+                    CapabilitySets {
+                        effective: CapabilitySet::SYS_ADMIN,
+                        permitted: CapabilitySet::SYS_ADMIN,
+                        inheritable: CapabilitySet::empty(),
+                    },
+                ),
+            )
+        });
+        for (what, result) in [("open", opened), ("start", started), ("connect", connected)] {
+            assert!(denied(&result.expect_err(what)), "{what}");
+        }
+        let refused = mapped.expect_err("it may not");
+        assert!(matches!(&refused, MmapRegionError::Mmap(error) if denied(error)), "{refused}");
+        assert_eq!(given, Err(rustix::io::Errno::PERM));
+        // Others of the process are as they were.
+        let mut text = String::new();
+        File::open("/proc/self/status").and_then(|mut file| file.read_to_string(&mut text)).expect("ours");
+    }
+
+    #[test]
+    fn of_kvm_it_may_only_run_the_guest() {
+        let Ok(kvm) = kvm_ioctls::Kvm::new() else { return println!("skipped: no /dev/kvm") };
+        let kvm = Arc::new(kvm);
+        let vm = confined({
+            let kvm = Arc::clone(&kvm);
+            move || kvm.create_vm().map(drop)
+        });
+        assert_eq!(vm.expect_err("it may not").errno(), libc::EPERM);
+        kvm.create_vm().expect("others may");
+    }
+}
