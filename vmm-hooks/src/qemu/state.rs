@@ -1,11 +1,14 @@
 //! Device and CPU state: taken from QEMU through a memfd, completed so that `migrate-incoming` loads it.
 //!
+//! QEMU knows the memfd as `/dev/fdset/...`, a name of its own: it opens nothing. A path to it would need a `/dev/fd` or a `/proc` where QEMU lives,
+//! and leave from whatever confines it; libvirt gives its QEMUs a `/dev` without. (Its docs/interop/qmp: `add-fd`; `qemu_open` in util/osdep.c.)
+//!
 //! `xen-save-devices-state` needs no Xen. Its stream lacks the two sections that the loader of a migration asks for: the
 //! configuration (the machine type's canonical name) after the header, and the description at the end. Both are added here.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::AsFd;
+use std::io::{self, Seek};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -34,7 +37,7 @@ const STATE_MAX: u64 = 256 << 20;
 pub(super) enum StateError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
-    #[error("cannot read the device state")]
+    #[error("the file with the device state cannot be used")]
     Read(#[source] io::Error),
     #[error("QEMU's device state is {what}")]
     Malformed { what: String },
@@ -44,6 +47,8 @@ pub(super) enum StateError {
 #[derive(Debug)]
 pub(super) struct StateFile {
     file: File,
+    /// The same, opened to be written, which is what QEMU looks for in the set. It writes to a duplicate, from wherever this one is.
+    written: File,
     fdset: u64,
     arguments: Value,
     machine: String,
@@ -52,22 +57,20 @@ pub(super) struct StateFile {
 impl StateFile {
     /// Gives QEMU a file to save to. `machine` is the machine type's canonical name.
     pub(super) fn open(qmp: &mut Qmp, machine: &str) -> Result<Self, StateError> {
-        let fd = memfd_create(format!("{OUR_PREFIX}device-state"), MemfdFlags::CLOEXEC)
-            .map_err(|error| StateError::Read(error.into()))?;
-        let added =
-            qmp.execute_with_fd("add-fd", json!({ "opaque": format!("{OUR_PREFIX}device-state") }), fd.as_fd())?;
-        let number = |name: &str| added.get(name).and_then(Value::as_u64);
-        let (Some(fdset), Some(theirs)) = (number("fdset-id"), number("fd")) else {
+        let (file, written) = memory().map_err(StateError::Read)?;
+        let opaque = json!({ "opaque": format!("{OUR_PREFIX}device-state") });
+        let added = qmp.execute_with_fd("add-fd", opaque, written.as_fd())?;
+        let Some(fdset) = added.get("fdset-id").and_then(Value::as_u64) else {
             return Err(StateError::Malformed { what: "not taken: add-fd gave no number".to_owned() });
         };
-        // QEMU opens the file anew at each save, which empties it.
-        let arguments = json!({ "filename": format!("/dev/fd/{theirs}"), "live": false });
-        Ok(Self { file: fd.into(), fdset, arguments, machine: machine.to_owned() })
+        let arguments = json!({ "filename": format!("/dev/fdset/{fdset}"), "live": false });
+        Ok(Self { file, written, fdset, arguments, machine: machine.to_owned() })
     }
 
-    /// Asks QEMU to save, without waiting.
-    pub(super) fn start(&self, qmp: &mut Qmp) -> Result<Pending, QmpError> {
-        qmp.send("xen-save-devices-state", self.arguments.clone())
+    /// Asks QEMU to save, without waiting. Nothing else is being saved.
+    pub(super) fn start(&mut self, qmp: &mut Qmp) -> Result<Pending, StateError> {
+        self.written.set_len(0).and_then(|()| self.written.rewind()).map_err(StateError::Read)?;
+        Ok(qmp.send("xen-save-devices-state", self.arguments.clone())?)
     }
 
     /// Reads what QEMU saved, completed, into `into`.
@@ -117,6 +120,13 @@ impl StateFile {
     }
 }
 
+/// A file in memory: to be read, and to be written.
+fn memory() -> io::Result<(File, File)> {
+    let file = File::from(memfd_create(format!("{OUR_PREFIX}device-state"), MemfdFlags::CLOEXEC)?);
+    let written = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok((file, written))
+}
+
 fn put_configuration(stream: &mut Vec<u8>, machine: &str) {
     stream.push(CONFIGURATION);
     stream.extend_from_slice(&u32::try_from(machine.len()).expect("a short name").to_be_bytes());
@@ -143,10 +153,9 @@ mod tests {
     use super::*;
 
     fn read(stream: &[u8]) -> Result<Vec<u8>, StateError> {
-        let fd = memfd_create("test", MemfdFlags::CLOEXEC).expect("a memfd");
-        let file = File::from(fd);
-        file.write_all_at(stream, 0).expect("memory");
-        let state = StateFile { file, fdset: 0, arguments: json!({}), machine: "pc-q35-7.2".to_owned() };
+        let (file, written) = memory().expect("a memfd");
+        written.write_all_at(stream, 0).expect("memory");
+        let state = StateFile { file, written, fdset: 0, arguments: json!({}), machine: "pc-q35-7.2".to_owned() };
         let mut into = vec![9; 3];
         state.read(&mut into).map(|()| into)
     }
