@@ -14,7 +14,7 @@ use kvm_ioctls::Kvm;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 use vmm_hooks::guest::{Capture, Guest, PauseParts, TwinHost};
 use vmm_hooks::kvm::pilot::abi;
-use vmm_hooks::kvm::{GateBounds, KvmGuest, KvmTwinHost, Machine, PilotOptions, Spec, attach, host};
+use vmm_hooks::kvm::{Dirty, GateBounds, KvmGuest, KvmTwinHost, Machine, PilotOptions, Spec, attach, host};
 use vmm_hooks::layout::PAGE_SIZE;
 
 #[global_allocator]
@@ -120,7 +120,14 @@ fn a_pause_allocates_nothing() {
 
 /// An armed machine whose second vCPU writes `pages` pages, one after the other, `rate` a millisecond or, with 0, without pause.
 fn writer(kvm: &Arc<Kvm>, pages: u32, rate: u32) -> (Machine, KvmGuest) {
-    let spec = Spec { name: "pause".to_owned(), memory: 128 << 20, cpus: 2, net: None, disks: Vec::new() };
+    let spec = Spec {
+        name: "pause".to_owned(),
+        memory: 128 << 20,
+        cpus: 2,
+        net: None,
+        disks: Vec::new(),
+        dirty: Dirty::Bitmap,
+    };
     let options = PilotOptions::default();
     let machine = Machine::pilot(kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
     let machine = machine.expect("this host can");

@@ -19,7 +19,7 @@ use crate::control::api::{
 use crate::control::doctor;
 use crate::control::drill::{DrillPlan, DrillRequest};
 use crate::control::latch::{MayStart, MayStartRequest};
-use crate::control::microvm::RunRequest;
+use crate::control::microvm::{RunRequest, Started};
 
 /// How long who asks for events waits for the last ones to be written.
 const EVENTS_WITHIN: Duration = Duration::from_secs(1);
@@ -156,7 +156,7 @@ impl AgentApi for Agent {
         Ok(events)
     }
 
-    async fn run(&self, request: RunRequest) -> Result<Accepted, ErrorBody> {
+    async fn run(&self, request: RunRequest) -> Result<Started, ErrorBody> {
         self.run_microvm(request).await
     }
 

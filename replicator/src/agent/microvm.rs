@@ -12,7 +12,9 @@ use heartbeat_core::record::Owner;
 use heartbeat_core::store::{StoreOp, StoreRequest};
 use tokio::sync::oneshot;
 use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe, Survivor, Twin, TwinHost};
-use vmm_hooks::kvm::{self, DiskFile, GateBounds, KvmTwinHost, LinuxOptions, Machine, NetCard, PilotOptions, Spec};
+use vmm_hooks::kvm::{
+    self, Dirty, DiskFile, GateBounds, KvmTwinHost, LinuxOptions, Machine, NetCard, PilotOptions, Spec,
+};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions, QemuTwinHost};
 use vmm_hooks::sys::process::PidFd;
@@ -22,7 +24,7 @@ use super::sessions::{blocking, vm_name};
 use super::{Agent, Request, STOP_WITHIN, Vm};
 use crate::cli::config::AgentConfig;
 use crate::control::api::{Accepted, ErrorBody, ErrorKind, ProtectionState, Role, VmStatus};
-use crate::control::microvm::{RunNet, RunRequest};
+use crate::control::microvm::{DirtyPages, RunNet, RunRequest, Started};
 
 /// What a kernel is told that its operator tells nothing.
 const CMDLINE: &str = "console=ttyS0 panic=-1";
@@ -213,7 +215,7 @@ impl Agent {
     }
 
     /// Starts a microVM; returns when it runs.
-    pub(super) async fn run_microvm(&self, request: RunRequest) -> Result<Accepted, ErrorBody> {
+    pub(super) async fn run_microvm(&self, request: RunRequest) -> Result<Started, ErrorBody> {
         let _one = self.microvms.starting.lock().await;
         let name = request.name.clone();
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
@@ -247,7 +249,7 @@ impl Agent {
             return Err(error);
         }
         tracing::info!(vm = name, "a microVM runs");
-        Ok(Accepted { vm: name })
+        Ok(Started { vm: name, note: machine.dirty_note() })
     }
 
     /// Ends a microVM that nobody protects; returns when it has ended.
@@ -402,7 +404,7 @@ fn busy(name: &str) -> ErrorBody {
 
 /// Makes a microVM that stands.
 fn boot(request: RunRequest, bounds: GateBounds) -> Result<Machine, GuestError> {
-    let RunRequest { name, kernel, initrd, cmdline, memory, cpus, disk, net } = request;
+    let RunRequest { name, kernel, initrd, cmdline, memory, cpus, disk, net, dirty } = request;
     let linux = initrd.is_some() || cmdline.is_some() || kvm::is_bzimage(&kernel);
     if !linux && net.as_ref().is_some_and(|net| net.address.is_none()) {
         let error = GuestError::new(GuestErrorKind::Refused, "the pilot guest has no address for its network card");
@@ -418,7 +420,11 @@ fn boot(request: RunRequest, bounds: GateBounds) -> Result<Machine, GuestError> 
         let card = card.insert(NetCard { mac: mac.unwrap_or_else(|| mac_of(&name)), tap, bridge });
         wire = Some(kvm::join(card)?);
     }
-    let spec = Spec { name, memory, cpus, net: card, disks };
+    let dirty = match dirty {
+        DirtyPages::Bitmap => Dirty::Bitmap,
+        DirtyPages::Ring => Dirty::Ring,
+    };
+    let spec = Spec { name, memory, cpus, net: card, disks, dirty };
     if linux {
         let cmdline = cmdline.unwrap_or_else(|| CMDLINE.to_owned());
         let options = LinuxOptions { kernel, initrd, cmdline };

@@ -12,7 +12,7 @@ use super::commands::{print, protect};
 use super::exit::{CliError, Exit};
 use crate::control::api::VmRequest;
 use crate::control::client::Client;
-use crate::control::microvm::{RunNet, RunRequest};
+use crate::control::microvm::{DirtyPages, RunNet, RunRequest, Started};
 use crate::control::policy::DurabilityPolicy;
 
 /// `understudy run`
@@ -53,6 +53,10 @@ pub struct RunArgs {
     /// Its vCPUs
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub cpus: u64,
+    /// How KVM says which pages were written: by a bitmap, or by a ring a vCPU, whose harvest takes as long as there are dirty pages.
+    /// Rings are tried first; where they cannot be relied on the bitmap is used all the same, and this command says so
+    #[arg(long, value_name = "bitmap|ring", default_value = "bitmap", hide_possible_values = true)]
+    pub dirty: DirtyPages,
     /// Protect it at once, with this standby, as `understudy protect NAME --to HOST` does
     #[arg(long, value_name = "HOST")]
     pub to: Option<String>,
@@ -99,7 +103,8 @@ impl FromStr for Network {
 
 /// `understudy run`
 pub(super) async fn run(args: RunArgs, client: &Client) -> Result<Exit, CliError> {
-    let RunArgs { name, kernel, initrd, cmdline, disk, tap, bridge, mac, address, gateway, memory, cpus, to } = args;
+    let RunArgs { name, kernel, initrd, cmdline, disk, tap, bridge, mac, address, gateway, memory, cpus, dirty, to } =
+        args;
     let net = tap.map(|tap| RunNet {
         tap,
         bridge,
@@ -117,8 +122,12 @@ pub(super) async fn run(args: RunArgs, client: &Client) -> Result<Exit, CliError
         cpus,
         disk: disk.as_deref().map(absolute).transpose()?,
         net,
+        dirty,
     };
-    let vm = client.run(&request).await?.vm;
+    let Started { vm, note } = client.run(&request).await?;
+    if let Some(note) = note {
+        print(&format!("{vm}: {note}\n"))?;
+    }
     let Some(to) = to else {
         print(&format!("{vm} runs, unprotected\n"))?;
         return Ok(Exit::Ok);

@@ -11,7 +11,7 @@ use super::api::{
 };
 use super::drill::{DrillPlan, DrillRequest};
 use super::latch::{MayStart, MayStartRequest};
-use super::microvm::RunRequest;
+use super::microvm::{RunRequest, Started};
 
 /// An agent, as its control server sees it.
 pub trait AgentApi: Send + Sync + 'static {
@@ -25,7 +25,7 @@ pub trait AgentApi: Send + Sync + 'static {
     fn vm_events(&self, name: &str, last: usize) -> impl Future<Output = Result<Vec<VmEvent>, ErrorBody>> + Send;
 
     /// Starts a microVM, unprotected. Returns when it runs.
-    fn run(&self, request: RunRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;
+    fn run(&self, request: RunRequest) -> impl Future<Output = Result<Started, ErrorBody>> + Send;
 
     /// Ends a microVM that nobody protects. Returns when it has ended.
     fn end(&self, request: VmRequest) -> impl Future<Output = Result<Accepted, ErrorBody>> + Send;

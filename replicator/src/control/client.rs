@@ -21,7 +21,7 @@ use super::api::{
 };
 use super::drill::{DrillPlan, DrillRequest};
 use super::latch::{MayStart, MayStartRequest};
-use super::microvm::RunRequest;
+use super::microvm::{RunRequest, Started};
 
 /// The longest answer that is read, in bytes.
 pub const MAX_ANSWER: usize = 8 << 20;
@@ -117,7 +117,7 @@ impl Client {
 
     /// Starts a microVM.
     #[allow(clippy::missing_errors_doc)]
-    pub async fn run(&self, request: &RunRequest) -> Result<Accepted, ClientError> {
+    pub async fn run(&self, request: &RunRequest) -> Result<Started, ClientError> {
         self.post("/v1/run", request).await
     }
 

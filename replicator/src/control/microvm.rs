@@ -29,6 +29,30 @@ pub struct RunRequest {
     /// Its network card, if it has one.
     #[serde(default)]
     pub net: Option<RunNet>,
+    /// How KVM says which of its pages were written.
+    #[serde(default)]
+    pub dirty: DirtyPages,
+}
+
+/// How KVM says which pages of a microVM were written. Written `bitmap` or `ring`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirtyPages {
+    /// One bit a page.
+    #[default]
+    Bitmap,
+    /// One ring a vCPU: a harvest takes as long as there are dirty pages. Where a host's KVM does not keep rings whole, the bitmap.
+    Ring,
+}
+
+/// A microVM runs. Answer of `POST /v1/run`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Started {
+    /// Its name.
+    pub vm: String,
+    /// What is not as it was asked for, in one sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// A microVM's network card, and what the pilot is told of the network.

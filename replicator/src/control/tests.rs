@@ -12,7 +12,7 @@ use super::api::*;
 use super::client::{Client, ClientError};
 use super::drill::{DrillFault, DrillPlan, DrillRequest};
 use super::latch::{MayStart, MayStartRequest};
-use super::microvm::RunRequest;
+use super::microvm::{RunRequest, Started};
 use super::server::{MAX_REQUEST, serve_agent};
 use super::socket::ControlSocket;
 
@@ -89,9 +89,9 @@ impl AgentApi for FakeAgent {
         Ok(vec![event()])
     }
 
-    async fn run(&self, request: RunRequest) -> Result<Accepted, ErrorBody> {
+    async fn run(&self, request: RunRequest) -> Result<Started, ErrorBody> {
         self.note(serde_json::to_string(&request).unwrap());
-        Ok(Accepted { vm: request.name })
+        Ok(Started { vm: request.name, note: None })
     }
 
     async fn end(&self, request: VmRequest) -> Result<Accepted, ErrorBody> {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use linux_loader::loader::{Elf, KernelLoader};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::pilot::{abi, abi::param};
 use super::ram::Memory;
@@ -50,6 +50,8 @@ const CR4: u64 = 0x620;
 const EFER: u64 = 0x500;
 /// I/O privilege level 3, interrupts off.
 const RFLAGS: u64 = 0x3002;
+/// Interrupts off.
+const RFLAGS_KERNEL: u64 = 2;
 
 fn refused(path: &Path, error: &dyn std::fmt::Display) -> GuestError {
     GuestError::new(GuestErrorKind::Refused, format!("{} cannot be started as a pilot guest: {error}", path.display()))
@@ -72,13 +74,7 @@ pub(super) fn load(
         return Err(fail(&"it is too large"));
     }
     let word = |address: u64, value: u64| memory.write_obj(value, GuestAddress(address)).map_err(|error| fail(&error));
-    word(PML4, PDPT | TABLE)?;
-    for gigabyte in 0..GIGABYTES {
-        word(PDPT + 8 * gigabyte, (PD + gigabyte * PAGE_SIZE as u64) | TABLE)?;
-    }
-    for large in 0..GIGABYTES * 512 {
-        word(PD + 8 * large, large << 21 | LARGE)?;
-    }
+    tables(memory).map_err(|error| fail(&error))?;
     let (log, ordered) = match disks.split_first() {
         Some((&first, rest)) if options.log => (first, rest),
         _ => (0, disks),
@@ -105,26 +101,59 @@ pub(super) fn load(
     Ok(loaded.kernel_load.0)
 }
 
-/// Puts vCPU `number` to the pilot's first instruction.
-pub(super) fn enter(vcpu: &Vcpu, number: u64, entry: u64) -> Result<(), KvmError> {
+/// Writes page tables that map the first gigabytes one to one.
+pub(super) fn tables(memory: &Memory) -> Result<(), GuestMemoryError> {
+    let word = |address: u64, value: u64| memory.write_obj(value, GuestAddress(address));
+    word(PML4, PDPT | TABLE)?;
+    for gigabyte in 0..GIGABYTES {
+        word(PDPT + 8 * gigabyte, (PD + gigabyte * PAGE_SIZE as u64) | TABLE)?;
+    }
+    for large in 0..GIGABYTES * 512 {
+        word(PD + 8 * large, large << 21 | LARGE)?;
+    }
+    Ok(())
+}
+
+/// What code may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Privilege {
+    /// CPL 0.
+    Kernel,
+    /// CPL 3, with every port.
+    User,
+}
+
+impl Privilege {
+    /// `RFLAGS` at its first instruction.
+    pub(super) fn flags(self) -> u64 {
+        match self {
+            Self::Kernel => RFLAGS_KERNEL,
+            Self::User => RFLAGS,
+        }
+    }
+}
+
+/// Puts vCPU `number` to its first instruction, in the page tables of [`tables`].
+pub(super) fn enter(vcpu: &Vcpu, number: u64, entry: u64, privilege: Privilege) -> Result<(), KvmError> {
     let mut sregs = vcpu.fd().get_sregs().map_err(failed("read a vCPU's system registers"))?;
+    let level: u8 = if privilege == Privilege::User { 3 } else { 0 };
     let code = kvm_segment {
         base: 0,
         limit: 0xffff_ffff,
-        selector: 0xb,
+        selector: 0x8 | u16::from(level),
         type_: 11,
         present: 1,
-        dpl: 3,
+        dpl: level,
         s: 1,
         l: 1,
         g: 1,
         ..Default::default()
     };
-    let data = kvm_segment { selector: 0x13, type_: 3, l: 0, db: 1, ..code };
+    let data = kvm_segment { selector: 0x10 | u16::from(level), type_: 3, l: 0, db: 1, ..code };
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PML4, CR4, EFER);
     vcpu.fd().set_sregs(&sregs).map_err(failed("set a vCPU's system registers"))?;
-    let regs = kvm_regs { rip: entry, rdi: number, rflags: RFLAGS, ..Default::default() };
+    let regs = kvm_regs { rip: entry, rdi: number, rflags: privilege.flags(), ..Default::default() };
     vcpu.fd().set_regs(&regs).map_err(failed("set a vCPU's registers"))
 }

@@ -1,8 +1,8 @@
 //! What the threads of a microVM may ask the kernel for, once they run: what a running guest needs, and nothing else.
 //!
 //! A guest that broke out of a device would be in a vCPU's thread, or in the one that receives frames. Promises: such a thread opens
-//! nothing, starts nothing, connects to nothing, maps nothing that can be executed, and has no capability; of KVM it may ask to run the guest
-//! and to move an interrupt line. What it may not is answered with `EPERM` and not done. It stays a thread of its process, whose
+//! nothing, starts nothing, connects to nothing, maps nothing that can be executed, and has no capability; of KVM it may ask to run the guest,
+//! to move an interrupt line and to empty dirty rings. What it may not is answered with `EPERM` and not done. It stays a thread of its process, whose
 //! memory and open files it can reach: this is a fence around mistakes, not a process of its own (docs/decisions.md 33).
 //!
 //! Sources: Documentation/userspace-api/seccomp_filter.rst, and capabilities(7): both belong to a thread, not to its process.
@@ -59,8 +59,8 @@ const CALLS: [libc::c_long; 38] = [
     libc::SYS_exit,
 ];
 
-/// `KVM_RUN` and `KVM_IRQ_LINE` of linux/kvm.h.
-const IOCTLS: [u64; 2] = [0xae80, 0x4008_ae61];
+/// `KVM_RUN`, `KVM_IRQ_LINE` and, by a vCPU whose ring is full, `KVM_RESET_DIRTY_RINGS` of linux/kvm.h.
+const IOCTLS: [u64; 3] = [0xae80, 0x4008_ae61, 0xaec7];
 
 /// Made once: the filter depends on nothing.
 static FILTER: LazyLock<Result<BpfProgram, String>> = LazyLock::new(|| filter().map_err(|error| error.to_string()));

@@ -8,11 +8,11 @@ use serde::{Deserialize, Serialize};
 
 use super::cpuid::Leaf;
 use super::machine::{Machine, Spec};
-use super::track::KvmTracker;
+use super::track;
 use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Block, Layout, PAGE_SIZE, PageSet};
-use crate::track::{DirtyLedger, TrackError};
+use crate::track::{DirtyLedger, TrackError, Tracker};
 
 /// The back end's name in recipes.
 pub const BACKEND: &str = "kvm";
@@ -42,7 +42,7 @@ pub struct KvmGuest {
     machine: Machine,
     layout: Layout,
     recipe: Recipe,
-    ledger: DirtyLedger<KvmTracker>,
+    ledger: DirtyLedger<Box<dyn Tracker>>,
     /// The pages of one capture. Kept to be used again.
     dirty: PageSet,
     /// How much had happened in it when it was last asked whether it is idle.
@@ -69,13 +69,18 @@ pub fn attach(machine: &Machine) -> Result<KvmGuest, GuestError> {
         let error = GuestError::new(GuestErrorKind::Refused, "somebody is attached to this microVM already");
         return Err(error.advise("nothing was changed; detach the other one first"));
     }
-    let ledger = DirtyLedger::new(KvmTracker::new(Arc::clone(&machine.0.vm)), layout.pages());
+    let ledger = DirtyLedger::new(track::tracker(&machine.0), layout.pages());
     let dirty = PageSet::empty(layout.pages());
     Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, looked: 0, paused: false })
 }
 
 fn failed(error: TrackError) -> GuestError {
-    GuestError::new(GuestErrorKind::Failed, "the guest's dirty pages could not be found").because(error)
+    let ring = matches!(error, TrackError::Ring(_));
+    let failed = GuestError::new(GuestErrorKind::Failed, "the guest's dirty pages could not be found").because(error);
+    if !ring {
+        return failed;
+    }
+    failed.advise("the guest runs on, unprotected; to protect it again, start it anew with `--dirty bitmap`")
 }
 
 fn not_whole() -> GuestError {
@@ -256,12 +261,11 @@ impl Machine {
     #[must_use]
     pub fn traces(&self) -> Vec<String> {
         let inner = &self.0;
-        let tracked = inner.vm.dirty(&mut vec![0; inner.vm.log_words()]).is_ok();
         [
             (inner.attached.load(Ordering::SeqCst), "somebody is attached"),
             (inner.gate.closed(), "its output is held"),
             (inner.log.active(), "its disks are mirrored"),
-            (tracked, "its memory is tracked"),
+            (inner.vm.logs(), "its memory is tracked"),
         ]
         .into_iter()
         .filter(|&(there, _)| there)

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::boot::{self, PilotOptions};
+use super::boot::{self, PilotOptions, Privilege};
 use super::chips::{self, Chips, Line};
 use super::confine::confine;
 use super::cpuid::{self, Leaf};
@@ -24,6 +24,7 @@ use super::linux::{self, LinuxOptions};
 use super::orders::{Clock, Orders};
 use super::pilot::abi;
 use super::ram::Ram;
+use super::ring::{self, Rings, check::Code};
 use super::state::machine::Parts;
 use super::state::vcpu::Room;
 use super::state::{self, StateError, Tag, Writer};
@@ -43,6 +44,8 @@ const STAND_MAX: Duration = Duration::from_secs(10);
 const SERIAL_MAX: usize = 64 << 10;
 /// Most vCPUs under a kernel.
 const CPUS_MAX: u8 = 64;
+/// What an operator is told who asked for rings that this host cannot have; why follows.
+const NO_RINGS: &str = "its dirty pages are found by the bitmap, which loses none, and not by the ring";
 
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +70,23 @@ pub struct DiskFile {
     pub path: PathBuf,
 }
 
+/// How KVM says which pages were written.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dirty {
+    /// A bit a page.
+    #[default]
+    Bitmap,
+    /// A ring a vCPU, where this host's KVM keeps rings whole; else the bitmap: see [`ring::check`].
+    Ring,
+}
+
+impl Dirty {
+    fn is_bitmap(&self) -> bool {
+        *self == Self::Bitmap
+    }
+}
+
 /// What a machine is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,6 +101,9 @@ pub struct Spec {
     pub net: Option<NetCard>,
     /// Its disks.
     pub disks: Vec<DiskFile>,
+    /// How its written pages are found, on this host and on those that it goes to.
+    #[serde(default, skip_serializing_if = "Dirty::is_bitmap")]
+    pub dirty: Dirty,
 }
 
 /// Whether vCPUs run.
@@ -122,6 +145,10 @@ pub(super) struct Inner {
     spec: Spec,
     cpuid: Vec<Leaf>,
     pub(super) vm: Arc<Vm>,
+    /// If its dirty pages are kept in rings.
+    pub(super) rings: Option<Arc<Rings>>,
+    /// Why they are not, though it was to have rings.
+    no_rings: Option<String>,
     /// What a kernel needs beside processors, memory and virtio devices.
     pub(super) chips: Option<Chips>,
     pub(super) slots: Vec<Slot>,
@@ -197,7 +224,8 @@ impl Machine {
             let entry = boot::load(inner.vm.ram().memory(), image, options, cpus, net, &disks)?;
             for (number, slot) in (0..).zip(&inner.slots) {
                 let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
-                boot::enter(&vcpu, number, entry).map_err(|error| refused(error.to_string()).because(error))?;
+                boot::enter(&vcpu, number, entry, Privilege::User)
+                    .map_err(|error| refused(error.to_string()).because(error))?;
             }
             Ok(())
         };
@@ -260,7 +288,15 @@ impl Machine {
             refused(format!("the microVM {} cannot be made: {error}: {}", spec.name, error.source)).because(error)
         };
         let ram = Ram::map(memory, private).map_err(|error| refused(error.to_string()).because(error))?;
-        let vm = Arc::new(Vm::new(kvm, Arc::new(ram)).map_err(kvm_failed)?);
+        let code = if chips { Code::Kernel } else { Code::User };
+        let no_rings = (spec.dirty == Dirty::Ring).then(|| ring::check::of_host(kvm, code)).and_then(Result::err);
+        if let Some(why) = &no_rings {
+            tracing::warn!(name = spec.name, why, "{NO_RINGS}");
+        }
+        let with_rings = spec.dirty == Dirty::Ring && no_rings.is_none();
+        let ram = Arc::new(ram);
+        let vm = if with_rings { Vm::with_rings(kvm, ram, ring::LENGTH) } else { Vm::new(kvm, ram) };
+        let vm = Arc::new(vm.map_err(kvm_failed)?);
         // Before the first vCPU, which has its part of them.
         let chips = chips.then(|| Chips::new(&vm)).transpose().map_err(kvm_failed)?;
         let mut slots = Vec::new();
@@ -278,6 +314,12 @@ impl Machine {
                 room: Mutex::new(room),
             });
         }
+        let rings = with_rings.then(|| {
+            let vcpus: Vec<_> = slots.iter_mut().map(|slot: &mut Slot| slot.vcpu.get_mut()).collect();
+            let vcpus = vcpus.into_iter().map(|vcpu| &*vcpu.expect("nobody panics while it holds a vCPU"));
+            Rings::new(&vm, vcpus).map(Arc::new)
+        });
+        let rings = rings.transpose().map_err(kvm_failed)?;
         let disks = spec.disks.iter().map(|disk| open_disk(&disk.path)).collect::<Result<Vec<_>, _>>()?;
         let log = Arc::new(DiskLog::new(disks.iter().map(|&(_, bytes)| bytes).collect()));
         let halt = Arc::new(AtomicBool::new(true));
@@ -310,6 +352,8 @@ impl Machine {
         let inner = Arc::new(Inner {
             cpuid: cpuid.to_vec(),
             vm,
+            rings,
+            no_rings,
             chips,
             clock: Clock::new(slots.len()),
             slots,
@@ -383,6 +427,18 @@ impl Machine {
     /// Whether it has what a kernel needs.
     pub(super) fn has_chips(&self) -> bool {
         self.0.chips.is_some()
+    }
+
+    /// What its operator is to know of how its dirty pages are found, if that is not what was asked for: one sentence.
+    #[must_use]
+    pub fn dirty_note(&self) -> Option<String> {
+        self.0.no_rings.as_ref().map(|why| format!("{NO_RINGS}: {why}"))
+    }
+
+    /// How often one of its vCPUs stopped because its ring of dirty pages was full.
+    #[must_use]
+    pub fn rings_filled(&self) -> u64 {
+        self.0.rings.as_ref().map_or(0, |rings| rings.filled())
     }
 
     /// Whether its vCPUs run.

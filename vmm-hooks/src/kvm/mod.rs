@@ -13,7 +13,8 @@
 //! | [`gate`] | output by epochs |
 //! | `state` | device state: saved and loaded in KVM's order, every step with its error |
 //! | [`cpuid`] | what the guest is told of its processor; what another host lacks of it |
-//! | `track` | dirty pages by KVM's bitmap |
+//! | `track` | dirty pages by KVM's bitmap or its rings |
+//! | [`ring`] | the rings: read, given back, and tried before they are relied on |
 //! | [`guest`] | a machine as a [`crate::guest::Guest`] |
 //! | [`twin`] | a standby's twins |
 //! | [`boot`] | starting the pilot guest |
@@ -21,7 +22,7 @@
 //! | `chips` | interrupt controllers, timer, serial port, and ports to switch off by: for a kernel |
 //! | [`pilot`] | what is known of the pilot from outside |
 //!
-//! Not there yet: the dirty ring. A guest that resets itself is off, as under QEMU with `-no-reboot`.
+//! A guest that resets itself is off, as under QEMU with `-no-reboot`.
 
 mod acpi;
 pub mod boot;
@@ -41,6 +42,7 @@ pub mod machine;
 mod orders;
 pub mod pilot;
 pub mod ram;
+pub mod ring;
 mod state;
 mod track;
 pub mod twin;
@@ -52,7 +54,7 @@ pub use boot::PilotOptions;
 pub use gate::GateBounds;
 pub use guest::{BACKEND, KvmGuest, attach};
 pub use linux::{LinuxOptions, is_bzimage};
-pub use machine::{DiskFile, Machine, NetCard, Spec};
+pub use machine::{Dirty, DiskFile, Machine, NetCard, Spec};
 pub use twin::{KvmTwinHost, TwinHostOptions};
 
 use std::os::fd::OwnedFd;

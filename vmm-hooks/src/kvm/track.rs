@@ -1,26 +1,37 @@
-//! Dirty pages by KVM's bitmap, joined with what the VMM itself wrote.
+//! Dirty pages by KVM's bitmap or by its rings, joined with what the VMM itself wrote.
 //!
 //! With manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) reading the log changes nothing, and a harvest takes two system calls:
-//! a page is in the harvest before its mark is cleared.
+//! a page is in the harvest before its mark is cleared. A harvest of rings takes one, and as long as there are dirty pages, not pages.
 
 use std::sync::Arc;
 
+use super::machine::Inner;
 use super::ram::add_word;
+use super::ring::Rings;
 use crate::layout::PageSet;
 use crate::sys::kvm::Vm;
 use crate::track::{TrackError, Tracker};
 
-/// Finds written pages of one machine.
+/// What finds the written pages of a machine.
+pub(super) fn tracker(machine: &Inner) -> Box<dyn Tracker> {
+    let vm = Arc::clone(&machine.vm);
+    match &machine.rings {
+        Some(rings) => Box::new(RingTracker { vm, rings: Arc::clone(rings), armed: false }),
+        None => Box::new(BitmapTracker::new(vm)),
+    }
+}
+
+/// By the bitmap.
 #[derive(Debug)]
-pub(super) struct KvmTracker {
+struct BitmapTracker {
     vm: Arc<Vm>,
     armed: bool,
     /// The log as it was read last.
     bits: Vec<u64>,
 }
 
-impl KvmTracker {
-    pub(super) fn new(vm: Arc<Vm>) -> Self {
+impl BitmapTracker {
+    fn new(vm: Arc<Vm>) -> Self {
         let bits = vec![0; vm.log_words()];
         Self { vm, armed: false, bits }
     }
@@ -37,7 +48,7 @@ impl KvmTracker {
     }
 }
 
-impl Tracker for KvmTracker {
+impl Tracker for BitmapTracker {
     fn name(&self) -> &'static str {
         "kvm-bitmap"
     }
@@ -63,6 +74,57 @@ impl Tracker for KvmTracker {
         self.read(dirty)?;
         self.vm.ram().own_writes(dirty, false);
         Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), TrackError> {
+        if self.armed {
+            self.vm.log(false)?;
+            self.armed = false;
+        }
+        Ok(())
+    }
+}
+
+/// By the rings.
+#[derive(Debug)]
+struct RingTracker {
+    vm: Arc<Vm>,
+    rings: Arc<Rings>,
+    armed: bool,
+}
+
+impl RingTracker {
+    fn harvest(&self, dirty: &mut PageSet, take: bool) -> Result<(), TrackError> {
+        if !self.armed {
+            return Err(TrackError::NotArmed);
+        }
+        self.rings.harvest(dirty, take)?;
+        self.vm.ram().own_writes(dirty, take);
+        Ok(())
+    }
+}
+
+impl Tracker for RingTracker {
+    fn name(&self) -> &'static str {
+        "kvm-ring"
+    }
+
+    fn arm(&mut self) -> Result<(), TrackError> {
+        self.disarm()?;
+        // What was written before.
+        self.rings.forget()?;
+        self.vm.ram().forget_own_writes();
+        self.vm.log(true)?;
+        self.armed = true;
+        Ok(())
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        Self::harvest(self, dirty, true)
+    }
+
+    fn peek(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        Self::harvest(self, dirty, false)
     }
 
     fn disarm(&mut self) -> Result<(), TrackError> {

@@ -6,12 +6,14 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::VcpuExit;
 
 use super::chips::PortAsk;
 use super::confine::confine;
 use super::machine::Inner;
 use super::pilot::abi::{self, port};
+use super::ring::RingError;
 use crate::guest::GuestEvent;
 
 /// The life of vCPU `number`.
@@ -121,6 +123,14 @@ impl Inner {
             VcpuExit::MmioRead(address, data) => self.mmio_read(address, data),
             VcpuExit::MmioWrite(address, data) => self.mmio_write(address, data),
             VcpuExit::Intr => {}
+            VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
+                let emptied = self.rings.as_ref().map_or(Err(RingError::Broken), |rings| rings.full());
+                if let Err(error) = emptied {
+                    return Some(died(format!(
+                        "vCPU {cpu} cannot go on: {error}; start it anew with `--dirty bitmap`"
+                    )));
+                }
+            }
             VcpuExit::Shutdown => return Some(died(format!("vCPU {cpu} met a fault that the guest does not handle"))),
             VcpuExit::InternalError => return Some(died(format!("KVM cannot run what vCPU {cpu} is at"))),
             VcpuExit::FailEntry(reason, _) => {

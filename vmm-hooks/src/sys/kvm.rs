@@ -8,27 +8,28 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicI32, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES, KVM_SYNC_X86_VALID_FIELDS, KVMIO, Xsave,
-    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap,
-    kvm_sync_regs, kvm_userspace_memory_region,
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_SYNC_X86_VALID_FIELDS, KVMIO, Xsave, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_gfn,
+    kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_enable_cap, kvm_sync_regs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, SyncReg, VcpuFd, VmFd};
 use rustix::mm::{MapFlags, ProtFlags};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ref};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 use crate::kvm::ram::Ram;
 
 // Private in kvm-ioctls, or not there.
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
 /// The only memory slot.
-const SLOT: u32 = 0;
+pub(crate) const SLOT: u32 = 0;
 /// `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE`: reading the log does not protect pages again, clearing does.
 const MANUAL_PROTECT: u64 = 1;
 /// Bytes of a `kvm_xsave` without extension.
@@ -58,6 +59,7 @@ pub struct Vm {
     // Dropped first.
     fd: VmFd,
     ram: Arc<Ram>,
+    logs: AtomicBool,
 }
 
 impl fmt::Debug for Vm {
@@ -72,14 +74,34 @@ impl Vm {
     /// # Errors
     /// If KVM refuses.
     pub fn new(kvm: &Kvm, ram: Arc<Ram>) -> Result<Self, KvmError> {
-        let fd = kvm.create_vm().map_err(failed("make a virtual machine"))?;
+        let vm = Self::bare(kvm, ram)?;
         // Reading the log leaves it as it is, clearing it protects pages again. In every kernel since 5.2.
         let mut cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, ..Default::default() };
         cap.args[0] = MANUAL_PROTECT;
-        fd.enable_cap(&cap).map_err(failed("let dirty pages be protected by hand"))?;
-        let vm = Self { fd, ram };
+        vm.fd.enable_cap(&cap).map_err(failed("let dirty pages be protected by hand"))?;
         vm.log(false)?;
         Ok(vm)
+    }
+
+    /// The same, whose vCPUs write what they log into rings of `length` entries each ([`super::ring::Ring`]): it has no bitmap.
+    ///
+    /// # Errors
+    /// If KVM refuses, as most that have no rings do.
+    pub fn with_rings(kvm: &Kvm, ram: Arc<Ram>, length: usize) -> Result<Self, KvmError> {
+        let vm = Self::bare(kvm, ram)?;
+        // The second is all that older kernels know; on x86 both are the same.
+        let known = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
+        let cap = known.into_iter().find(|&cap| vm.fd.check_extension_raw(cap.into()) > 0);
+        let mut cap = kvm_enable_cap { cap: cap.unwrap_or(KVM_CAP_DIRTY_LOG_RING), ..Default::default() };
+        cap.args[0] = (length * size_of::<kvm_dirty_gfn>()) as u64;
+        vm.fd.enable_cap(&cap).map_err(failed("keep dirty pages in rings"))?;
+        vm.log(false)?;
+        Ok(vm)
+    }
+
+    fn bare(kvm: &Kvm, ram: Arc<Ram>) -> Result<Self, KvmError> {
+        let fd = kvm.create_vm().map_err(failed("make a virtual machine"))?;
+        Ok(Self { fd, ram, logs: AtomicBool::new(false) })
     }
 
     /// The machine's descriptor. Its memory slots are this type's alone.
@@ -108,7 +130,26 @@ impl Vm {
         };
         // SAFETY: the region is the whole mapping of `ram`, which lives as long as `self`; vCPUs keep `self` alive. The guest may
         // write it at any time, which every other access of `Ram` takes into account.
-        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("give memory to the machine"))
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("give memory to the machine"))?;
+        self.logs.store(on, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether writes are logged.
+    #[must_use]
+    pub fn logs(&self) -> bool {
+        self.logs.load(Ordering::SeqCst)
+    }
+
+    /// Takes harvested entries of all rings back and tracks their pages anew; how many. May be fewer than there are, if a signal came.
+    ///
+    /// # Errors
+    /// If the machine has no rings.
+    pub fn reset_rings(&self) -> Result<usize, KvmError> {
+        // SAFETY: takes no argument, and changes nothing but the flags of entries, which are atomics everywhere.
+        let taken = unsafe { ioctl(&self.fd, KVM_RESET_DIRTY_RINGS()) };
+        check(taken, "take its rings of dirty pages back")?;
+        Ok(usize::try_from(taken).expect("not negative"))
     }
 
     /// How many words a dirty log has.

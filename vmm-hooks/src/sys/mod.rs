@@ -9,6 +9,7 @@
 //! | [`pagemap`] | which pages of another process were written (`PAGEMAP_SCAN`) |
 //! | [`inject`] | a userfaultfd in another process, which is unharmed whenever we die |
 //! | [`kvm`] | a virtual machine of ours and its memory, a vCPU and its kick |
+//! | [`ring`] | a vCPU's ring of dirty pages |
 //! | [`tap`] | a tap interface as a descriptor |
 //! | [`fdpass`] | descriptors sent over a Unix socket |
 //! | [`sched`] | a thread that is scheduled before ordinary ones |
@@ -20,5 +21,6 @@ pub mod kvm;
 pub mod memory;
 pub mod pagemap;
 pub mod process;
+pub mod ring;
 pub mod sched;
 pub mod tap;

@@ -44,6 +44,9 @@ pub enum TrackError {
     /// KVM's log could not be read or cleared.
     #[error(transparent)]
     Kvm(#[from] crate::sys::kvm::KvmError),
+    /// KVM's rings could not be read or given back.
+    #[error(transparent)]
+    Ring(#[from] crate::kvm::ring::RingError),
     /// The process or its memory could not be reached.
     #[error(transparent)]
     Process(#[from] ProcessError),

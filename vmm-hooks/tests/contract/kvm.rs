@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use vmm_hooks::guest::{Guest, GuestError, TwinHost};
 use vmm_hooks::kvm::pilot::abi;
+use vmm_hooks::kvm::ring::check;
 use vmm_hooks::kvm::twin::Join;
 use vmm_hooks::kvm::{
-    DiskFile, GateBounds, KvmTwinHost, Machine, NetCard, PilotOptions, Spec, TwinHostOptions, attach, host,
+    Dirty, DiskFile, GateBounds, KvmTwinHost, Machine, NetCard, PilotOptions, Spec, TwinHostOptions, attach, host,
 };
 use vmm_hooks::layout::PAGE_SIZE;
 
@@ -25,17 +26,24 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Where the number is in a frame that was emitted by order.
 const NUMBER: std::ops::Range<usize> = 14..22;
 
-pub(crate) struct Kvm;
+/// With dirty pages found so.
+pub(crate) struct Kvm(pub(crate) Dirty);
 
 impl Fixture for Kvm {
     fn name(&self) -> &'static str {
-        "kvm"
+        match self.0 {
+            Dirty::Bitmap => "kvm",
+            Dirty::Ring => "kvm-ring",
+        }
     }
 
     fn boot(&self, needs: Needs) -> Result<Box<dyn World>, String> {
         let kvm = host().map_err(|error| format!("no /dev/kvm: {error}"))?;
         if !Path::new(PILOT).exists() {
             return Err("the pilot guest is not built; cargo xtask setup".to_owned());
+        }
+        if self.0 == Dirty::Ring {
+            check::of_host(&kvm, check::Code::User).map_err(|why| format!("its rings cannot be relied on: {why}"))?;
         }
         let directory = tempfile::Builder::new().prefix("kvm-contract-").tempdir().expect("a directory");
         let disks = if needs == Needs::Disks { &["one", "two"][..] } else { &[] };
@@ -53,11 +61,13 @@ impl Fixture for Kvm {
             cpus: 2,
             net: network.then(|| NetCard { mac: [2, 0, 0, 0, 0, 7], tap: "none".to_owned(), bridge: None }),
             disks: disks.collect(),
+            dirty: self.0,
         };
         let wire = network.then(|| ours.into());
         let options = PilotOptions::default();
         let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, wire, GateBounds::default());
         let machine = machine.expect("this host can");
+        assert_eq!(machine.dirty_note(), None);
         machine.resume().expect("it is new");
         let others: Arc<Mutex<Vec<UnixDatagram>>> = Arc::default();
         let join: Join = {

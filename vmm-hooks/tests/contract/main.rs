@@ -21,7 +21,12 @@ macro_rules! contract {
             $(#[test] fn $name() { super::fixture::hold(&super::sim::Sim, super::fixture::Needs::$needs, super::$part::$name); })*
         }
         mod on_kvm {
-            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm, super::fixture::Needs::$needs, super::$part::$name); })*
+            use vmm_hooks::kvm::Dirty;
+            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm(Dirty::Bitmap), super::fixture::Needs::$needs, super::$part::$name); })*
+        }
+        mod on_kvm_with_rings {
+            use vmm_hooks::kvm::Dirty;
+            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm(Dirty::Ring), super::fixture::Needs::$needs, super::$part::$name); })*
         }
         mod on_qemu {
             $(#[test] fn $name() { super::fixture::hold(&super::qemu::Qemu, super::fixture::Needs::$needs, super::$part::$name); })*

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use vmm_hooks::guest::{Guest, GuestEvent};
-use vmm_hooks::kvm::{GateBounds, KvmGuest, KvmTwinHost, LinuxOptions, Machine, Spec, attach, host};
+use vmm_hooks::kvm::{Dirty, GateBounds, KvmGuest, KvmTwinHost, LinuxOptions, Machine, Spec, attach, host};
 
 use protect::Protected;
 
@@ -32,7 +32,8 @@ fn means() -> Option<(Arc<Kvm>, PathBuf)> {
 }
 
 fn boot(kvm: &Arc<Kvm>, image: &Path, cpus: u64, init: &str) -> Machine {
-    let spec = Spec { name: "linux".to_owned(), memory: 192 << 20, cpus, net: None, disks: Vec::new() };
+    let spec =
+        Spec { name: "linux".to_owned(), memory: 192 << 20, cpus, net: None, disks: Vec::new(), dirty: Dirty::Bitmap };
     let options = LinuxOptions {
         kernel: image.join("vmlinuz"),
         initrd: Some(image.join("initrd.img")),

@@ -17,9 +17,10 @@ use kvm_ioctls::Kvm;
 use vmm_hooks::disk::DiskChange;
 use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, Twin, TwinHost};
 use vmm_hooks::kvm::pilot::{abi, check_worker, records};
+use vmm_hooks::kvm::ring;
 use vmm_hooks::kvm::twin::Join;
 use vmm_hooks::kvm::{
-    DiskFile, GateBounds, KvmTwinHost, Machine, NetCard, PilotOptions, Spec, TwinHostOptions, attach, host,
+    Dirty, DiskFile, GateBounds, KvmTwinHost, Machine, NetCard, PilotOptions, Spec, TwinHostOptions, attach, host,
 };
 use vmm_hooks::layout::PAGE_SIZE;
 
@@ -52,7 +53,7 @@ fn means() -> Option<Arc<Kvm>> {
 }
 
 fn spec(cpus: u64) -> Spec {
-    Spec { name: "pilot".to_owned(), memory: abi::MEMORY_MIN, cpus, net: None, disks: Vec::new() }
+    Spec { name: "pilot".to_owned(), memory: abi::MEMORY_MIN, cpus, net: None, disks: Vec::new(), dirty: Dirty::Bitmap }
 }
 
 fn boot(kvm: &Arc<Kvm>, spec: Spec) -> Machine {
@@ -84,11 +85,33 @@ fn a_guest_that_writes_without_pause_is_whole_in_each_epoch_and_goes_on_after_a_
     let machine = boot(&kvm, spec(2));
     work(&machine, 0, 0, 700, abi::SCATTERED, 200);
     work(&machine, 1, 1000, 500, abi::SEQUENTIAL, 200);
+    whole_in_each_epoch(&machine, 40, Duration::from_millis(5));
+}
+
+#[test]
+fn rings_that_become_full_within_an_epoch_lose_no_page() {
+    let Some(kvm) = means() else { return };
+    if let Err(why) = ring::check::of_host(&kvm, ring::check::Code::User) {
+        println!("skipped: the rings of this host's KVM cannot be relied on: {why}");
+        return;
+    }
+    // Each worker has more pages than a ring has entries.
+    let memory = abi::FREE + 16_000 * PAGE_SIZE as u64;
+    let machine = boot(&kvm, Spec { memory, dirty: Dirty::Ring, ..spec(2) });
+    assert_eq!(machine.dirty_note(), None);
+    work(&machine, 0, 0, 8000, abi::SCATTERED, 0);
+    work(&machine, 1, 8000, 8000, abi::SEQUENTIAL, 0);
+    whole_in_each_epoch(&machine, 8, Duration::from_millis(200));
+    assert!(machine.rings_filled() > 0, "no ring was ever full");
+}
+
+/// Protects a machine with two workers, reads the copy of each epoch, ends it and lets the survivor go on.
+fn whole_in_each_epoch(machine: &Machine, epochs: u32, length: Duration) {
     let host = KvmTwinHost::default();
-    let mut protected = Protected::begin(&machine, &host, "twin", Vec::new());
+    let mut protected = Protected::begin(machine, &host, "twin", Vec::new());
     let mut last = [0; 2];
-    for _ in 0..40 {
-        protected.epoch(Duration::from_millis(5));
+    for _ in 0..epochs {
+        protected.epoch(length);
         let memory = protected.memory();
         let done = check_two(&mut |number| {
             let mut page = vec![0; PAGE_SIZE];

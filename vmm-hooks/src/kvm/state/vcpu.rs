@@ -253,7 +253,7 @@ mod tests {
 
     use super::*;
     use crate::kvm::pilot::abi;
-    use crate::kvm::{GateBounds, Machine, PilotOptions, Spec, host};
+    use crate::kvm::{Dirty, GateBounds, Machine, PilotOptions, Spec, host};
 
     #[test]
     fn what_kvm_is_not_asked_is_what_it_would_say() {
@@ -263,7 +263,14 @@ mod tests {
             Ok(_) => return println!("skipped: the pilot guest is not built; cargo xtask setup"),
             Err(error) => return println!("skipped: no /dev/kvm: {error}"),
         };
-        let spec = Spec { name: "state".to_owned(), memory: abi::MEMORY_MIN, cpus: 2, net: None, disks: Vec::new() };
+        let spec = Spec {
+            name: "state".to_owned(),
+            memory: abi::MEMORY_MIN,
+            cpus: 2,
+            net: None,
+            disks: Vec::new(),
+            dirty: Dirty::Bitmap,
+        };
         let options = PilotOptions::default();
         let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
         let machine = machine.expect("this host can");
