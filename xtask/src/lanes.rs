@@ -254,6 +254,9 @@ fn component(name: &str) -> Result<(), String> {
     }
 }
 
+/// What one emulated host shows.
+const NESTED: &str = "linux_under_kvm_and_a_failover_between_agents";
+
 /// Builds what is to run on emulated hosts, and runs it there: all of it, or what one such host can show.
 fn nested_lane(all: bool) -> Result<()> {
     let mut build = shell::cargo();
@@ -268,7 +271,7 @@ fn nested_lane(all: bool) -> Result<()> {
     test.env("UNDERSTUDY_NESTED_PROGRAMS", std::env::join_paths(programs)?);
     test.args(["test", "--workspace", "--test", "nested", "--", "--test-threads", "1", "--nocapture"]);
     if !all {
-        test.args(["--exact", "a_microvm_with_linux_under_kvm"]);
+        test.args(["--exact", NESTED]);
     }
     shell::run(&mut test)
 }

@@ -10,8 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const GUEST: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/guest");
-/// Boots soonest of those that have what is needed.
-pub(crate) const PLAIN: &str = "qemu64,+svm,+npt";
+/// Boots soonest of those that have what is needed; with instructions for AES, without which encrypting is most of what agents do there.
+pub(crate) const PLAIN: &str = "qemu64,+svm,+npt,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes,+pclmulqdq";
 /// What a newer processor has, without what makes emulation slow: vector state of more than 512 bytes.
 pub(crate) const WIDE: &str = "max,-la57,-erms,-smap,-smep,-umip,-pku,-mpx";
 /// Room on a disk beside its files.
