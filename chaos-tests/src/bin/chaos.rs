@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail};
 use chaos_tests::chaos::engine::{Plan, run, was_lost};
 use chaos_tests::chaos::fault::Fault;
+use chaos_tests::chaos::memory;
 use chaos_tests::chaos::page::html;
 use chaos_tests::chaos::report::{Report, Round};
 use chaos_tests::chaos::storage::sweep;
@@ -115,7 +116,19 @@ fn plan(arguments: &Arguments) -> Result<Plan> {
     let wanted = |fault: &Fault| {
         arguments.faults.is_empty() || arguments.faults.iter().any(|name| fault.name().starts_with(name.as_str()))
     };
-    let faults: Vec<Fault> = Fault::ALL.into_iter().filter(wanted).collect();
+    let mut faults: Vec<Fault> = Fault::ALL.into_iter().filter(wanted).collect();
+    let dir = work_dir()?;
+    let mut left_out = Vec::new();
+    let limits = |fault: &Fault| matches!(fault, Fault::ShortOfMemory(_));
+    if faults.iter().any(limits)
+        && let Some(why) = memory::missing(&dir)
+    {
+        faults.retain(|fault| !limits(fault));
+        left_out.push(format!("short-of-memory: {why}"));
+    }
+    if !left_out.is_empty() && faults.is_empty() {
+        bail!("nothing of that can be played here: {}", left_out.join("; "));
+    }
     if faults.is_empty() {
         bail!("there is no fault called {:?}: see --list", arguments.faults);
     }
@@ -125,17 +138,20 @@ fn plan(arguments: &Arguments) -> Result<Plan> {
         seed: arguments.seed.unwrap_or(u64::try_from(time)? % 1_000_000),
         rounds: arguments.rounds,
         faults,
+        left_out,
         guest,
         leak: arguments.leak_output,
         understudy: understudy.canonicalize().with_context(|| format!("{} is missing", understudy.display()))?,
-        dir: work_dir()?,
+        dir,
     })
 }
 
 /// Plays the plan, and cleans up whatever comes.
 fn play(plan: &Plan) -> Result<Report> {
     for maker in netns::sweep_leftovers().context("looking for what an earlier run left")? {
-        sweep(&std::env::temp_dir().join(format!("us-chaos-{maker}")));
+        let dir = std::env::temp_dir().join(format!("us-chaos-{maker}"));
+        memory::sweep(&dir, &format!("us-{maker}-"));
+        sweep(&dir);
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

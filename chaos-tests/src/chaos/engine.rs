@@ -20,6 +20,7 @@ use super::guest;
 use super::leak::Leak;
 use super::leaks::{Holdings, Leaks, interfaces};
 use super::linear::{self, Action, Operation};
+use super::memory::Memory;
 use super::power::{self, Told};
 use super::report::{Moment, Report, Round, seconds};
 use super::schedule::Schedule;
@@ -60,6 +61,8 @@ pub struct Plan {
     pub rounds: u64,
     /// The faults that are drawn from.
     pub faults: Vec<Fault>,
+    /// What was to be drawn, and cannot be played on this machine, and why.
+    pub left_out: Vec<String>,
     /// Directory of the guest image.
     pub guest: PathBuf,
     /// What the guest says on host A is heard before it is acknowledged ([`super::leak`]): the judges must find it.
@@ -76,10 +79,9 @@ pub struct Plan {
 /// If the laboratory cannot be built, or its VM not be protected at all.
 pub async fn run(plan: &Plan, mut progress: impl FnMut(&Round)) -> Result<Report> {
     let begun = Instant::now();
-    let mut report =
-        Report { seed: plan.seed, rounds: Vec::new(), failure: None, kept: None, on_disk: None, seconds: 0.0 };
+    let mut report = Report { seed: plan.seed, left_out: plan.left_out.clone(), ..Report::default() };
     let mut lab = Lab::build(&plan.dir, &plan.guest, &plan.understudy)?;
-    let mut arena = Arena::open(&mut lab, plan.seed).await.context("the VM could not be protected at first")?;
+    let mut arena = Arena::open(&mut lab, plan).await.context("the VM could not be protected at first")?;
     arena.leaks_output = plan.leak;
     let mut schedule = Schedule::new(plan.seed, &plan.faults);
     for number in 1..=plan.rounds {
@@ -111,6 +113,7 @@ struct Arena<'a> {
     lab: &'a mut Lab,
     storage: Storage,
     clocks: Clocks,
+    memory: Option<Memory>,
     rng: Rng,
     workload: Workload,
     sniffer: Sniffer,
@@ -154,9 +157,12 @@ async fn until_protected(lab: &Lab) -> Result<Host> {
 }
 
 impl<'a> Arena<'a> {
-    async fn open(lab: &'a mut Lab, seed: u64) -> Result<Self> {
+    async fn open(lab: &'a mut Lab, plan: &Plan) -> Result<Self> {
+        let seed = plan.seed;
         let storage = Storage::make(lab)?;
         let clocks = Clocks::make(lab)?;
+        let limits = plan.faults.iter().any(|fault| matches!(fault, Fault::ShortOfMemory(_)));
+        let memory = if limits { Some(Memory::make(lab)?) } else { None };
         guest::boot(lab).await?;
         lab.start_daemons().await?;
         lab.pair().await?;
@@ -172,6 +178,7 @@ impl<'a> Arena<'a> {
             lab,
             storage,
             clocks,
+            memory,
             rng: Rng::new(seed.rotate_left(32)),
             workload,
             sniffer,
@@ -264,6 +271,7 @@ impl<'a> Arena<'a> {
             primary,
             storage: &self.storage,
             clocks: &self.clocks,
+            memory: self.memory.as_ref(),
             rng: &mut self.rng,
             deeds: Vec::new(),
         };

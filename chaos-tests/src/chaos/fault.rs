@@ -75,6 +75,8 @@ pub enum Fault {
     SlowDisk,
     /// The standby's disk breaks.
     BrokenDisk(Breakage),
+    /// A host may have only a part of the memory that it has, for a while.
+    ShortOfMemory(Side),
     /// The wall clock of a party jumps, by seconds or by years, forward or back; the primary's host dies; the clock jumps back.
     JumpClock(Party),
     /// The guest reboots itself.
@@ -124,7 +126,7 @@ use Side::{Primary, Standby};
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 59] = [
+    pub const ALL: [Self; 61] = [
         Self::KillAgent(Primary),
         Self::KillAgent(Standby),
         Self::StopAgent(Primary),
@@ -179,6 +181,8 @@ impl Fault {
         Self::SlowDisk,
         Self::BrokenDisk(Breakage::ReadOnly),
         Self::BrokenDisk(Breakage::Errors),
+        Self::ShortOfMemory(Primary),
+        Self::ShortOfMemory(Standby),
         Self::JumpClock(On(Primary)),
         Self::JumpClock(On(Standby)),
         Self::JumpClock(Witness),
@@ -219,6 +223,7 @@ impl Fault {
             Self::HangDisk => "hang-disk",
             Self::SlowDisk => "slow-disk",
             Self::BrokenDisk(_) => "broken-disk",
+            Self::ShortOfMemory(_) => "short-of-memory",
             Self::JumpClock(_) => "jump-clock",
             Self::Reboot => "reboot",
             Self::Shutdown => "shutdown",
@@ -239,6 +244,7 @@ impl Fault {
             | Self::CutHost(side)
             | Self::KillWhileSyncing(side)
             | Self::KillWhileMoving(side)
+            | Self::ShortOfMemory(side)
             | Self::Weather(side, _) => format!("{kind}-{}", side.word()),
             Self::KillSevered(Means::Silence) => format!("{kind}-by-silence"),
             Self::KillSevered(Means::Disk) => format!("{kind}-by-disk"),

@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::clock::Clocks;
 use super::fault::{Breakage, Front, Means, Party, Side};
+use super::memory::Memory;
 use super::relay::Relay;
 use super::storage::Storage;
 use crate::sim::rng::Rng;
@@ -24,6 +25,10 @@ pub(super) const PHASE: Duration = Duration::from_secs(120);
 const HOLD_MICROS: (u64, u64) = (300_000, 6_000_000);
 /// How long clients go on at a host that nobody acknowledges anything to, until it dies, in microseconds.
 const SEVERED_MICROS: (u64, u64) = (40_000, 1_000_000);
+/// How much of its memory a host that is short of it may have, in thousandths: from, and by how much more.
+const SHORT: (u64, u64) = (300, 500);
+/// How often a limit must have been met before it is lifted.
+const MET: u64 = 20;
 /// How often something must have been done to a frame before the weather is over.
 const HIT: u64 = 20;
 
@@ -47,6 +52,8 @@ pub struct Field<'a> {
     pub storage: &'a Storage,
     /// The clocks of the hosts and of the witness.
     pub clocks: &'a Clocks,
+    /// The memory of the hosts, where it can be limited.
+    pub memory: Option<&'a Memory>,
     /// What the fault leaves to chance.
     pub rng: &'a mut Rng,
     /// What was done.
@@ -235,6 +242,57 @@ impl Field<'_> {
         self.storage.repair(host).await?;
         self.note(format!("an operator has repaired the disk of {}", host.name()));
         self.raise_host(host).await
+    }
+
+    /// A host may have only a part of its memory for a while. If the kernel kills somebody for it, that is a death like others.
+    pub(super) async fn short_of_memory(&mut self, side: Side) -> Result<()> {
+        let memory = self.memory.context("this machine has no control group for memory")?;
+        let host = self.host(side);
+        let (group, swap) = (memory.of(host), memory.swap()?);
+        let (had, before, (from, more)) = (group.has()?, group.felt()?, SHORT);
+        let limit = group.limit(had * (from + self.rng.below(more)) / 1000)?;
+        self.note(format!("{} has {} MiB, and may have {}", host.name(), had >> 20, limit >> 20));
+        self.hold().await;
+        let felt = until("the limit to be felt", PHASE, async || {
+            let felt = group.felt()?;
+            let enough = felt.met >= before.met + MET || felt.killed > before.killed;
+            Ok(if enough { Ok(felt) } else { Err(format!("{before:?}, then {felt:?}")) })
+        })
+        .await;
+        let swapped = group.swapped()?;
+        group.lift()?;
+        // What went is read back: only then is it over.
+        drop(swap);
+        let felt = felt?;
+        let (met, killed) = (felt.met - before.met, felt.killed - before.killed);
+        self.note(format!(
+            "it has all of its memory again; {} MiB were in swap, the limit was met {met} times",
+            swapped >> 20
+        ));
+        if killed > 0 { self.outlive(side, killed).await } else { Ok(()) }
+    }
+
+    /// Starts again what the kernel has killed on a host, as systemd would; the VM is not begun again.
+    async fn outlive(&mut self, side: Side, killed: u64) -> Result<()> {
+        let host = self.host(side);
+        self.note(format!("the kernel has killed {killed} processes of {}", host.name()));
+        if process_state(self.lab.agent_pid(host)?).map_or(true, |state| state == 'Z') {
+            self.lab.lose_agent(host, SOON).await?;
+            return self.start_agent(host).await;
+        }
+        if side == Side::Standby && qemus(&self.lab.namespace(host.role())).is_empty() {
+            return self.without_twin().await;
+        }
+        Ok(())
+    }
+
+    /// A twin that died waiting is launched again when it is needed: now, since the primary's agent dies.
+    pub(super) async fn without_twin(&mut self) -> Result<()> {
+        self.hold().await;
+        let primary = self.host(Side::Primary);
+        self.kill_agent(primary).await?;
+        self.hold().await;
+        self.start_agent(primary).await
     }
 
     /// The wall clock of a party jumps, the primary's host dies, and the clock jumps back after a while.

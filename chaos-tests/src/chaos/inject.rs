@@ -54,12 +54,7 @@ impl Fault {
                 if side == Primary {
                     return Ok(());
                 }
-                // A twin that died waiting is launched again when it is needed: now.
-                field.hold().await;
-                let primary = field.host(Primary);
-                field.kill_agent(primary).await?;
-                field.hold().await;
-                field.start_agent(primary).await
+                field.without_twin().await
             }
             Self::StopQemu(side) => {
                 let host = field.host(side);
@@ -214,6 +209,7 @@ impl Fault {
                 Ok(())
             }
             Self::BrokenDisk(breakage) => field.break_disk(breakage).await,
+            Self::ShortOfMemory(side) => field.short_of_memory(side).await,
             Self::JumpClock(party) => field.jump_clock(party).await,
             Self::Reboot => {
                 let before = redis_life(field.lab).await?;

@@ -24,6 +24,7 @@ mod inject;
 mod leak;
 pub mod leaks;
 pub mod linear;
+pub mod memory;
 pub mod monitor;
 pub mod page;
 mod power;

@@ -40,6 +40,9 @@ pub fn html(report: &Report) -> String {
             }
         }
     }
+    for left_out in &report.left_out {
+        let _ = write!(page, "<p>Not played: {}</p>", escape(left_out));
+    }
     page.push_str(
         "<p>In each timeline: <span style=\"color:#9ab8d8\">&#9632;</span> answers a second, \
          <span style=\"color:#b45f06\">&#9472;</span> the longest wait for one of them (logarithmic, 1 ms to 100 s), \
@@ -155,6 +158,7 @@ mod tests {
             rounds: vec![round],
             failure: Some("round 1: <lost>".to_owned()),
             kept: None,
+            left_out: Vec::new(),
             on_disk: None,
             seconds: 9.0,
         };

@@ -6,10 +6,12 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 /// A run.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     /// What its schedule was drawn from.
     pub seed: u64,
+    /// What was to be drawn, and cannot be played on this machine, and why: a sentence each.
+    pub left_out: Vec<String>,
     /// Its rounds, in order.
     pub rounds: Vec<Round>,
     /// What was wrong in the end, if anything: one sentence.
@@ -138,6 +140,9 @@ impl Report {
         if let Some(on_disk) = self.on_disk {
             let _ = writeln!(text, "both hosts lost power at the end: {on_disk} answered writes are on each disk");
         }
+        for left_out in &self.left_out {
+            let _ = writeln!(text, "not played: {left_out}");
+        }
         match &self.failure {
             None => text.push_str("nothing was broken\n"),
             Some(failure) => {
@@ -185,6 +190,7 @@ mod tests {
     fn a_failure_names_its_seed_and_where_to_look() {
         let report = Report {
             seed: 42,
+            left_out: vec!["short-of-memory: no controller".to_owned()],
             rounds: vec![Round { kind: "kill-agent".to_owned(), answered: 7, ..Round::default() }],
             failure: Some("round 2: lost".to_owned()),
             kept: Some("/somewhere".to_owned()),
@@ -192,7 +198,14 @@ mod tests {
             seconds: 1.0,
         };
         let text = report.text();
-        for word in ["kill-agent", "8 answered writes", "BROKEN: round 2: lost", "/somewhere", "--seed 42 --rounds 2"] {
+        for word in [
+            "kill-agent",
+            "not played: short-of-memory: no controller",
+            "8 answered writes",
+            "BROKEN: round 2: lost",
+            "/somewhere",
+            "--seed 42 --rounds 2",
+        ] {
             assert!(text.contains(word), "{text}");
         }
     }

@@ -2,6 +2,8 @@
 
 use std::io::Write as _;
 use std::net::UdpSocket;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -9,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use chaos_tests::chaos::clock::Clocks;
 use chaos_tests::chaos::field::set_deaf;
+use chaos_tests::chaos::memory::{self, Felt, Group, Memory};
 use chaos_tests::chaos::relay::{Relay, Weather};
 use chaos_tests::chaos::space;
 use chaos_tests::chaos::storage::Storage;
@@ -221,5 +224,77 @@ fn a_clock_jumps_for_its_own_daemon_alone() {
         });
         ensure!(read.await? > 0 && clocks.reads("w")? == 0, "the witness has a clock of its own");
         Ok(())
+    });
+}
+
+/// What a process needs that overwrites all of its memory again and again, in bytes.
+const HOG: u64 = 128 << 20;
+/// Bound on its having it, and on its being killed.
+const HOGGED: Duration = Duration::from_secs(60);
+
+/// Starts that process in a group, and kills it when it is let go.
+struct Hog(Child);
+
+impl Hog {
+    fn start(group: &Group) -> Result<Self> {
+        let words = format!("echo $$ > {} && exec dd if=/dev/zero of=/dev/null bs={HOG}", group.processes().display());
+        let mut command = Command::new("sh");
+        command.args(["-c", &words]).stdin(Stdio::null()).stderr(Stdio::null());
+        Ok(Self(command.spawn()?))
+    }
+}
+
+impl Drop for Hog {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_host_short_of_memory_gives_it_back_and_who_cannot_is_killed() {
+    play("short of memory", async |stage| {
+        if let Some(why) = memory::missing(stage.lab.dir()) {
+            println!("skipped: short of memory: {why}");
+            return Ok(());
+        }
+        let memory = Memory::make(&mut stage.lab)?;
+        stage.lab.start_agent(Host::A).await?;
+        let agent = stage.lab.agent_pid(Host::A)?.to_string();
+        let (a, b) = (memory.of(Host::A), memory.of(Host::B));
+        let members = std::fs::read_to_string(a.processes())?;
+        ensure!(members.lines().any(|pid| pid == agent), "the agent is not in its host's group: {members}");
+
+        let swap = memory.swap()?;
+        let hog = Hog::start(a)?;
+        let has_it = until("the process to have its memory", HOGGED, async || {
+            let has = a.has()?;
+            Ok(if has >= HOG { Ok(has) } else { Err(format!("{has} bytes")) })
+        });
+        let had = has_it.await?;
+        let limit = a.limit(had / 2)?;
+        let now = a.has()?;
+        ensure!(now <= limit && limit < had, "{had} bytes, limited to {limit}, are {now}");
+        let felt = until("the limit to be felt", HOGGED, async || {
+            let (felt, swapped) = (a.felt()?, a.swapped()?);
+            Ok(if felt.met > 100 && swapped > HOG / 4 { Ok(felt) } else { Err(format!("{felt:?}, {swapped} in swap")) })
+        });
+        ensure!(felt.await?.killed == 0, "there was swap");
+        ensure!(b.felt()? == Felt { met: 0, killed: 0 }, "the other host has memory of its own");
+        drop(hog);
+        a.lift()?;
+        drop(swap);
+        if std::fs::read_to_string("/proc/swaps")?.lines().count() > 1 {
+            println!("skipped: who is killed: this machine has swap of its own");
+            return Ok(());
+        }
+
+        a.limit(a.has()? + HOG / 2)?;
+        let mut hog = Hog::start(a)?;
+        let ended = until("the process to be killed", HOGGED, async || {
+            Ok(hog.0.try_wait()?.ok_or_else(|| "it runs".to_owned()))
+        });
+        ensure!(ended.await?.signal() == Some(9) && a.felt()?.killed == 1, "{:?}", a.felt());
+        stage.lab.check(&[Host::A]).context("the agent is smaller")
     });
 }

@@ -3,12 +3,11 @@
 //! The processes are put into a control group of their own, which is told to give its memory back. Without swap of this
 //! test's own nothing of a guest could go, so it brings some; where the kernel does not let it, it is skipped.
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::fs;
+use std::path::Path;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
+use chaos_tests::chaos::memory::{Group, Swap};
 use replicator::demo::lab::Host;
 use vmm_hooks::guest::{Capture, Guest as _, PauseParts};
 use vmm_hooks::layout::PAGE_SIZE;
@@ -16,8 +15,6 @@ use vmm_hooks::qemu::{AttachOptions, QemuGuest, Target, attach};
 
 use crate::stage::play_long;
 
-/// Size of the swap file: what one guest and its copy could need.
-const SWAP_BYTES: u64 = 1 << 30;
 /// What of a guest must have gone to swap at least once.
 const GONE: u64 = 32 << 20;
 /// How often memory is taken away.
@@ -104,14 +101,15 @@ fn memory(guest: &mut QemuGuest) -> Result<Vec<u8>> {
 /// Swap in `dir` and control groups of these names; `None`, after saying why, where they cannot be had.
 fn means<const N: usize>(dir: &Path, names: [&str; N]) -> Result<Option<(Swap, [Group; N])>> {
     fs::create_dir_all(dir)?;
-    let swap = match Swap::on(&dir.join("swap")) {
+    let swap = match Swap::begin(dir) {
         Ok(swap) => swap,
         Err(why) => {
             println!("skipped: no swap can be had: {why:#}");
             return Ok(None);
         }
     };
-    let groups: Result<Vec<Group>> = names.iter().map(|name| Group::make(name)).collect();
+    let groups: Result<Vec<Group>> =
+        names.iter().map(|name| Group::make(&format!("us-real-{}-{name}", std::process::id()))).collect();
     match groups {
         Ok(groups) => {
             let groups = groups.try_into().ok().context("as many as names")?;
@@ -122,106 +120,4 @@ fn means<const N: usize>(dir: &Path, names: [&str; N]) -> Result<Option<(Swap, [
             Ok(None)
         }
     }
-}
-
-/// A swap file, in use until it is dropped.
-struct Swap(PathBuf);
-
-impl Swap {
-    fn on(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-        // Holes are not taken for swap.
-        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, SWAP_BYTES)?;
-        drop(file);
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-        let swap = Self(path.to_owned());
-        run("mkswap", &["-q", &path.display().to_string()])?;
-        run("swapon", &[&path.display().to_string()])?;
-        Ok(swap)
-    }
-}
-
-impl Drop for Swap {
-    fn drop(&mut self) {
-        let _ = run("swapoff", &[&self.0.display().to_string()]);
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
-/// A control group for memory, of either version; its processes go to this one's own when it is dropped.
-struct Group {
-    dir: PathBuf,
-    /// Where this process was born.
-    home: PathBuf,
-    second: bool,
-}
-
-impl Group {
-    fn make(name: &str) -> Result<Self> {
-        let root = Path::new("/sys/fs/cgroup");
-        let second = fs::read_to_string(root.join("cgroup.controllers")).is_ok_and(|text| text.contains("memory"));
-        let parent = if second { root.to_owned() } else { root.join("memory") };
-        let ours = fs::read_to_string("/proc/self/cgroup")?;
-        let mark = if second { "0::/" } else { ":memory:/" };
-        let ours =
-            ours.lines().find_map(|line| Some(line.split_once(mark)?.1)).context("this process is in no group")?;
-        let home = parent.join(ours);
-        if second {
-            fs::write(root.join("cgroup.subtree_control"), "+memory").context("the memory controller is not free")?;
-        }
-        let dir = parent.join(format!("us-real-{}-{name}", std::process::id()));
-        fs::create_dir(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        Ok(Self { dir, home, second })
-    }
-
-    fn add(&self, pid: u32) -> Result<()> {
-        fs::write(self.dir.join("cgroup.procs"), pid.to_string()).with_context(|| format!("cannot move process {pid}"))
-    }
-
-    /// This process goes home; its children stay.
-    fn leave(&self) -> Result<()> {
-        let home = self.home.join("cgroup.procs");
-        fs::write(&home, std::process::id().to_string()).with_context(|| format!("cannot write {}", home.display()))
-    }
-
-    /// Everything that can be is given back. The kernel says when it found less than it was asked for.
-    fn take_away(&self) -> Result<()> {
-        let (file, word) = if self.second { ("memory.reclaim", "8G") } else { ("memory.force_empty", "0") };
-        match fs::write(self.dir.join(file), word) {
-            Err(error) if !matches!(error.raw_os_error(), Some(11 | 16)) => {
-                Err(error).context("memory is not given back")
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Bytes in swap.
-    fn swapped(&self) -> Result<u64> {
-        if self.second {
-            return Ok(fs::read_to_string(self.dir.join("memory.swap.current"))?.trim().parse()?);
-        }
-        let text = fs::read_to_string(self.dir.join("memory.stat"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("swap "));
-        line.context("the kernel does not count swap here")?.parse().context("a number")
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let procs = fs::read_to_string(self.dir.join("cgroup.procs")).unwrap_or_default();
-        for pid in procs.lines() {
-            let _ = fs::write(self.home.join("cgroup.procs"), pid);
-        }
-        let _ = fs::remove_dir(&self.dir);
-    }
-}
-
-fn run(program: &str, args: &[&str]) -> Result<()> {
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
-    let output = Command::new(program).env("PATH", path).args(args).output();
-    let output = output.with_context(|| format!("cannot run {program}"))?;
-    if !output.status.success() {
-        bail!("{program}: {}", String::from_utf8_lossy(&output.stderr).trim());
-    }
-    Ok(())
 }

@@ -13,6 +13,7 @@
 //! Promise: dropping the laboratory ends every process in it and removes everything it made in the kernel.
 
 mod cable;
+mod group;
 mod microvm;
 
 use std::fs;
@@ -152,6 +153,8 @@ pub struct Lab {
     witness: Option<Daemon>,
     /// By namespace: what its daemons find in their environment beside the log level.
     environment: Vec<(String, (&'static str, String))>,
+    /// By namespace: the control groups that its daemons are born in.
+    groups: Vec<(String, PathBuf)>,
 }
 
 impl Lab {
@@ -171,6 +174,7 @@ impl Lab {
             agents: Vec::new(),
             witness: None,
             environment: Vec::new(),
+            groups: Vec::new(),
         };
         lab.network().context("cannot build the laboratory's network")?;
         Ok(lab)
@@ -269,8 +273,8 @@ impl Lab {
         }
         args.extend_from_slice(&machine.more);
         let begun = now_ns();
-        let qemu = Path::new("qemu-system-x86_64");
-        let mut vm = Daemon::start("the VM", &self.namespace("a"), qemu, &args, &[], &dir.join("qemu.log"))?;
+        let (qemu, args) = self.born("a", Path::new("qemu-system-x86_64"), args);
+        let mut vm = Daemon::start("the VM", &self.namespace("a"), &qemu, &args, &[], &dir.join("qemu.log"))?;
         let ready = async {
             if let Some(database) = &machine.database {
                 return postgres::until_ready(&self.namespace("c"), database, BOOT).await;
@@ -347,8 +351,8 @@ impl Lab {
         }
         let what = format!("the agent of {}", host.name());
         let (namespace, log) = (self.namespace(host.role()), dir.join("agent.log"));
-        let env = self.env(host.role());
-        let mut agent = Daemon::start(&what, &namespace, &self.understudy, &args, &env, &log)?;
+        let (program, args) = self.born(host.role(), &self.understudy, args);
+        let mut agent = Daemon::start(&what, &namespace, &program, &args, &self.env(host.role()), &log)?;
         let client = self.client(host);
         until(&format!("{what} to answer on its control socket"), START, async || {
             agent.check()?;
