@@ -1,4 +1,5 @@
 //! How we try to break it: simulator and laboratory.
 
 pub mod chaos;
+pub mod etcd;
 pub mod sim;
