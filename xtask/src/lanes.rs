@@ -51,6 +51,9 @@ pub(crate) fn sim(args: &[String]) -> Result<ExitCode> {
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
+/// A short run of the chaos suite, in one laboratory.
+const SHORT_CHAOS: [&str; 8] = ["--rounds", "8", "--seed", "1", "--backend", "qemu", "--store", "witness"];
+
 /// The chaos suite with a mistake that it must find.
 const LEAK: [&str; 7] = ["--leak-output", "--rounds", "1", "--fault", "kill-severed-by-silence", "--seed", "1"];
 
@@ -76,6 +79,7 @@ fn chaos_command(guest: &Path) -> Command {
     let debug = shell::target().join("debug");
     let mut command = Command::new(debug.join("chaos"));
     command.arg("--guest").arg(guest).arg("--understudy").arg(debug.join("understudy")).stdin(Stdio::null());
+    command.arg("--pilot").arg(shell::target().join("pilot/pilot"));
     command
 }
 
@@ -195,7 +199,7 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
     lane("chaos on a real VM", &|| match means.demo() {
         // What each seed does is the same in every run, as far as a real machine lets it.
         Ok(guest) if all => outcome(shell::run(chaos_command(&guest).args(["--rounds", "100"]))),
-        Ok(guest) => outcome(shell::run(chaos_command(&guest).args(["--rounds", "8", "--seed", "1"]))),
+        Ok(guest) => outcome(shell::run(chaos_command(&guest).args(SHORT_CHAOS))),
         Err(why) => Outcome::Skipped(why),
     });
     lane("nested: Linux under KVM, on emulated hosts", &|| match means.demo() {

@@ -50,7 +50,7 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
-    /// Set up, build and break real processes around a real VM: `--rounds N`, `--seed N`, `--fault NAME`, `--json FILE`, `--html FILE`.
+    /// Set up, build and break real processes around a real VM: `--rounds N`, `--seed N`, `--fault NAME`, `--store etcd`, `--backend kvm`, `--json FILE`, `--html FILE`.
     Chaos {
         /// Given to the chaos suite as they are.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]

@@ -12,8 +12,12 @@ use chaos_tests::chaos::fault::Fault;
 use chaos_tests::chaos::memory;
 use chaos_tests::chaos::page::html;
 use chaos_tests::chaos::report::{Report, Round};
+use chaos_tests::chaos::schedule::deal;
+use chaos_tests::chaos::setting::{Backend, Setting, Store};
 use chaos_tests::chaos::storage::sweep;
+use chaos_tests::etcd;
 use clap::Parser;
+use replicator::demo::lab::Microvm;
 use replicator::demo::netns;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -30,6 +34,12 @@ struct Arguments {
     /// Only faults of this name, or that begin with it; may be given more than once
     #[arg(long = "fault", value_name = "NAME")]
     faults: Vec<String>,
+    /// What runs the VM [default: some rounds of each, unless --store is given: then qemu]
+    #[arg(long)]
+    backend: Option<Backend>,
+    /// Who is asked who may run it [default: some rounds of each, unless --backend is given: then the witness]
+    #[arg(long)]
+    store: Option<Store>,
     /// Write the report to this file, as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -49,6 +59,9 @@ struct Arguments {
     /// Directory of the guest image, built by `cargo xtask setup`
     #[arg(long, value_name = "DIR", default_value = "target/guest")]
     guest: PathBuf,
+    /// The image of the microVM's guest, built by `cargo xtask setup`
+    #[arg(long, value_name = "FILE", default_value = "target/pilot/pilot")]
+    pilot: PathBuf,
     /// The program `understudy`
     #[arg(long, value_name = "FILE", default_value = "target/debug/understudy")]
     understudy: PathBuf,
@@ -81,7 +94,7 @@ fn main() -> ExitCode {
 
 fn chaos(arguments: &Arguments) -> Result<Report> {
     let plan = plan(arguments)?;
-    println!("seed {}, {} rounds", plan.seed, plan.rounds);
+    println!("seed {}, {} rounds", plan.seed, arguments.rounds);
     let mut report = play(&plan)?;
     let failed = report.failure.is_some();
     if failed || arguments.keep {
@@ -107,43 +120,82 @@ fn plan(arguments: &Arguments) -> Result<Plan> {
     if !rustix::process::geteuid().is_root() {
         bail!("the laboratory is made of network namespaces: run this as root");
     }
-    let guest = arguments.guest.canonicalize().unwrap_or_else(|_| arguments.guest.clone());
-    for file in ["vmlinuz", "initrd.img", "cmdline"] {
-        if !guest.join(file).is_file() {
-            bail!("there is no guest image in {}: build it with `cargo xtask setup`", guest.display());
-        }
+    let dir = work_dir()?;
+    let plan = plan_in(arguments, &dir);
+    if plan.is_err() {
+        let _ = fs::remove_dir_all(&dir);
     }
+    plan
+}
+
+fn plan_in(arguments: &Arguments, dir: &Path) -> Result<Plan> {
+    let mut left_out = Vec::new();
+    let settings = settings(arguments, &mut left_out);
     let wanted = |fault: &Fault| {
         arguments.faults.is_empty() || arguments.faults.iter().any(|name| fault.name().starts_with(name.as_str()))
     };
     let mut faults: Vec<Fault> = Fault::ALL.into_iter().filter(wanted).collect();
-    let dir = work_dir()?;
-    let mut left_out = Vec::new();
+    if faults.is_empty() {
+        bail!("there is no fault called {:?}: see --list", arguments.faults);
+    }
+    faults.retain(|fault| settings.iter().any(|setting| setting.plays(*fault)));
     let limits = |fault: &Fault| matches!(fault, Fault::ShortOfMemory(_));
     if faults.iter().any(limits)
-        && let Some(why) = memory::missing(&dir)
+        && let Some(why) = memory::missing(dir)
     {
         faults.retain(|fault| !limits(fault));
         left_out.push(format!("short-of-memory: {why}"));
     }
-    if !left_out.is_empty() && faults.is_empty() {
-        bail!("nothing of that can be played here: {}", left_out.join("; "));
-    }
     if faults.is_empty() {
-        bail!("there is no fault called {:?}: see --list", arguments.faults);
+        bail!("nothing of that can be played here, or with that store and backend: {}", left_out.join("; "));
     }
     let time = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
+    let seed = arguments.seed.unwrap_or(u64::try_from(time)? % 1_000_000);
     let understudy = &arguments.understudy;
     Ok(Plan {
-        seed: arguments.seed.unwrap_or(u64::try_from(time)? % 1_000_000),
-        rounds: arguments.rounds,
-        faults,
+        seed,
+        dealt: deal(seed, arguments.rounds, &faults, &settings),
         left_out,
-        guest,
+        guest: absolute(&arguments.guest),
+        pilot: absolute(&arguments.pilot),
         leak: arguments.leak_output,
         understudy: understudy.canonicalize().with_context(|| format!("{} is missing", understudy.display()))?,
-        dir,
+        dir: dir.to_owned(),
     })
+}
+
+/// Of the settings that are asked for those that can be had; why the others cannot.
+fn settings(arguments: &Arguments, left_out: &mut Vec<String>) -> Vec<Setting> {
+    let wanted = match (arguments.backend, arguments.store) {
+        (None, None) if !arguments.leak_output => Setting::MIX.to_vec(),
+        (backend, store) => {
+            vec![Setting { backend: backend.unwrap_or(Backend::Qemu), store: store.unwrap_or(Store::Witness) }]
+        }
+    };
+    let guest = absolute(&arguments.guest);
+    let no_guest = || {
+        let absent = ["vmlinuz", "initrd.img", "cmdline"].into_iter().find(|file| !guest.join(file).is_file())?;
+        Some(format!("{} is missing: run `cargo xtask setup`", guest.join(absent).display()))
+    };
+    let missing = |setting: &Setting| {
+        let backend = match setting.backend {
+            Backend::Qemu => no_guest(),
+            Backend::Kvm => Microvm::missing(&absolute(&arguments.pilot)),
+        };
+        backend.or_else(|| if setting.store == Store::Etcd { etcd::missing() } else { None })
+    };
+    let mut can = Vec::new();
+    for setting in wanted {
+        match missing(&setting) {
+            None => can.push(setting),
+            Some(why) => left_out.push(format!("{setting}: {why}")),
+        }
+    }
+    can
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
 
 /// Plays the plan, and cleans up whatever comes.

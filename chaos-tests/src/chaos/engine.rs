@@ -1,14 +1,14 @@
-//! A run: one laboratory, rounds of faults, and the judges.
+//! A run: a laboratory of each setting, rounds of faults, and the judges.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use replicator::control::api::{EventKind, ProtectionState, Role, VmEvent};
-use replicator::demo::image;
-use replicator::demo::lab::{Host, Lab, REDIS, VM};
+use replicator::demo::lab::{Host, Lab, Microvm, REDIS, VM};
 use replicator::demo::wait::{now_ns, until};
 
 use super::capture::Capture;
@@ -23,10 +23,11 @@ use super::linear::{self, Action, Operation};
 use super::memory::Memory;
 use super::power::{self, Told};
 use super::report::{Moment, Report, Round, seconds};
-use super::schedule::Schedule;
+use super::setting::{Backend, Setting, Store};
 use super::sniffer::{Heard, Judge, Sniffer};
 use super::storage::Storage;
 use super::workload::{Broken, KEYS, Workload};
+use crate::etcd::Etcd;
 use crate::sim::rng::Rng;
 
 /// Bound on being protected for the first time, and again after a fault.
@@ -57,14 +58,14 @@ pub fn was_lost(failure: &str) -> bool {
 pub struct Plan {
     /// What everything that is left to chance is drawn from.
     pub seed: u64,
-    /// How many rounds.
-    pub rounds: u64,
-    /// The faults that are drawn from.
-    pub faults: Vec<Fault>,
+    /// The faults, round by round, and in what laboratory they are played.
+    pub dealt: Vec<(Setting, Vec<Fault>)>,
     /// What was to be drawn, and cannot be played on this machine, and why.
     pub left_out: Vec<String>,
     /// Directory of the guest image.
     pub guest: PathBuf,
+    /// The pilot's image.
+    pub pilot: PathBuf,
     /// What the guest says on host A is heard before it is acknowledged ([`super::leak`]): the judges must find it.
     pub leak: bool,
     /// The program `understudy`.
@@ -76,41 +77,69 @@ pub struct Plan {
 /// Runs `plan`. What is wrong with the product is in the report, what is wrong with this machine is an error.
 ///
 /// # Errors
-/// If the laboratory cannot be built, or its VM not be protected at all.
+/// If a laboratory cannot be built, or its VM not be protected at all.
 pub async fn run(plan: &Plan, mut progress: impl FnMut(&Round)) -> Result<Report> {
     let begun = Instant::now();
-    let mut report = Report { seed: plan.seed, left_out: plan.left_out.clone(), ..Report::default() };
-    let mut lab = Lab::build(&plan.dir, &plan.guest, &plan.understudy)?;
-    let mut arena = Arena::open(&mut lab, plan).await.context("the VM could not be protected at first")?;
-    arena.leaks_output = plan.leak;
-    let mut schedule = Schedule::new(plan.seed, &plan.faults);
-    for number in 1..=plan.rounds {
-        let fault = schedule.draw();
-        let mut round = Round { number, fault: fault.name(), kind: fault.kind().to_owned(), ..Round::default() };
-        let played = arena.round(fault, &mut round).await;
-        progress(&round);
-        report.rounds.push(round);
-        if let Err(error) = played {
-            report.failure = Some(format!("round {number}, {}: {error:#}", fault.name()));
-            break;
+    let rounds = plan.dealt.iter().map(|(_, faults)| faults.len() as u64).sum();
+    let mut report = Report { seed: plan.seed, planned: rounds, left_out: plan.left_out.clone(), ..Report::default() };
+    for (setting, faults) in &plan.dealt {
+        if !faults.is_empty() && report.failure.is_none() {
+            play(plan, *setting, faults, &mut report, &mut progress).await?;
         }
-    }
-    if report.failure.is_none() {
-        match arena.close(plan.rounds).await {
-            Ok(told) => report.on_disk = Some(told),
-            Err(error) => report.failure = Some(format!("at the end: {error:#}")),
-        }
-    }
-    if report.failure.is_some() {
-        arena.keep_events().await;
     }
     report.seconds = begun.elapsed().as_secs_f64();
     Ok(report)
 }
 
+/// The rounds of one setting.
+async fn play(
+    plan: &Plan,
+    setting: Setting,
+    faults: &[Fault],
+    report: &mut Report,
+    progress: &mut impl FnMut(&Round),
+) -> Result<()> {
+    let dir = plan.dir.join(setting.dir());
+    fs::create_dir_all(&dir)?;
+    let mut lab = Lab::build(&dir, &plan.guest, &plan.understudy)?;
+    let first = report.rounds.len() as u64 + 1;
+    let arena = Arena::open(&mut lab, plan, setting, faults, first).await;
+    let mut arena = arena.with_context(|| format!("the VM could not be protected at first, by {setting}"))?;
+    for (number, &fault) in (first..).zip(faults) {
+        let mut round = Round {
+            number,
+            setting: setting.to_string(),
+            fault: fault.name(),
+            kind: fault.kind().to_owned(),
+            ..Round::default()
+        };
+        let played = arena.round(fault, &mut round).await;
+        progress(&round);
+        report.rounds.push(round);
+        if let Err(error) = played {
+            report.failure = Some(format!("round {number}, {setting}, {}: {error:#}", fault.name()));
+            break;
+        }
+    }
+    if report.failure.is_none() {
+        match arena.close(first..=report.rounds.len() as u64).await {
+            Ok(told) => *report.on_disk.get_or_insert(0) += told,
+            Err(error) => report.failure = Some(format!("at the end of {setting}: {error:#}")),
+        }
+    }
+    if report.failure.is_some() {
+        arena.keep_events().await;
+    }
+    Ok(())
+}
+
 /// A laboratory whose VM is protected, with its clients and judges.
 struct Arena<'a> {
     lab: &'a mut Lab,
+    setting: Setting,
+    /// The number of its first round.
+    first: u64,
+    etcd: Option<Etcd>,
     storage: Storage,
     clocks: Clocks,
     memory: Option<Memory>,
@@ -157,15 +186,33 @@ async fn until_protected(lab: &Lab) -> Result<Host> {
 }
 
 impl<'a> Arena<'a> {
-    async fn open(lab: &'a mut Lab, plan: &Plan) -> Result<Self> {
-        let seed = plan.seed;
+    async fn open(lab: &'a mut Lab, plan: &Plan, setting: Setting, faults: &[Fault], first: u64) -> Result<Self> {
+        let seed = plan.seed.wrapping_add(first);
         let storage = Storage::make(lab)?;
         let clocks = Clocks::make(lab)?;
-        let limits = plan.faults.iter().any(|fault| matches!(fault, Fault::ShortOfMemory(_)));
+        let limits = faults.iter().any(|fault| matches!(fault, Fault::ShortOfMemory(_)));
         let memory = if limits { Some(Memory::make(lab)?) } else { None };
-        guest::boot(lab).await?;
-        lab.start_daemons().await?;
-        lab.pair().await?;
+        if setting.backend == Backend::Qemu {
+            guest::boot(lab).await?;
+        }
+        let etcd = match setting.store {
+            Store::Witness => {
+                lab.start_daemons().await?;
+                lab.pair().await?;
+                None
+            }
+            Store::Etcd => {
+                let etcd = Etcd::start(lab).await?;
+                for host in [Host::A, Host::B] {
+                    lab.start_agent(host).await?;
+                }
+                lab.pair_hosts().await?;
+                Some(etcd)
+            }
+        };
+        if setting.backend == Backend::Kvm {
+            lab.run_microvm(&Microvm::new(&plan.pilot)).await?;
+        }
         let switch = lab.namespace("s");
         let ports = interfaces(&switch)?;
         let port = |name: &str| ports.get(name).copied().with_context(|| format!("the switch has no port {name}"));
@@ -176,6 +223,9 @@ impl<'a> Arena<'a> {
         let workload = Workload::start(&lab.namespace("c"), REDIS, seed)?;
         let mut arena = Self {
             lab,
+            setting,
+            first,
+            etcd,
             storage,
             clocks,
             memory,
@@ -183,8 +233,8 @@ impl<'a> Arena<'a> {
             workload,
             sniffer,
             _capture: capture,
-            leaks: Leaks::default(),
-            leaks_output: false,
+            leaks: Leaks::new(if setting.backend == Backend::Qemu { 1 } else { 0 }),
+            leaks_output: plan.leak,
             judge: Judge::new(Host::A),
             settled: BTreeMap::new(),
             told: Told::default(),
@@ -269,6 +319,7 @@ impl<'a> Arena<'a> {
         let mut field = Field {
             lab: self.lab,
             primary,
+            etcd: self.etcd.as_mut(),
             storage: &self.storage,
             clocks: &self.clocks,
             memory: self.memory.as_ref(),
@@ -294,7 +345,7 @@ impl<'a> Arena<'a> {
 
     /// The round's history, with a last look at its keys, is linearizable, its counter never went back; the keys of the round before hold what they held.
     fn remembers(&mut self, number: u64, mut history: Vec<Operation>, counts: &[Count]) -> Result<()> {
-        let first = number.saturating_sub(1).max(1);
+        let first = number.saturating_sub(1).max(self.first);
         let read = self.workload.read_all(first..=number).context("reading everything again")?;
         history.extend(read.iter().filter(|read| read.key / KEYS == number));
         if let Err(found) = linear::check(&history) {
@@ -320,10 +371,11 @@ impl<'a> Arena<'a> {
     }
 
     /// Reads everything again; then both hosts lose power while clients go on, and the disks are judged by themselves.
-    async fn close(&mut self, rounds: u64) -> Result<u64> {
-        let read = self.workload.read_all(1..=rounds).context("reading everything again")?;
+    async fn close(&mut self, rounds: RangeInclusive<u64>) -> Result<u64> {
+        let after = rounds.end() + 1;
+        let read = self.workload.read_all(rounds).context("reading everything again")?;
         self.still_there(&read)?;
-        self.workload.go(rounds + 1);
+        self.workload.go(after);
         self.answered().await?;
         let (primary, image) = guest::disk(self.lab).await?;
         tokio::time::sleep(self.rng.micros(0, LAST_MICROS)).await;
@@ -332,12 +384,14 @@ impl<'a> Arena<'a> {
         self.lab.kill_host(primary.other())?;
         self.workload.pause();
         let (history, _) = self.workload.take();
-        self.told.add(rounds + 1, &history, &self.workload.take_counts());
-        let copy = power::recover_standby(self.lab, primary.other(), guest::DISK_MIB << 20).await;
+        self.told.add(after, &history, &self.workload.take_counts());
+        let copy = power::recover_standby(self.lab, primary.other(), guest::disk_of(self.lab)).await;
         let copy = copy.with_context(|| format!("the standby's disk on {}", primary.other().name()))?;
         for image in [image, copy] {
-            image::replay(&image)?;
-            self.told.is_on(&image, &self.settled)?;
+            match self.setting.backend {
+                Backend::Qemu => self.told.is_on(&image, &self.settled)?,
+                Backend::Kvm => self.told.is_in_pilots(&image, &self.settled)?,
+            }
         }
         Ok(self.told.len())
     }

@@ -17,7 +17,7 @@ pub enum Side {
 pub enum Party {
     /// A host.
     Host(Side),
-    /// The witness.
+    /// The witness, or all members of etcd.
     Witness,
 }
 
@@ -42,7 +42,11 @@ pub enum Fault {
     KillWitness,
     /// SIGSTOP to the witness, SIGCONT after a while.
     StopWitness,
-    /// The witness is dead when the primary's host dies; it comes back, and then the host.
+    /// SIGKILL to a member of etcd, which starts again after a while.
+    KillMember(Member),
+    /// SIGSTOP to a member of etcd, SIGCONT after a while.
+    StopMember(Member),
+    /// The witness, or most members of etcd, are dead when the primary's host dies; they come back, and then the host.
     KillHostWithoutWitness,
     /// Nothing is acknowledged to the primary's host any more, nor does it reach the witness; its VM's clients go on. Then it dies
     /// as a whole, with all that nobody has acknowledged.
@@ -51,6 +55,8 @@ pub enum Fault {
     CutHost(Side),
     /// The witness's link goes down for a while.
     CutWitness,
+    /// The link of a member of etcd goes down for a while.
+    CutMember(Member),
     /// Nothing of the first party reaches the second for a while; the other way is open.
     OneWay(Party, Party),
     /// Neither of two parties reaches the other for a while; both reach the third.
@@ -83,6 +89,15 @@ pub enum Fault {
     Reboot,
     /// The guest shuts itself down, and its owner boots it from its disk and protects it again.
     Shutdown,
+}
+
+/// Which member of etcd, by what it is when the fault begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Member {
+    /// The one that leads.
+    Leader,
+    /// One of the others.
+    Follower,
 }
 
 /// What keeps acknowledgements away.
@@ -126,7 +141,7 @@ use Side::{Primary, Standby};
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 61] = [
+    pub const ALL: [Self; 67] = [
         Self::KillAgent(Primary),
         Self::KillAgent(Standby),
         Self::StopAgent(Primary),
@@ -142,12 +157,18 @@ impl Fault {
         Self::KillAgents,
         Self::KillWitness,
         Self::StopWitness,
+        Self::KillMember(Member::Leader),
+        Self::KillMember(Member::Follower),
+        Self::StopMember(Member::Leader),
+        Self::StopMember(Member::Follower),
         Self::KillHostWithoutWitness,
         Self::KillSevered(Means::Silence),
         Self::KillSevered(Means::Disk),
         Self::CutHost(Primary),
         Self::CutHost(Standby),
         Self::CutWitness,
+        Self::CutMember(Member::Leader),
+        Self::CutMember(Member::Follower),
         Self::OneWay(On(Primary), On(Standby)),
         Self::OneWay(On(Standby), On(Primary)),
         Self::OneWay(On(Primary), Witness),
@@ -194,18 +215,19 @@ impl Fault {
     #[must_use]
     pub fn kind(self) -> &'static str {
         match self {
-            Self::KillAgent(_) => "kill-agent",
+            Self::KillAgent(_) | Self::KillAgents => "kill-agent",
             Self::StopAgent(_) => "stop-agent",
             Self::RestartAgent(_) => "restart-agent",
             Self::KillQemu(_) => "kill-qemu",
             Self::StopQemu(_) => "stop-qemu",
             Self::KillHost(_) => "kill-host",
-            Self::KillAgents => "kill-both-agents",
             Self::KillWitness => "kill-witness",
             Self::StopWitness => "stop-witness",
+            Self::KillMember(_) => "kill-member",
+            Self::StopMember(_) => "stop-member",
             Self::KillHostWithoutWitness => "kill-witness-then-host",
             Self::KillSevered(_) => "kill-severed",
-            Self::CutHost(_) | Self::CutWitness => "cut",
+            Self::CutHost(_) | Self::CutWitness | Self::CutMember(_) => "cut",
             Self::OneWay(..) => "deaf",
             Self::Apart(..) => "apart",
             Self::KillWhileSyncing(_) => "kill-while-syncing",
@@ -246,6 +268,9 @@ impl Fault {
             | Self::KillWhileMoving(side)
             | Self::ShortOfMemory(side)
             | Self::Weather(side, _) => format!("{kind}-{}", side.word()),
+            Self::KillAgents => format!("{kind}-both"),
+            Self::KillMember(member) | Self::StopMember(member) => format!("{kind}-{}", member.word()),
+            Self::CutMember(member) => format!("{kind}-member-{}", member.word()),
             Self::KillSevered(Means::Silence) => format!("{kind}-by-silence"),
             Self::KillSevered(Means::Disk) => format!("{kind}-by-disk"),
             Self::BrokenDisk(Breakage::ReadOnly) => format!("{kind}-read-only"),
@@ -270,6 +295,22 @@ impl Side {
         match self {
             Self::Primary => "primary",
             Self::Standby => "standby",
+        }
+    }
+}
+
+impl Member {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Leader => "leader",
+            Self::Follower => "follower",
+        }
+    }
+
+    pub(super) fn what(self) -> &'static str {
+        match self {
+            Self::Leader => "which leads",
+            Self::Follower => "which follows",
         }
     }
 }

@@ -15,6 +15,7 @@ use super::fault::{Breakage, Front, Means, Party, Side};
 use super::memory::Memory;
 use super::relay::Relay;
 use super::storage::Storage;
+use crate::etcd::{self, Etcd, MEMBERS};
 use crate::sim::rng::Rng;
 
 /// Bound on a process's end, and on its standing still.
@@ -48,6 +49,8 @@ pub struct Field<'a> {
     pub lab: &'a mut Lab,
     /// Where the VM runs when the fault begins.
     pub primary: Host,
+    /// The etcd that is asked in place of a witness, if there is one.
+    pub etcd: Option<&'a mut Etcd>,
     /// The disks of the hosts.
     pub storage: &'a Storage,
     /// The clocks of the hosts and of the witness.
@@ -171,30 +174,45 @@ impl Field<'_> {
 
     /// Takes the link to a part of the laboratory down, lets that hold, and takes it up.
     pub(super) async fn cut(&mut self, role: &str) -> Result<()> {
-        let port = format!("-n {} link set to-{role}", self.lab.namespace("s"));
         self.note(format!("the link of {role} goes down"));
-        ip(&format!("{port} down"))?;
+        self.set_port(role, false)?;
         self.hold().await;
-        ip(&format!("{port} up"))?;
+        self.set_port(role, true)?;
         self.note(format!("the link of {role} is up"));
         Ok(())
     }
 
-    /// Where a party is: its namespace, the interface of its address, its address.
-    fn place(&self, party: Party) -> (String, &'static str, &'static str) {
+    pub(super) fn set_port(&self, role: &str, up: bool) -> Result<()> {
+        let state = if up { "up" } else { "down" };
+        ip(&format!("-n {} link set to-{role} {state}", self.lab.namespace("s")))
+    }
+
+    /// Where a party is: the namespaces, the interfaces of the addresses, the addresses.
+    fn places(&self, party: Party) -> Vec<(String, &'static str, &'static str)> {
         match party {
-            Party::Host(side) => (self.lab.namespace(self.host(side).role()), "br0", self.host(side).address()),
-            Party::Witness => (self.lab.namespace("w"), "uplink", WITNESS),
+            Party::Host(side) => {
+                let host = self.host(side);
+                vec![(self.lab.namespace(host.role()), "br0", host.address())]
+            }
+            Party::Witness if self.etcd.is_some() => {
+                MEMBERS.map(|member| (self.lab.namespace(member), "uplink", etcd::address(member))).to_vec()
+            }
+            Party::Witness => vec![(self.lab.namespace("w"), "uplink", WITNESS)],
         }
     }
 
     /// What `from` sends to `to` goes to a hardware address that nobody has; or no more.
     pub(super) fn deafen(&mut self, from: Party, to: Party, on: bool) -> Result<()> {
-        let (space, interface, _) = self.place(from);
-        let (_, _, address) = self.place(to);
-        set_deaf(&space, interface, address, on)?;
-        let what = if on { "does not reach" } else { "reaches" };
-        self.note(format!("the {} {what} the {}", from.word(), to.word()));
+        for (space, interface, _) in self.places(from) {
+            for (_, _, address) in self.places(to) {
+                set_deaf(&space, interface, address, on)?;
+            }
+        }
+        let [from, to] = [from, to].map(|party| match party {
+            Party::Witness if self.etcd.is_some() => "etcd",
+            party => party.word(),
+        });
+        self.note(format!("the {from} {} the {to}", if on { "does not reach" } else { "reaches" }));
         Ok(())
     }
 

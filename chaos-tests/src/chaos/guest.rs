@@ -1,5 +1,6 @@
 //! What the guest does itself, and what its owner does about it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,12 +10,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use replicator::control::api::ProtectionState;
 use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, Machine, REDIS, VM};
 use replicator::demo::wait::until;
+use vmm_hooks::disk::DiskSpec;
 
 use super::field::qemus;
 use super::storage::run;
 
-/// Size of the guest's disk.
-pub(super) const DISK_MIB: u64 = 128;
+/// Size of the guest's disk, and of a microVM's ([`Microvm::new`]).
+const DISK_MIB: u64 = 128;
+const MICROVM_DISK_MIB: u64 = 64;
 /// Bound on the end of a guest that was told to shut down, and of its twin.
 const END: Duration = Duration::from_secs(60);
 /// Bound on becoming protected.
@@ -34,12 +37,12 @@ fn owner(lab: &Lab) -> Vec<String> {
     vec!["-qmp".to_owned(), format!("unix:{},server=on,wait=off", lab.vm_second().display())]
 }
 
-/// Asks for the protection of the guest that was booted on host A, and waits for it.
+/// Asks for the protection of the VM that was begun on host A, and waits for it.
 ///
 /// # Errors
 /// If it cannot be had within a bound.
 pub(super) async fn protect(lab: &Lab) -> Result<()> {
-    let vm = lab.vm_pid()?.to_string();
+    let vm = if lab.is_microvm() { VM.to_owned() } else { lab.vm_pid()?.to_string() };
     lab.understudy(Host::A, &["protect", &vm, "--to", Host::B.name()], PROTECT).await.map(drop)
 }
 
@@ -110,26 +113,36 @@ pub(super) async fn boot_again(lab: &mut Lab, image: &Path) -> Result<()> {
     protect(lab).await
 }
 
-/// Where the VM runs, and the image of its disk there: what its QEMU has open.
+/// The VM's one disk, by the name that it has in its hypervisor.
+pub(super) fn disk_of(lab: &Lab) -> DiskSpec {
+    let (name, mib) = if lab.is_microvm() { ("disk0", MICROVM_DISK_MIB) } else { ("virtio0", DISK_MIB) };
+    DiskSpec { name: name.to_owned(), bytes: mib << 20 }
+}
+
+/// Where the VM runs, and the image of its disk there: what its process has open.
 ///
 /// # Errors
 /// If it is protected nowhere, or has no disk.
 pub(super) async fn disk(lab: &Lab) -> Result<(Host, PathBuf)> {
+    let bytes = disk_of(lab).bytes;
     for host in [Host::A, Host::B] {
         let status = lab.client(host).vm_status(VM).await?;
         if !(status.state == ProtectionState::Protected && status.role.word() == "primary") {
             continue;
         }
-        for pid in qemus(&lab.namespace(host.role())) {
+        let runs = if lab.is_microvm() { vec![lab.agent_pid(host)?] } else { qemus(&lab.namespace(host.role())) };
+        let mut images = BTreeSet::new();
+        for pid in runs {
             for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
                 let Ok(file) = fs::read_link(entry?.path()) else { continue };
-                let is_image = fs::metadata(&file).is_ok_and(|meta| meta.is_file() && meta.len() == DISK_MIB << 20);
+                let is_image = fs::metadata(&file).is_ok_and(|meta| meta.is_file() && meta.len() == bytes);
                 if is_image && file.starts_with(lab.dir()) {
-                    return Ok((host, file));
+                    images.insert(file);
                 }
             }
         }
-        bail!("the VM on {} has no disk", host.name());
+        ensure!(images.len() == 1, "the VM on {} has the disks {images:?}", host.name());
+        return images.pop_first().map(|image| (host, image)).context("one");
     }
     bail!("the VM is protected nowhere")
 }

@@ -88,14 +88,16 @@ impl Fault {
             }
             Self::KillHostWithoutWitness => {
                 let host = field.host(Primary);
-                field.note("SIGKILL to the witness");
-                field.lab.kill_witness().await?;
+                field.kill_store().await?;
                 field.kill_host(host)?;
                 field.hold().await;
-                field.start_witness().await?;
+                field.start_store().await?;
                 field.moment(4_000).await;
                 field.raise_host(host).await
             }
+            Self::KillMember(member) => field.kill_member(member).await,
+            Self::StopMember(member) => field.stop_member(member).await,
+            Self::CutMember(member) => field.cut_member(member).await,
             Self::KillSevered(means) => field.kill_severed(means).await,
             Self::CutHost(side) => field.cut(field.host(side).role()).await,
             Self::CutWitness => field.cut("w").await,

@@ -52,12 +52,12 @@ impl Holdings {
     }
 
     /// What is too much of it. Its own tap belongs to host A for good.
-    fn excess(&self, host: Host) -> Vec<String> {
+    fn excess(&self, host: Host, qemus: usize) -> Vec<String> {
         let mut found = Vec::new();
         if self.strangers != 0 {
             found.push(format!("{} processes that are neither agent nor QEMU", self.strangers));
         }
-        if self.qemus != 1 {
+        if self.qemus != qemus {
             found.push(format!("{} QEMUs", self.qemus));
         }
         let taps = self.interfaces.iter().filter(|name| !["lo", "br0", "uplink", "tap0"].contains(&name.as_str()));
@@ -86,16 +86,24 @@ pub fn interfaces(space: &str) -> Result<BTreeMap<String, u32>> {
 }
 
 /// Compares what hosts have with the least they had.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Leaks {
+    /// How many QEMUs each has, no more and no less.
+    qemus: usize,
     /// By host and whether it was the primary: descriptors, threads.
     least: Vec<((Host, bool), (usize, usize))>,
 }
 
 impl Leaks {
+    /// Of hosts that have so many QEMUs each while their VM is protected.
+    #[must_use]
+    pub fn new(qemus: usize) -> Self {
+        Self { qemus, least: Vec::new() }
+    }
+
     /// What is too much on a host.
     pub fn excess(&mut self, host: Host, primary: bool, has: &Holdings) -> Vec<String> {
-        let mut found = has.excess(host);
+        let mut found = has.excess(host, self.qemus);
         let key = (host, primary);
         let at = self.least.iter().position(|(its, _)| *its == key).unwrap_or_else(|| {
             self.least.push((key, (has.descriptors, has.threads)));
@@ -126,7 +134,7 @@ mod tests {
             descriptors: 60,
             threads: 20,
         };
-        let mut leaks = Leaks::default();
+        let mut leaks = Leaks::new(1);
         assert!(leaks.excess(Host::B, true, &fine).is_empty());
         let more = |change: fn(&mut Holdings)| {
             let mut has = fine.clone();

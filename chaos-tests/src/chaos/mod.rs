@@ -1,7 +1,7 @@
 //! The chaos suite: real agents, a real witness and a real VM in the laboratory, a seeded schedule of faults, a workload that
 //! writes through the VM's network all the time, and checkers that know nothing of epochs or acknowledgements.
 //!
-//! One laboratory lives through many rounds. A round is: a fault, until it is over; waiting until the VM is protected again;
+//! One laboratory of each setting ([`setting`]) lives through many rounds. A round is: a fault, until it is over; waiting until the VM is protected again;
 //! judging. What is judged, in each round:
 //!
 //! - the history of all reads and writes is linearizable, and nothing acknowledged is lost ([`linear`], [`counter`]);
@@ -31,7 +31,9 @@ mod power;
 pub mod relay;
 pub mod report;
 pub mod schedule;
+pub mod setting;
 pub mod sniffer;
 pub mod space;
 pub mod storage;
+mod store;
 pub mod workload;

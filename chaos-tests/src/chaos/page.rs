@@ -158,6 +158,7 @@ mod tests {
             rounds: vec![round],
             failure: Some("round 1: <lost>".to_owned()),
             kept: None,
+            planned: 1,
             left_out: Vec::new(),
             on_disk: None,
             seconds: 9.0,

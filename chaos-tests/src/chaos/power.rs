@@ -20,12 +20,10 @@ use vmm_hooks::disk::DiskSpec;
 
 use super::counter::Count;
 use super::linear::{Action, Operation};
-use super::workload::{counter, name};
+use super::workload::{COUNTER, counter, name};
 
 /// Bound on the end of the processes that were killed.
 const LET_GO: Duration = Duration::from_secs(30);
-/// What QEMU calls the guest's disk.
-const DISK: &str = "virtio0";
 
 /// What clients were told was done, in all rounds.
 #[derive(Debug, Default)]
@@ -53,19 +51,9 @@ impl Told {
         self.writes.len() as u64 + self.counted.values().sum::<u64>()
     }
 
-    /// Whether a log of Redis has all of it, and ends with the values that keys had which nobody writes any more.
-    fn is_in(&self, log: &str, settled: &BTreeMap<u64, u64>) -> Result<()> {
-        let (mut written, mut values, mut counted) = (BTreeSet::new(), BTreeMap::new(), BTreeMap::new());
-        for command in commands(log) {
-            match command[..] {
-                ["SET", key, value] => {
-                    written.insert((key, value));
-                    values.insert(key, value);
-                }
-                ["INCR", key] => *counted.entry(key).or_insert(0_u64) += 1,
-                _ => {}
-            }
-        }
+    /// Whether what was logged is all of it, and ends with the values that keys had which nobody writes any more.
+    fn is_all_in(&self, logged: &Logged<'_>, settled: &BTreeMap<u64, u64>) -> Result<()> {
+        let Logged { written, values, counted } = logged;
         let missing: Vec<_> = self
             .writes
             .iter()
@@ -90,11 +78,12 @@ impl Told {
         Ok(())
     }
 
-    /// Whether Redis' log on an image has all of it. The file system is clean.
+    /// Whether Redis' log on an image has all of it, once the file system has replayed its own journal.
     ///
     /// # Errors
     /// What is not there.
     pub(super) fn is_on(&self, image: &Path, settled: &BTreeMap<u64, u64>) -> Result<()> {
+        image::replay(image)?;
         let shown = image.display().to_string();
         let listed = image::tool("debugfs", &["-R", "ls -p /appendonlydir", &shown])?.out;
         let names = listed.lines().filter_map(|line| line.split('/').nth(5)).filter(|name| name.ends_with(".aof"));
@@ -102,7 +91,62 @@ impl Told {
         for name in names {
             log.push_str(&image::tool("debugfs", &["-R", &format!("cat /appendonlydir/{name}"), &shown])?.out);
         }
-        self.is_in(&log, settled).with_context(|| format!("the disk {shown}"))
+        self.is_all_in(&Logged::by_redis(&log), settled).with_context(|| format!("the disk {shown}"))
+    }
+
+    /// Whether the pilot's log on an image has all of it.
+    ///
+    /// # Errors
+    /// What is not there, or that the log is damaged.
+    pub(super) fn is_in_pilots(&self, image: &Path, settled: &BTreeMap<u64, u64>) -> Result<()> {
+        let disk = fs::read(image).with_context(|| format!("cannot read {}", image.display()))?;
+        let records = vmm_hooks::kvm::pilot::records(&disk).map_err(anyhow::Error::msg)?;
+        let texts: Vec<String> = records.into_iter().map(String::from_utf8).collect::<Result<_, _>>()?;
+        let logged = Logged::by_pilot(&texts);
+        self.is_all_in(&logged, settled).with_context(|| format!("the disk {}", image.display()))
+    }
+}
+
+/// What a log on a disk says.
+#[derive(Debug, Default)]
+struct Logged<'a> {
+    written: BTreeSet<(&'a str, &'a str)>,
+    /// The last ones.
+    values: BTreeMap<&'a str, &'a str>,
+    /// How often each was counted further.
+    counted: BTreeMap<&'a str, u64>,
+}
+
+impl<'a> Logged<'a> {
+    /// An append-only file: commands.
+    fn by_redis(log: &'a str) -> Self {
+        let mut logged = Self::default();
+        for command in commands(log) {
+            match command[..] {
+                ["SET", key, value] => logged.write(key, value),
+                ["INCR", key] => *logged.counted.entry(key).or_default() += 1,
+                _ => {}
+            }
+        }
+        logged
+    }
+
+    /// The pilot's log: what each key became, also one that is counted.
+    fn by_pilot(records: &'a [String]) -> Self {
+        let mut logged = Self::default();
+        for (key, value) in records.iter().filter_map(|record| record.split_once('=')) {
+            if key.starts_with(COUNTER) {
+                *logged.counted.entry(key).or_default() += 1;
+            } else {
+                logged.write(key, value);
+            }
+        }
+        logged
+    }
+
+    fn write(&mut self, key: &'a str, value: &'a str) {
+        self.written.insert((key, value));
+        self.values.insert(key, value);
     }
 }
 
@@ -122,7 +166,7 @@ fn commands(log: &str) -> Vec<Vec<&str>> {
 ///
 /// # Errors
 /// If it has no whole copy, or it cannot be recovered.
-pub(super) async fn recover_standby(lab: &Lab, host: Host, bytes: u64) -> Result<PathBuf> {
+pub(super) async fn recover_standby(lab: &Lab, host: Host, spec: DiskSpec) -> Result<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(lab.state_dir(host).join("images").join(VM)).context("it has no images")? {
         let dir = entry?.path();
@@ -132,7 +176,6 @@ pub(super) async fn recover_standby(lab: &Lab, host: Host, bytes: u64) -> Result
         }
     }
     let [dir] = &found[..] else { bail!("{} has the whole copies {found:?}", host.name()) };
-    let spec = DiskSpec { name: DISK.into(), bytes };
     let disks = vec![StandbyDisk { spec, image: None }];
     let setup = Setup { dir: dir.clone(), disks, journal_bytes: 0, policy: Policy::Disk };
     // A process that was killed may take a moment to let its files go.
@@ -176,11 +219,21 @@ mod tests {
     #[test]
     fn a_log_that_lacks_something_is_found() {
         let settled = |value| BTreeMap::from([(12, value), (13, 0)]);
-        told(&[(12, 77), (12, 78)], 2).is_in(LOG, &settled(78)).unwrap();
-        told(&[(12, 78)], 1).is_in(LOG, &BTreeMap::new()).unwrap();
-        told(&[(12, 79)], 2).is_in(LOG, &BTreeMap::new()).unwrap_err();
-        told(&[(1, 77)], 2).is_in(LOG, &BTreeMap::new()).unwrap_err();
-        told(&[(12, 77)], 3).is_in(LOG, &BTreeMap::new()).unwrap_err();
-        told(&[(12, 77)], 2).is_in(LOG, &settled(77)).unwrap_err();
+        told(&[(12, 77), (12, 78)], 2).is_all_in(&Logged::by_redis(LOG), &settled(78)).unwrap();
+        told(&[(12, 78)], 1).is_all_in(&Logged::by_redis(LOG), &BTreeMap::new()).unwrap();
+        told(&[(12, 79)], 2).is_all_in(&Logged::by_redis(LOG), &BTreeMap::new()).unwrap_err();
+        told(&[(1, 77)], 2).is_all_in(&Logged::by_redis(LOG), &BTreeMap::new()).unwrap_err();
+        told(&[(12, 77)], 3).is_all_in(&Logged::by_redis(LOG), &BTreeMap::new()).unwrap_err();
+        told(&[(12, 77)], 2).is_all_in(&Logged::by_redis(LOG), &settled(77)).unwrap_err();
+    }
+    #[test]
+    fn a_pilots_log_that_lacks_something_is_found() {
+        let records = ["k12=77", "n2=1", "k12=78", "n2=2"].map(str::to_owned);
+        let logged = Logged::by_pilot(&records);
+        let settled = |value| BTreeMap::from([(12, value), (13, 0)]);
+        told(&[(12, 77), (12, 78)], 2).is_all_in(&logged, &settled(78)).unwrap();
+        told(&[(12, 79)], 2).is_all_in(&logged, &BTreeMap::new()).unwrap_err();
+        told(&[(12, 77)], 3).is_all_in(&logged, &BTreeMap::new()).unwrap_err();
+        told(&[(12, 77)], 2).is_all_in(&logged, &settled(77)).unwrap_err();
     }
 }

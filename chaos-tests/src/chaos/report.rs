@@ -10,6 +10,8 @@ use serde::Serialize;
 pub struct Report {
     /// What its schedule was drawn from.
     pub seed: u64,
+    /// How many rounds it was to have.
+    pub planned: u64,
     /// What was to be drawn, and cannot be played on this machine, and why: a sentence each.
     pub left_out: Vec<String>,
     /// Its rounds, in order.
@@ -29,6 +31,8 @@ pub struct Report {
 pub struct Round {
     /// Its number, from 1.
     pub number: u64,
+    /// What ran the VM, and who was asked who may.
+    pub setting: String,
     /// Its fault's name.
     pub fault: String,
     /// Its fault's kind.
@@ -79,10 +83,10 @@ impl Round {
     /// One line about it.
     #[must_use]
     pub fn line(&self) -> String {
-        let Self { number, fault, hosts: (from, to), answered, unknown, activated, .. } = self;
+        let Self { number, setting, fault, hosts: (from, to), answered, unknown, activated, .. } = self;
         let (wait, restored) = (self.longest_wait_ms, self.restored_ms);
         format!(
-            "{number:4}  {fault:<34} {from} -> {to}  {activated} activated  {answered:6} answers, {unknown} unknown  longest wait {wait:6} ms  protected again after {restored:6} ms"
+            "{number:4}  {setting:<12}  {fault:<34} {from} -> {to}  {activated} activated  {answered:6} answers, {unknown} unknown  longest wait {wait:6} ms  protected again after {restored:6} ms"
         )
     }
 }
@@ -128,6 +132,13 @@ impl Report {
         for Sum { fault, rounds, activated, longest_wait_ms, restored_ms } in self.sums() {
             let _ = writeln!(text, "{fault:<24}{rounds:>7}{activated:>11}{longest_wait_ms:>18}{restored_ms:>22}");
         }
+        let mut settings: BTreeMap<&str, usize> = BTreeMap::new();
+        for round in &self.rounds {
+            *settings.entry(&round.setting).or_default() += 1;
+        }
+        for (setting, rounds) in settings {
+            let _ = writeln!(text, "{rounds} rounds with {setting}");
+        }
         let answered: u64 = self.rounds.iter().map(|round| round.answered).sum();
         let unknown: u64 = self.rounds.iter().map(|round| round.unknown).sum();
         let _ = writeln!(
@@ -150,8 +161,7 @@ impl Report {
                 if let Some(kept) = &self.kept {
                     let _ = writeln!(text, "logs, captures and event logs are in {kept}");
                 }
-                let _ =
-                    writeln!(text, "again: cargo xtask chaos --seed {} --rounds {}", self.seed, self.rounds.len() + 1);
+                let _ = writeln!(text, "again: cargo xtask chaos --seed {} --rounds {}", self.seed, self.planned);
             }
         }
         text
@@ -190,8 +200,14 @@ mod tests {
     fn a_failure_names_its_seed_and_where_to_look() {
         let report = Report {
             seed: 42,
+            planned: 2,
             left_out: vec!["short-of-memory: no controller".to_owned()],
-            rounds: vec![Round { kind: "kill-agent".to_owned(), answered: 7, ..Round::default() }],
+            rounds: vec![Round {
+                kind: "kill-agent".to_owned(),
+                setting: "kvm+witness".to_owned(),
+                answered: 7,
+                ..Round::default()
+            }],
             failure: Some("round 2: lost".to_owned()),
             kept: Some("/somewhere".to_owned()),
             on_disk: Some(8),

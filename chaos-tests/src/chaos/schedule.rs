@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use crate::chaos::fault::Fault;
+use crate::chaos::setting::Setting;
 use crate::sim::rng::Rng;
 
 /// Things of which each is drawn before one comes again.
@@ -53,6 +54,24 @@ impl Schedule {
     }
 }
 
+/// The faults of a run, by the settings that they are played in: drawn by [`Schedule`] from all, and of the settings that play one,
+/// one is drawn. The faults are such as one of them plays.
+#[must_use]
+pub fn deal(seed: u64, rounds: u64, faults: &[Fault], settings: &[Setting]) -> Vec<(Setting, Vec<Fault>)> {
+    let mut dealt: Vec<(Setting, Vec<Fault>)> = settings.iter().map(|&setting| (setting, Vec::new())).collect();
+    let mut schedule = Schedule::new(seed, faults);
+    let mut rng = Rng::new(seed.rotate_left(16));
+    for _ in 0..rounds {
+        let fault = schedule.draw();
+        let mut play: Vec<_> = dealt.iter_mut().filter(|(setting, _)| setting.plays(fault)).collect();
+        if !play.is_empty() {
+            let at = rng.index(play.len());
+            play[at].1.push(fault);
+        }
+    }
+    dealt
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,6 +92,26 @@ mod tests {
             if of_its_kind <= 3 {
                 assert!(of_kind().any(|drawn| *drawn == fault), "{}", fault.name());
             }
+        }
+    }
+
+    #[test]
+    fn each_fault_is_dealt_to_a_setting_that_plays_it_and_none_is_lost() {
+        for seed in 0..20 {
+            let dealt = deal(seed, 100, &Fault::ALL, &Setting::MIX);
+            assert_eq!(dealt, deal(seed, 100, &Fault::ALL, &Setting::MIX));
+            assert_eq!(dealt.iter().map(|(_, faults)| faults.len()).sum::<usize>(), 100);
+            for (setting, faults) in &dealt {
+                assert!(faults.len() > 10, "{setting} has {}", faults.len());
+                assert!(faults.iter().all(|fault| setting.plays(*fault)), "{setting}: {faults:?}");
+            }
+            for fault in Fault::ALL {
+                let drawn = dealt.iter().flat_map(|(_, faults)| faults).filter(|drawn| drawn.kind() == fault.kind());
+                assert!(drawn.count() >= 3, "{}", fault.kind());
+            }
+        }
+        for fault in Fault::ALL {
+            assert!(Setting::MIX.iter().any(|setting| setting.plays(fault)), "{}", fault.name());
         }
     }
 

@@ -263,9 +263,12 @@ pub(super) fn name(key: u64) -> String {
     format!("k{key}")
 }
 
+/// What the name of everything that is counted begins with.
+pub(super) const COUNTER: char = 'n';
+
 /// What is counted in a round.
 pub(super) fn counter(round: u64) -> String {
-    format!("n{round}")
+    format!("{COUNTER}{round}")
 }
 
 /// A connection to Redis: as much of its protocol as numbers under numbered keys need.
