@@ -44,8 +44,8 @@ fn tests(directory: &Path, names: &[&str]) -> Option<(Disk, String)> {
 }
 
 /// Runs `script` on an emulated host, with `tests` test programs in it, which must pass, and nothing of theirs be skipped; what was shown.
-fn run(directory: &Path, cpu: &str, disk: Disk, script: &str, tests: usize) -> String {
-    let mut host = Host::start(directory, "host", cpu, &disk.finish(script), &[]);
+fn run(directory: &Path, cpu: &str, disk: Disk, script: &str, tests: usize, more: &[&str]) -> String {
+    let mut host = Host::start(directory, "host", cpu, &disk.finish(script), more);
     let (code, console) = host.ended(PATIENCE);
     println!("{console}");
     assert_eq!(code, 0, "what ran on the emulated host failed");
@@ -53,6 +53,18 @@ fn run(directory: &Path, cpu: &str, disk: Disk, script: &str, tests: usize) -> S
     assert_eq!(results, tests, "not every test program came to its end");
     assert!(!console.contains("skipped: "), "what the lane is for was skipped");
     console
+}
+
+/// The client's connection was the first one in the end, and all that was acknowledged is there.
+fn nothing_was_lost(console: &str) {
+    let answer = |word: &str| -> serde_json::Value {
+        let line = console.lines().find_map(|line| line.strip_prefix(word));
+        serde_json::from_str(line.unwrap_or_else(|| panic!("there is no {word}"))).expect("an answer")
+    };
+    let written = answer("WRITTEN ");
+    assert!(written["broken"].is_null(), "the client's connection broke: {written}");
+    assert!(written["acked"].as_u64() >= Some(100), "the client did not go on: {written}");
+    assert_eq!(answer("CHECKED ")["lost"], 0);
 }
 
 /// One host for both: it takes as long to start as a guest on it.
@@ -69,20 +81,34 @@ fn linux_under_kvm_and_a_failover_between_agents() {
     script.push_str(&format!("export PATH={}:$PATH\n", ip.display()));
     script.push_str(&format!("UNDERSTUDY={}\nGUEST={}\n", understudy[0].display(), host::guest().display()));
     script.push_str(include_str!("failover.sh"));
-    let console = run(directory.path(), PLAIN, disk, &script, 1);
-    let answer = |word: &str| -> serde_json::Value {
-        let line = console.lines().find_map(|line| line.strip_prefix(word));
-        serde_json::from_str(line.unwrap_or_else(|| panic!("there is no {word}"))).expect("an answer")
-    };
-    let written = answer("WRITTEN ");
-    assert!(written["broken"].is_null(), "the client's connection broke: {written}");
-    assert!(written["acked"].as_u64() >= Some(100), "the client did not go on: {written}");
-    assert_eq!(answer("CHECKED ")["lost"], 0);
+    let console = run(directory.path(), PLAIN, disk, &script, 1, &[]);
+    nothing_was_lost(&console);
 }
 
 #[test]
 fn a_microvm_with_linux_under_kvm_on_a_wide_processor() {
     let directory = tempfile::tempdir().expect("a directory");
     let Some((disk, script)) = tests(directory.path(), &["kvm_linux"]) else { return };
-    run(directory.path(), WIDE, disk, &script, 1);
+    run(directory.path(), WIDE, disk, &script, 1, &[]);
+}
+
+/// Firmware of a stock machine under a kernel that it is given.
+const FIRMWARE: [&str; 3] =
+    ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
+
+/// The host's kernel is older than `PAGEMAP_SCAN`, so dirty pages are found by comparing.
+#[test]
+fn a_stock_qemu_under_kvm_goes_on_after_its_host_and_nothing_is_lost() {
+    let Some(understudy) = programs("understudy") else { return };
+    let directory = tempfile::tempdir().expect("a directory");
+    let disk = Disk::new(directory.path());
+    disk.add_program(&understudy[0]);
+    disk.add_guest();
+    FIRMWARE.iter().for_each(|file| disk.add(Path::new(file)));
+    let (ip, qemu) = (disk.add_named("ip"), disk.add_named("qemu-system-x86_64"));
+    let mut script = format!("export PATH={}:{}:$PATH TMPDIR=/run RUST_BACKTRACE=1\n", ip.display(), qemu.display());
+    script.push_str(&format!("UNDERSTUDY={} IP={}/ip CPU=host\n", understudy[0].display(), ip.display()));
+    script.push_str(&format!("GUEST={}\n", host::guest().display()));
+    script.push_str(include_str!("attached.sh"));
+    nothing_was_lost(&run(directory.path(), PLAIN, disk, &script, 0, &["-m", "1792"]));
 }

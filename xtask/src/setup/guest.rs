@@ -35,7 +35,7 @@ const MODULES: [&str; 10] = [
     "virtio_blk",
 ];
 /// The same of an emulated host, beside those of the processor's maker.
-const HOST_MODULES: [&str; 14] = [
+const HOST_MODULES: [&str; 15] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
@@ -49,6 +49,7 @@ const HOST_MODULES: [&str; 14] = [
     "llc",
     "stp",
     "bridge",
+    "veth",
     "irqbypass",
 ];
 /// Loaded last, by name.
