@@ -83,6 +83,39 @@ fn a_drill_is_confirmed_kills_and_ends_when_the_vm_is_protected_again() {
 }
 
 #[test]
+fn a_drill_that_kills_the_agent_alone_leaves_its_guest_mute() {
+    play("drill that kills the agent alone", async |stage| {
+        stage.set().await?;
+        stage.protect_for_good().await?;
+        let mut client = stage.writer("k").await?;
+        let json = stage.lab.path("drill.json").display().to_string();
+        let drill = stage.lab.beside(Host::A, &words("kill-agent", &["--json", &json]), SOON);
+        let watch = async {
+            stage.lab.lose_agent(Host::A, SOON).await?;
+            stage.until_survivor().await?;
+            stage.lab.check(&[Host::A]).context("the guest was to be left running")?;
+            let (heard, _) = stage.frames()?;
+            client.goes_on().await?;
+            stage.ask_on_host_a().await?;
+            let (now, _) = stage.frames()?;
+            ensure!(now == heard, "the guest said {} frames beside its survivor", now - heard);
+            // As systemd would, later.
+            stage.lab.set_link(Host::A, true)?;
+            stage.lab.start_agent(Host::A).await?;
+            stage.lab.vm_ended(SOON).await.context("the guest that was left")
+        };
+        let (said, watched) = tokio::join!(drill, watch);
+        watched?;
+        let report = passed(&said?, &json)?;
+        ensure!(report["generation_after"].as_u64() > report["generation_before"].as_u64(), "{report}");
+        ensure!(report["agent_back_ms"].as_f64().is_some(), "{report}");
+        ensure!(drills(stage, Host::A).await? == 1, "it is not among the events");
+        client.goes_on().await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
 fn an_interrupted_drill_lets_the_agent_go_on() {
     play("interrupted drill", async |stage| {
         stage.set().await?;
