@@ -21,7 +21,9 @@ const SWAP_BYTES: u64 = 1 << 30;
 const SWAP: &str = "swap";
 /// What the kernel says when it found less to take away than it was asked for: EAGAIN, EBUSY.
 const LESS: [Option<i32>; 2] = [Some(11), Some(16)];
-/// A limit that cannot be had at once is raised by this part of it until it can.
+/// How often a limit is tried: what is used while it is taken away comes back.
+const TRIES: usize = 10;
+/// One that cannot be had is raised by this part of it until it can.
 const RAISE: u64 = 8;
 
 /// A control group for memory.
@@ -121,10 +123,13 @@ impl Group {
     pub fn limit(&self, bytes: u64) -> Result<u64> {
         let mut limit = bytes;
         loop {
-            match self.set_limit(&limit.to_string()) {
-                Err(error) if LESS.contains(&error.raw_os_error()) => limit += limit / RAISE,
-                done => return done.map(|()| limit).context("memory cannot be limited"),
+            for _ in 0..TRIES {
+                match self.set_limit(&limit.to_string()) {
+                    Err(error) if LESS.contains(&error.raw_os_error()) => self.take_away()?,
+                    done => return done.map(|()| limit).context("memory cannot be limited"),
+                }
             }
+            limit += limit / RAISE;
         }
     }
 

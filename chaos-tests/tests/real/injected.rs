@@ -17,6 +17,7 @@ use chaos_tests::chaos::space;
 use chaos_tests::chaos::storage::Storage;
 use replicator::demo::lab::{Host, Lab, WITNESS};
 use replicator::demo::wait::until;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::stage::play;
 
@@ -242,6 +243,11 @@ impl Hog {
         command.args(["-c", &words]).stdin(Stdio::null()).stderr(Stdio::null());
         Ok(Self(command.spawn()?))
     }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = i32::try_from(self.0.id()).ok().and_then(Pid::from_raw).context("no process")?;
+        kill_process(pid, signal).context("it has ended")
+    }
 }
 
 impl Drop for Hog {
@@ -272,9 +278,12 @@ fn a_host_short_of_memory_gives_it_back_and_who_cannot_is_killed() {
             Ok(if has >= HOG { Ok(has) } else { Err(format!("{has} bytes")) })
         });
         let had = has_it.await?;
+        // It would have back at once what goes.
+        hog.signal(Signal::STOP)?;
         let limit = a.limit(had / 2)?;
         let now = a.has()?;
         ensure!(now <= limit && limit < had, "{had} bytes, limited to {limit}, are {now}");
+        hog.signal(Signal::CONT)?;
         let felt = until("the limit to be felt", HOGGED, async || {
             let (felt, swapped) = (a.felt()?, a.swapped()?);
             Ok(if felt.met > 100 && swapped > HOG / 4 { Ok(felt) } else { Err(format!("{felt:?}, {swapped} in swap")) })
