@@ -52,16 +52,19 @@ pub enum Violation {
     NoCopy,
     /// A node destroyed a copy that the record may name (P5, P9).
     Destroyed,
+    /// A copy was let run where fencing is required, and the other node's ran (P15).
+    Unfenced,
 }
 
 /// Each violation and what it is called.
-pub const PROPERTIES: [(Violation, &str); 6] = [
+pub const PROPERTIES: [(Violation, &str); 7] = [
     (Violation::TwoAudible, "never two audible copies"),
     (Violation::BeforeCommit, "no output before commit"),
     (Violation::Forgets, "who takes over remembers every released output"),
     (Violation::VoteForgotten, "the witness never forgets a vote"),
     (Violation::NoCopy, "no step leaves the world without a copy"),
     (Violation::Destroyed, "no copy is destroyed that the record may name"),
+    (Violation::Unfenced, "where fencing is required no copy runs beside one that runs"),
 ];
 
 /// The checks of one run. They keep the first violation.

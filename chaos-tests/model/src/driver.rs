@@ -9,7 +9,7 @@ use heartbeat_core::store::{StoreOp, StoreRequest};
 use replicator_core::message::{Durability, PeerMessage, RehearsalResult};
 use replicator_core::pacing::Pacing;
 use replicator_core::primary::{self, CaptureReport, Primary, PrimaryConfig};
-use replicator_core::standby::{self, Standby, StandbyConfig};
+use replicator_core::standby::{self, Standby, StandbyConfig, SwitchedOff};
 
 use crate::check::{State, Violation};
 use crate::store::Packet;
@@ -176,6 +176,11 @@ impl World {
                 self.hosts[host].mark = Some(generation);
                 self.hosts[host].standby.as_mut().expect("it said so").handle_marked(now, generation);
             }
+            Output::SwitchOff if self.wiring == Wiring::ActivateUnfenced => {
+                let standby = self.hosts[host].standby.as_mut().expect("it said so");
+                standby.handle_switched_off(now, SwitchedOff::Confirmed);
+            }
+            Output::SwitchOff => self.hosts[host].fencing = true,
             Output::Activate { epoch } => self.hosts[host].activating = Some(epoch),
             Output::Destroy => self.destroy(host),
             Output::Close(_) => self.close(host),
@@ -367,7 +372,9 @@ impl World {
         let (me, peer) = (self.party(host), self.party(1 - host));
         let mut config = StandbyConfig::new(VM, me, peer, generation);
         config.ownership.store = self.store_of(host);
+        config.fence_required = self.fences;
         let state = &mut self.hosts[host];
+        (state.fencing, state.unconfirmed) = (false, false);
         state.staged.clear();
         (state.copy, state.binding, state.mark) = (None, None, None);
         (state.lost_by_fault, state.memory) = (false, Memory::Standby);

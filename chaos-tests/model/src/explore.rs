@@ -27,7 +27,7 @@ impl fmt::Display for World {
 }
 
 /// What some state of some scenario must be: a checker that never gets there proves nothing.
-pub const REACHED: [&str; 10] = [
+pub const REACHED: [&str; 12] = [
     "a VM is protected",
     "a standby takes over",
     "a primary goes on alone",
@@ -38,6 +38,8 @@ pub const REACHED: [&str; 10] = [
     "a new life gives a grant back",
     "a host is forced out, and the VM runs",
     "a host learns that it was forced out",
+    "a host is switched off, and the VM runs on the other one",
+    "a VM is given back because its other host cannot be switched off",
 ];
 
 fn was_forced(world: &World, store: usize) -> bool {
@@ -69,15 +71,16 @@ impl Model for Scenario {
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        let always: [fn(&Self, &World) -> bool; 6] = [
+        let always: [fn(&Self, &World) -> bool; 7] = [
             |_, world| !is(world, PROPERTIES[0].0),
             |_, world| !is(world, PROPERTIES[1].0),
             |_, world| !is(world, PROPERTIES[2].0),
             |_, world| !is(world, PROPERTIES[3].0),
             |_, world| !is(world, PROPERTIES[4].0),
             |_, world| !is(world, PROPERTIES[5].0),
+            |_, world| !is(world, PROPERTIES[6].0),
         ];
-        let reached: [fn(&Self, &World) -> bool; 10] = [
+        let reached: [fn(&Self, &World) -> bool; 12] = [
             |_, world| (0..2).any(|host| world.is_protected(host)),
             |_, world| world.hosts.iter().any(|host| host.guest.is_some() && host.mark.is_some()),
             |_, world| {
@@ -99,6 +102,13 @@ impl Model for Scenario {
             |_, world| world.hosts.iter().any(|host| host.ended == Some(End::GaveBack)),
             |_, world| was_forced(world, world.keeper) && world.hosts[world.keeper].guest.is_some(),
             |_, world| world.is_pair() && was_forced(world, 1 - world.keeper),
+            |_, world| world.fences && !world.hosts[0].alive && world.hosts[1].guest.is_some(),
+            |_, world| {
+                let whole = world.hosts[1].copy.is_some_and(|copy| !copy.failed && !copy.gone);
+                let back = matches!(world.owner(), Some(Owner::Solo { node: owner, activated: false, other: Some(from) })
+                    if *owner == world.party(0) && *from == world.party(1));
+                world.fences && whole && back && world.hosts[1].unconfirmed
+            },
         ];
         let always = PROPERTIES.into_iter().zip(always).map(|((_, name), holds)| Property::always(name, holds));
         always.chain(REACHED.into_iter().zip(reached).map(|(name, seen)| Property::sometimes(name, seen))).collect()

@@ -45,6 +45,8 @@ pub struct Bounds {
     pub forces: u8,
     /// VMs that an operator starts from their disk.
     pub boots: u8,
+    /// Fence commands that end, by which the other host is off or not. Unless 0, a winner must have it switched off first.
+    pub fences: u8,
 }
 
 impl Bounds {
@@ -71,6 +73,7 @@ impl Bounds {
             "protects" => self.protects = times,
             "forces" => self.forces = times,
             "boots" => self.boots = times,
+            "fences" => self.fences = times,
             _ => return None,
         }
         Some(self)
@@ -147,6 +150,7 @@ const NONE: Bounds = Bounds {
     protects: 0,
     forces: 0,
     boots: 0,
+    fences: 0,
 };
 
 const fn faithful(name: &'static str, start: Start, bounds: Bounds) -> Scenario {
@@ -154,7 +158,7 @@ const fn faithful(name: &'static str, start: Start, bounds: Bounds) -> Scenario 
 }
 
 /// What runs each time: seconds.
-pub const SMALL: [Scenario; 12] = [
+pub const SMALL: [Scenario; 14] = [
     faithful("pairing", Start::Pairing, Bounds { steps: 1, captures: 2, breaks: 1, ..NONE }),
     faithful("contest", Start::Protected, Bounds { steps: 2, captures: 1, breaks: 1, failures: 1, ..NONE }),
     faithful("votes", Start::Protected, Bounds { steps: 1, breaks: 1, witness_crashes: 1, doubled: 1, ..NONE }),
@@ -175,10 +179,16 @@ pub const SMALL: [Scenario; 12] = [
         Start::TwoHostsAgain,
         Bounds { steps: 1, breaks: 1, kills: 1, returns: 1, forces: 1, ..NONE },
     ),
+    faithful("fence", Start::Protected, Bounds { steps: 1, breaks: 1, suspicions: 1, fences: 1, ..NONE }),
+    faithful(
+        "fence, again",
+        Start::Protected,
+        Bounds { steps: 1, breaks: 1, ticks: [0, 1], fences: 2, failures: 1, returns: 1, ..NONE },
+    ),
 ];
 
 /// What runs with `cargo xtask test --all`: minutes.
-pub const LARGE: [Scenario; 16] = [
+pub const LARGE: [Scenario; 18] = [
     faithful("pairing", Start::Pairing, Bounds { steps: 2, captures: 3, breaks: 1, ..NONE }),
     faithful("contest", Start::Protected, Bounds { steps: 2, captures: 1, breaks: 1, failures: 1, doubled: 1, ..NONE }),
     faithful(
@@ -226,6 +236,16 @@ pub const LARGE: [Scenario; 16] = [
         Start::TwoHostsAgain,
         Bounds { steps: 1, breaks: 1, kills: 2, returns: 2, forces: 1, restarts: 1, ..NONE },
     ),
+    faithful(
+        "fence",
+        Start::Protected,
+        Bounds { steps: 1, breaks: 1, suspicions: 1, planned: 1, deaths: 1, fences: 1, ..NONE },
+    ),
+    faithful(
+        "fence, two lives",
+        Start::Protected,
+        Bounds { steps: 1, breaks: 1, restarts: 1, returns: 1, ticks: [0, 1], fences: 2, ..NONE },
+    ),
     // Found that a late ask of an earlier life made a node destroy its own guest.
     faithful("second life", Start::Pairing, Bounds { steps: 1, captures: 4, restarts: 1, protects: 1, ..NONE }),
 ];
@@ -235,7 +255,7 @@ const fn mistake(start: Start, bounds: Bounds) -> Scenario {
 }
 
 /// Each mistake, where it is found, and as what.
-pub const MISTAKES: [(Wiring, Scenario, Violation); 17] = [
+pub const MISTAKES: [(Wiring, Scenario, Violation); 18] = [
     (
         Wiring::ReleaseOnSent,
         mistake(Start::Protected, Bounds { steps: 1, captures: 1, ..NONE }),
@@ -297,6 +317,7 @@ pub const MISTAKES: [(Wiring, Scenario, Violation); 17] = [
     ),
     (Wiring::AnswerUnconfirmed, forced_out(), Violation::BeforeCommit),
     (Wiring::ShowWhileForcing, forced_out(), Violation::BeforeCommit),
+    (Wiring::ActivateUnfenced, mistake(Start::Protected, Bounds { breaks: 1, fences: 1, ..NONE }), Violation::Unfenced),
 ];
 
 /// A host that was alone dies, is forced out, and comes back.

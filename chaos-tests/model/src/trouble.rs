@@ -5,6 +5,7 @@ use heartbeat_core::ownership::OwnershipConfig;
 use heartbeat_core::record::Owner;
 use heartbeat_core::store::StoreAnswer;
 use replicator_core::restart::{self, End, Here, Restart};
+use replicator_core::standby::SwitchedOff;
 
 use crate::check::Violation;
 use crate::wiring::Wiring;
@@ -59,8 +60,31 @@ impl World {
         }
     }
 
+    /// The fence command of this host has ended.
+    pub(crate) fn switched_off(&mut self, host: usize, confirmed: bool) {
+        spend(&mut self.left.fences);
+        (self.hosts[host].fencing, self.hosts[host].unconfirmed) = (false, !confirmed);
+        if confirmed && self.hosts[1 - host].alive {
+            self.loses_power(1 - host, false);
+        }
+        let result = if confirmed { SwitchedOff::Confirmed } else { SwitchedOff::unconfirmed("") };
+        let now = self.hosts[host].now;
+        self.input(host, |_| {}, |standby| standby.handle_switched_off(now, result));
+    }
+
+    /// A copy begins to run here: where fencing is required that of the other host stands, heard or not.
+    pub(crate) fn runs_beside_none(&mut self, host: usize) {
+        if self.fences && self.hosts[1 - host].guest.is_some_and(|guest| guest.running) {
+            self.checker.broken(Violation::Unfenced);
+        }
+    }
+
     pub(crate) fn kill(&mut self, host: usize, kept: bool) {
         spend(&mut self.left.kills);
+        self.loses_power(host, kept);
+    }
+
+    fn loses_power(&mut self, host: usize, kept: bool) {
         // From here on the other one is all there is.
         if let Some(&Owner::Paired { primary, standby }) = self.owner()
             && primary.node == node(host)
@@ -73,6 +97,7 @@ impl World {
         let state = &mut self.hosts[host];
         (state.alive, state.guest, state.capture) = (false, None, None);
         (state.primary, state.standby, state.restart, state.activating) = (None, None, None, None);
+        state.fencing = false;
         (state.muted, state.lost_by_fault) = (true, true);
         state.gate = Gate::default();
         if let Some(connection) = &mut self.connection {
@@ -128,6 +153,7 @@ impl World {
                 state.guest = Some(Guest { state: copy, running: true });
                 (state.gate, state.muted, state.memory) = (Gate::default(), false, Memory::Guest);
                 self.checker.runs(copy);
+                self.runs_beside_none(host);
             }
             Twin::RanAndEnded => {
                 self.checker.runs(copy);
@@ -149,6 +175,7 @@ impl World {
         state.incarnation = state.incarnation.next();
         state.next_epoch = Epoch(state.next_epoch.0 + 100);
         (state.primary, state.standby, state.restart, state.ended) = (None, None, None, None);
+        state.fencing = false;
         state.suspects = false;
         state.gate.held.clear();
         if let Some(guest) =

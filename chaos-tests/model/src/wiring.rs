@@ -39,11 +39,13 @@ pub enum Wiring {
     AnswerUnconfirmed,
     /// A host shows the other one the record of before while it is writing that it forces it out (P13).
     ShowWhileForcing,
+    /// A winner that must have the other host switched off activates without waiting for that (P15).
+    ActivateUnfenced,
 }
 
 impl Wiring {
     /// Every mistake.
-    pub const MUTANTS: [Self; 17] = [
+    pub const MUTANTS: [Self; 18] = [
         Self::ReleaseOnSent,
         Self::AcknowledgeAfterGrant,
         Self::AloneWithoutGrant,
@@ -61,5 +63,6 @@ impl Wiring {
         Self::ForceUnconfirmed,
         Self::AnswerUnconfirmed,
         Self::ShowWhileForcing,
+        Self::ActivateUnfenced,
     ];
 }

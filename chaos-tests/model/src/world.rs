@@ -33,6 +33,8 @@ pub enum Action {
     End(usize),
     /// The twin runs, or cannot.
     Activated(usize, bool),
+    /// The fence command of this host has ended: the other one is off, or it is not known to be.
+    SwitchedOff(usize, bool),
     /// A message to or from the witness arrives; a copy of it is still under way if so.
     Arrives(usize, bool),
     /// The next message of a stream of the replication connection arrives at this host: control (0) or pages (1).
@@ -145,6 +147,10 @@ pub(crate) struct Host {
     /// From which epoch on the primary holds output, as this standby was told.
     pub(crate) binding: Option<Epoch>,
     pub(crate) activating: Option<Epoch>,
+    /// It is having the other host switched off.
+    pub(crate) fencing: bool,
+    /// That was tried, and confirmed nothing.
+    pub(crate) unconfirmed: bool,
     /// Told to mute: a capture that ends leaves the guest paused.
     pub(crate) muted: bool,
     pub(crate) suspects: bool,
@@ -173,6 +179,8 @@ pub(crate) struct Connection {
 #[allow(clippy::derived_hash_with_manual_eq, reason = "equality is made of the hash")]
 pub struct World {
     pub(crate) wiring: Wiring,
+    /// A winner must have the other host switched off.
+    pub(crate) fences: bool,
     pub(crate) left: Bounds,
     pub(crate) hosts: [Host; 2],
     pub(crate) connection: Option<Connection>,
@@ -232,6 +240,8 @@ impl Host {
             copy: None,
             binding: None,
             activating: None,
+            fencing: false,
+            unconfirmed: false,
             muted: false,
             suspects: false,
             lost_by_fault: false,
@@ -267,6 +277,7 @@ impl World {
         let guest = Guest { state: State::default(), running: true };
         let mut world = Self {
             wiring: Wiring::Faithful,
+            fences: scenario.bounds.fences > 0,
             left: Bounds { captures: 9, ..Bounds::default() },
             hosts: [Host::new(Some(guest)), Host::new(None)],
             connection: None,
@@ -385,6 +396,10 @@ impl World {
                     actions.push(Action::Activated(host, false));
                 }
             }
+            if state.fencing && left.fences > 0 {
+                actions.push(Action::SwitchedOff(host, true));
+                actions.push(Action::SwitchedOff(host, false));
+            }
             if let Some(connection) = self.connection.as_ref().filter(|connection| !connection.lost[host]) {
                 for stream in 0..2 {
                     if !connection.queues[host][stream].is_empty() {
@@ -440,6 +455,7 @@ impl World {
             Action::Begin(host) => self.begin_capture(host),
             Action::End(host) => self.end_capture(host),
             Action::Activated(host, runs) => self.activated(host, runs),
+            Action::SwitchedOff(host, confirmed) => self.switched_off(host, confirmed),
             Action::Arrives(index, again) => self.arrives(index, again),
             Action::Stream(host, stream) => self.stream(host, stream),
             Action::Durable(store) => self.durable(store),
@@ -608,6 +624,7 @@ impl World {
             state.guest = Some(Guest { state: copy, running: true });
             (state.gate, state.muted, state.memory) = (Gate::default(), false, Memory::Guest);
             self.checker.runs(copy);
+            self.runs_beside_none(host);
             ActivationResult::Runs { load: Default::default(), resume: Default::default() }
         } else {
             spend(&mut self.left.failures);

@@ -143,8 +143,14 @@ impl Fault {
                 let (primary, host) = (field.host(Primary), field.host(side));
                 let (client, most) = (field.lab.client(primary), field.rng.micros(0, 400_000));
                 field.note("an operator moves the VM");
-                let request =
-                    FailoverRequest { vm: VM.to_owned(), planned: true, back: false, force: false, confirm: None };
+                let request = FailoverRequest {
+                    vm: VM.to_owned(),
+                    planned: true,
+                    back: false,
+                    force: false,
+                    confirm: None,
+                    give_back: false,
+                };
                 // The order itself may be what is cut off.
                 let _ = tokio::time::timeout(most, async {
                     let _ = client.failover(&request).await;

@@ -217,7 +217,7 @@ impl World {
         if self.hosts[1 - host].alive {
             self.counts.again += 1;
             self.protect(host);
-        } else if self.options.pair {
+        } else if self.options.pair || self.options.fence {
             // It may have power again.
             self.protect_later(host, false);
         }
@@ -283,6 +283,12 @@ impl World {
                 self.checker.holds(host, None);
             }
             Output::Close(_) => self.close(host),
+            Output::SwitchOff if self.wiring == Wiring::ActivateUnfenced => self.fenced(host, true),
+            Output::SwitchOff => {
+                let confirmed = !self.rng.chance(self.options.fence_failures);
+                let wait = self.rng.micros(1_000, 300_000);
+                self.after(wait, Event::SwitchedOff(host, confirmed));
+            }
             Output::Release | Output::State { .. } => {}
             Output::Finished => {
                 self.hosts[host].standby = None;
@@ -458,6 +464,7 @@ impl World {
         let me = party(host, self.hosts[host].incarnation);
         let peer = party(1 - host, self.hosts[1 - host].incarnation);
         let mut config = StandbyConfig::new(VM, me, peer, generation);
+        config.fence_required = self.options.fence;
         config.ownership.generation = self.hosts[host].generation;
         config.ownership.first_request = self.hosts[host].take_requests();
         if self.options.pair {
@@ -541,6 +548,7 @@ impl World {
         let state = older.map_or(staged[&epoch], |(_, &state)| state);
         let result = if runs {
             self.counts.activations += 1;
+            self.runs_unfenced(host);
             self.hosts[host].guest = Some(Guest::running(state));
             (self.hosts[host].activated_from, self.hosts[host].destroyed) = (Some(state), false);
             self.hosts[host].gate = super::host::Gate::default();

@@ -43,6 +43,8 @@ pub enum Wiring {
     ForceUnconfirmed,
     /// A store that one of the two hosts keeps answers in a new life before it knows that its host was not forced out.
     AnswerUnconfirmed,
+    /// A standby that must have the other host switched off first activates without waiting for that.
+    ActivateUnfenced,
 }
 
 /// What goes wrong, or is asked for.
@@ -117,6 +119,10 @@ pub struct Options {
     pub again: bool,
     /// There is no third host: the record is kept by one of the two.
     pub pair: bool,
+    /// A winner must have the other host switched off before its copy runs.
+    pub fence: bool,
+    /// Fence commands that fail, of 1000.
+    pub fence_failures: u64,
     /// How long the replication connection lives without a sign of the other side.
     pub connection_timeout: Duration,
     /// When what goes wrong.
@@ -131,9 +137,13 @@ pub struct Options {
 const MAX_FAULTS: u64 = 5;
 
 impl Options {
-    /// What a seed decides. One seed in four has no third host.
+    /// What a seed decides. One seed in four has no third host, one in three fences.
     pub fn of(seed: u64, rng: &mut Rng) -> Self {
         let mut options = Self::draw(rng);
+        options.fence = seed.is_multiple_of(3);
+        if options.fence {
+            options.fence_failures = rng.below(1_001);
+        }
         if seed.is_multiple_of(4) {
             options.pair = true;
             // What fails to be written is the witness's business.
@@ -213,6 +223,8 @@ impl Options {
             auto: rng.chance(500),
             again: rng.chance(700),
             pair: false,
+            fence: false,
+            fence_failures: 0,
             connection_timeout: rng.micros(100_000, 2_000_000),
             faults,
             healed: Time::from_start(Duration::from_millis(2_800)),

@@ -194,7 +194,7 @@ impl World {
         self.hosts[host].gate = super::host::Gate::default();
         // What was being activated runs nowhere, and is not heard when the power is back.
         self.events.retain(
-            |Reverse(queued)| !matches!(queued.event, Event::Activated(of, ..) | Event::Marked(of, _) if of == host),
+            |Reverse(queued)| !matches!(queued.event, Event::Activated(of, ..) | Event::Marked(of, _) | Event::SwitchedOff(of, _) if of == host),
         );
         // Nobody sends again what was lost on its way.
         if let Some(connection) = &mut self.connection {

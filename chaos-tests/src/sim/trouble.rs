@@ -187,8 +187,7 @@ impl World {
     pub(super) fn restart(&mut self, host: usize) {
         self.counts.restarts += 1;
         self.kept_restarts(host);
-        let mut activating = None;
-        let mut marking = None;
+        let (mut activating, mut marking, mut fencing) = (None, None, false);
         self.events.retain(|Reverse(queued)| match queued.event {
             Event::Activated(of, epoch, runs) if of == host => {
                 activating = activating.or(Some((epoch, runs)));
@@ -196,6 +195,10 @@ impl World {
             }
             Event::Marked(of, generation) if of == host => {
                 marking = Some(generation);
+                false
+            }
+            Event::SwitchedOff(of, confirmed) if of == host => {
+                fencing |= confirmed;
                 false
             }
             Event::Timer(of)
@@ -211,6 +214,10 @@ impl World {
             | Event::Again(of) => of != host,
             _ => true,
         });
+        if fencing && self.rng.chance(500) {
+            // It did its work a moment before, and nobody is left who was told.
+            self.lose_power_by_fence(host);
+        }
         if marking.is_some() && self.rng.chance(500) {
             self.hosts[host].marked = marking;
         }
@@ -278,7 +285,7 @@ impl World {
         (self.options.loss, self.options.doubled, self.options.straggle) = (0, 0, 0);
         (self.options.capture_failures, self.options.activation_failures, self.options.restarts) = (0, 0, 0);
         self.options.delay = self.options.delay.min(3_000);
-        self.options.disk_failures = 0;
+        (self.options.disk_failures, self.options.fence_failures) = (0, 0);
         self.restart_witness();
         // Hosts and agents that stand wake by themselves, in time: to wake them here would turn the order of what waits for them.
         for host in &mut self.hosts {

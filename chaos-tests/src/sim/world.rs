@@ -55,6 +55,8 @@ pub(super) enum Event {
     Prepared(usize),
     Rehearsed(usize, bool),
     Activated(usize, Epoch, bool),
+    /// The fence command of this host has ended, and confirmed that the other one is off.
+    SwitchedOff(usize, bool),
     GenerationDurable(usize, Generation),
     Marked(usize, Generation),
     RecordDurable(u64),
@@ -92,6 +94,7 @@ fn target(event: &Event) -> Option<(usize, bool)> {
         | Event::Prepared(host)
         | Event::Rehearsed(host, _)
         | Event::Activated(host, ..)
+        | Event::SwitchedOff(host, _)
         | Event::GenerationDurable(host, _)
         | Event::Marked(host, _)
         | Event::GuestSays(host, _)
@@ -163,6 +166,10 @@ pub struct Counts {
     pub returned: u64,
     /// Times that a guest was to be protected again by itself.
     pub again: u64,
+    /// Hosts that were switched off before the VM ran on the other one.
+    pub switched_off: u64,
+    /// Fence commands that failed.
+    pub unconfirmed: u64,
     /// Hosts that were forced out.
     pub forced: u64,
     /// Those that learnt of it from the other one.
@@ -317,6 +324,7 @@ impl World {
             Event::Prepared(host) => self.prepared(host),
             Event::Rehearsed(host, loads) => self.rehearsed(host, loads),
             Event::Activated(host, epoch, runs) => self.activated(host, epoch, runs),
+            Event::SwitchedOff(host, confirmed) => self.switched_off(host, confirmed),
             Event::GenerationDurable(host, generation) => self.generation_durable(host, generation),
             Event::Marked(host, generation) => self.marked(host, generation),
             Event::RecordDurable(token) => {

@@ -10,6 +10,7 @@ mod disks;
 mod drill;
 mod ends;
 mod fails;
+mod fence;
 mod half_dead;
 mod injected;
 mod latch;

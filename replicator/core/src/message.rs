@@ -123,6 +123,8 @@ pub enum PeerMessage {
     GuestDied {
         /// What happened to it, in words.
         how: String,
+        /// Its process has ended: it cannot run again.
+        ended: bool,
     },
     /// To the standby: protection ends; the copy may go once the record agrees.
     Unprotect,
@@ -289,7 +291,7 @@ mod tests {
             epoch().prop_map(|epoch| PeerMessage::Rehearse { epoch }),
             (epoch(), rehearsal()).prop_map(|(epoch, result)| PeerMessage::Rehearsed { epoch, result }),
             epoch().prop_map(|epoch| PeerMessage::Binding { epoch }),
-            ".{0,40}".prop_map(|how| PeerMessage::GuestDied { how }),
+            (".{0,40}", any::<bool>()).prop_map(|(how, ended)| PeerMessage::GuestDied { how, ended }),
             Just(PeerMessage::Unprotect),
             epoch().prop_map(|epoch| PeerMessage::Planned { epoch }),
             (0..ProtectionState::ALL.len(), ".{0,40}")

@@ -9,7 +9,7 @@ use heartbeat::trust::{self, Peer};
 use tokio::sync::oneshot;
 
 use super::sessions::blocking;
-use super::{Agent, Request, STOP_WITHIN, events, paths};
+use super::{Agent, FenceWord, Request, STOP_WITHIN, events, paths};
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
     Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
@@ -191,6 +191,10 @@ impl AgentApi for Agent {
     }
 
     async fn failover(&self, request: FailoverRequest) -> Result<Accepted, ErrorBody> {
+        if request.give_back {
+            self.ask(&request.vm, |reply| Request::Fence { word: FenceWord::GiveBack, reply }).await?;
+            return Ok(Accepted { vm: request.vm });
+        }
         if request.force {
             return self.force(&request.vm, request.confirm.as_deref()).await;
         }

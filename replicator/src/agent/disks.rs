@@ -148,7 +148,13 @@ impl StandbyDisks {
             .name("us-disk-apply".into())
             .spawn(move || apply(&applying, &for_applier, &errors, &shown))?;
         Ok((
-            DiskThreads { setup: self.setup, store: Some(store), threads: vec![keeper, applier], metrics },
+            DiskThreads {
+                setup: self.setup,
+                store: Some(store),
+                threads: vec![keeper, applier],
+                metrics,
+                finished: None,
+            },
             committer,
             passed_on,
         ))
@@ -184,6 +190,8 @@ pub(super) struct DiskThreads {
     store: Option<Arc<DiskStore>>,
     threads: Vec<JoinHandle<()>>,
     metrics: VmMetrics,
+    /// The epoch that the images are at, and the grant that they are marked with, once they are the survivor's.
+    finished: Option<(u64, u64)>,
 }
 
 impl Drop for DiskThreads {
@@ -194,11 +202,20 @@ impl Drop for DiskThreads {
 
 impl DiskThreads {
     /// Brings the images to exactly `epoch`, which was acknowledged, and marks them as the survivor's. Blocks until the threads
-    /// have ended: the intake is aborted and the committer dropped by then.
+    /// have ended: the intake is aborted and the committer dropped by then. What was done already by this grant, and whose twin could not
+    /// be activated, is not done again: nothing was written since.
     ///
     /// # Errors
     /// If they cannot be brought there; they are kept.
     pub(super) fn finish(&mut self, epoch: u64, generation: u64) -> Result<(), GuestError> {
+        if self.finished != Some((epoch, generation)) {
+            self.bring_to(epoch, generation)?;
+            self.finished = Some((epoch, generation));
+        }
+        Ok(())
+    }
+
+    fn bring_to(&mut self, epoch: u64, generation: u64) -> Result<(), GuestError> {
         self.end();
         let Some(store) = self.store.take().and_then(Arc::into_inner) else {
             return Err(GuestError::new(GuestErrorKind::Failed, "the disks' threads have not ended"));

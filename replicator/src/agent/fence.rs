@@ -7,6 +7,7 @@ use std::process::Stdio;
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
+use tokio::sync::mpsc::UnboundedSender;
 
 use super::protection::HostRef;
 use crate::cli::config::FenceConfig;
@@ -15,6 +16,28 @@ use crate::metrics::{FenceOutcome, Metrics};
 
 /// How much of what it says is shown, in bytes.
 const SHOWN: usize = 400;
+
+/// Switches one host off, as often as it takes, for a VM that runs nowhere before.
+#[derive(Debug, Clone)]
+pub(super) struct Fencer {
+    /// The command.
+    pub(super) config: FenceConfig,
+    /// Which host.
+    pub(super) host: HostRef,
+    /// Where its words are counted.
+    pub(super) metrics: Metrics,
+}
+
+impl Fencer {
+    /// Begins; its one word comes when the command has ended.
+    pub(super) fn start(&self, word: UnboundedSender<Result<(), ErrorBody>>) {
+        let fencer = self.clone();
+        tokio::spawn(async move {
+            // Who does not wait for it any more has ended.
+            let _ = word.send(switch_off(&fencer.config, &fencer.host, &fencer.metrics).await);
+        });
+    }
+}
 
 /// Switches `host` off and returns when that is confirmed.
 ///
@@ -77,7 +100,7 @@ mod tests {
     use super::*;
 
     fn shell(script: &str, timeout: Duration) -> FenceConfig {
-        FenceConfig { command: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(), timeout }
+        FenceConfig { command: ["/bin/sh", "-c", script].map(str::to_owned).to_vec(), timeout, required: false }
     }
 
     fn host() -> HostRef {
@@ -99,7 +122,7 @@ mod tests {
         }
         let slow = switch_off(&shell("sleep 1000", Duration::from_millis(50)), &host(), &metrics).await.unwrap_err();
         assert!(slow.message.contains("did not end within 50ms"), "{slow:?}");
-        let none = FenceConfig { command: vec!["/nonexistent/fence".to_owned()], timeout: long };
+        let none = FenceConfig { command: vec!["/nonexistent/fence".to_owned()], ..shell("", long) };
         let missing = switch_off(&none, &host(), &metrics).await.unwrap_err();
         assert!(missing.message.contains("could not be started"), "{missing:?}");
         let text = metrics.encode();

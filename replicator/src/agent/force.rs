@@ -17,7 +17,7 @@ use super::arbiter::Arbiter;
 use super::asker::Asker;
 use super::durable::Durable;
 use super::protection::HostRef;
-use super::{Agent, Forceable, Request, fence};
+use super::{Agent, FenceWord, Forceable, Request, fence};
 use crate::control::api::{Accepted, ErrorBody, ErrorKind, WithoutWitness};
 use crate::metrics::WitnessMetrics;
 
@@ -28,7 +28,7 @@ impl Durable {
     /// What forcing needs to know.
     pub(super) fn forceable(&self) -> Forceable {
         let without_witness = self.protection().and_then(|protection| protection.without_witness);
-        Forceable { vm: self.vm(), generation: Generation(self.generation()), without_witness }
+        Forceable { vm: self.vm(), generation: Generation(self.generation()), without_witness, fencing: false }
     }
 }
 
@@ -48,11 +48,20 @@ pub(super) fn keep(
     Ok(())
 }
 
+/// The operator typed another name than that of the host in question.
+fn another(name: &str, other: &HostRef, typed: &str) -> ErrorBody {
+    ErrorBody::new(ErrorKind::Refused, format!("the other host of {name} is {}, not {typed}", other.name))
+        .advise("nothing was changed; look again which host is dead")
+}
+
 impl Agent {
     /// Goes on with a VM here, because its other host is dead.
     pub(super) async fn force(&self, name: &str, confirm: Option<&str>) -> Result<Accepted, ErrorBody> {
         let refused = |message: String| ErrorBody::new(ErrorKind::Refused, message);
         let forceable = self.ask(name, Request::MayForce).await?;
+        if forceable.fencing {
+            return self.fenced_by_hand(name, confirm).await;
+        }
         match forceable.without_witness {
             Some(WithoutWitness::Manual) => {}
             Some(WithoutWitness::Stall) => {
@@ -69,10 +78,7 @@ impl Agent {
             (Some(typed), _) if typed == other.name => {
                 format!("an operator, who typed its name, says that {} is dead", other.name)
             }
-            (Some(typed), _) => {
-                return Err(refused(format!("the other host of {name} is {}, not {typed}", other.name))
-                    .advise("nothing was changed; look again which host is dead"));
-            }
+            (Some(typed), _) => return Err(another(name, &other, typed)),
             (None, Some(config)) => {
                 fence::switch_off(config, &other, &self.metrics).await?;
                 format!("the fence command confirmed that {} is off", other.name)
@@ -101,9 +107,28 @@ impl Agent {
         Ok(Accepted { vm: name.to_owned() })
     }
 
+    /// The VM is this host's already and waits for the other one to be off: the operator says that it is, or wants it tried now.
+    async fn fenced_by_hand(&self, name: &str, confirm: Option<&str>) -> Result<Accepted, ErrorBody> {
+        let other = self.other_host(name)?;
+        let word = match confirm {
+            Some(typed) if typed != other.name => return Err(another(name, &other, typed)),
+            Some(_) => FenceWord::Confirmed,
+            None => FenceWord::Now,
+        };
+        self.ask(name, |reply| Request::Fence { word, reply }).await?;
+        if word == FenceWord::Confirmed
+            && let Some(vm) = self.vms().get(name)
+        {
+            let says = format!("an operator, who typed its name, says that {} is off", other.name);
+            tracing::warn!(vm = name, says, "the other host is confirmed to be off");
+            vm.view.note_ownership(&says);
+        }
+        Ok(Accepted { vm: name.to_owned() })
+    }
+
     fn note_force(&self, name: &str, by: &str) {
         if let Some(vm) = self.vms().get(name) {
-            vm.view.forced(&format!(
+            vm.view.note_ownership(&format!(
                 "forced: {by}. What was heard of the VM until this host heard of the other one last is kept; what the other one did alone after that is lost"
             ));
         }

@@ -259,6 +259,7 @@ impl Found {
                 let _ = reply.send(kept);
             }
             Some(Request::Rehearse(reply)) => drop(reply.send(Err(not_yet()))),
+            Some(Request::Fence { reply, .. }) => drop(reply.send(Err(not_yet()))),
             Some(Request::Failover { reply, .. }) => drop(reply.send(Err(not_yet()))),
         }
         false

@@ -110,6 +110,13 @@ enum Request {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), ErrorBody>>,
     },
+    /// The VM is this host's and waits for the other one to be off.
+    Fence {
+        /// What the operator says to that.
+        word: FenceWord,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<(), ErrorBody>>,
+    },
     /// Change hands; answered when that has begun.
     Failover {
         /// Without loss, from the primary.
@@ -117,6 +124,17 @@ enum Request {
         /// Where the answer goes.
         reply: oneshot::Sender<Result<(), ErrorBody>>,
     },
+}
+
+/// What an operator says while a VM waits for its other host to be off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum FenceWord {
+    /// It is off.
+    Confirmed,
+    /// It is to be switched off now, not only when it is time.
+    Now,
+    /// It is well, and gets the VM back.
+    GiveBack,
 }
 
 /// A VM that waits for a host that may be dead.
@@ -127,6 +145,8 @@ struct Forceable {
     generation: Generation,
     /// What its operator said when it was protected.
     without_witness: Option<WithoutWitness>,
+    /// It is this host's already, and waits for the other one to be off.
+    fencing: bool,
 }
 
 /// A VM that this agent knows.
@@ -307,6 +327,12 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
 
 /// See [`latch::without_agent`].
 pub(crate) use latch::without_agent as latch_without_agent;
+
+/// The error of an operator's word about another host that nobody waits for.
+fn not_fencing(name: &str) -> ErrorBody {
+    ErrorBody::new(ErrorKind::Refused, format!("{name} does not wait here for another host to be off"))
+        .advise("nothing was changed; see `understudy status`")
+}
 
 /// The error of a planned failover that was asked of the standby.
 fn wrong_side(name: &str) -> ErrorBody {

@@ -29,7 +29,7 @@ use super::link::{Link, Received};
 use super::pause::{self, CaptureOrder, Captured, Command, PauseThread};
 use super::sessions::blocking;
 use super::view::{View, api_state};
-use super::{Request, clock, force};
+use super::{Request, clock, force, not_fencing};
 use crate::control::api::{
     EncodedBytes, ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SyncProgress,
 };
@@ -618,6 +618,7 @@ impl Task {
                     .advise("use --planned to move it, or ask the standby's agent to take over");
                 let _ = reply.send(Err(body));
             }
+            Request::Fence { reply, .. } => drop(reply.send(Err(not_fencing(&self.name)))),
             Request::MayForce(reply) => {
                 let forceable = self.core.may_be_forced().map(|()| self.durable.forceable());
                 let _ = reply.send(forceable.map_err(|why| refused(why.to_owned())));

@@ -248,6 +248,7 @@ impl Life {
                 return Some(Left::Stopped);
             }
             Some(Request::MayForce(reply)) => drop(reply.send(Err(nobody()))),
+            Some(Request::Fence { reply, .. }) => drop(reply.send(Err(nobody()))),
             Some(Request::Forced { reply, .. }) => drop(reply.send(Err(nobody()))),
             Some(Request::Rehearse(reply)) => drop(reply.send(Err(nobody()))),
             Some(Request::Failover { reply, .. }) => drop(reply.send(Err(nobody()))),

@@ -23,6 +23,7 @@ use super::disks::StandbyDisks;
 use super::durable::{Durable, GuestAt};
 use super::encoder::Session;
 use super::events::EventLog;
+use super::fence::Fencer;
 use super::link::{self, Link};
 use super::primary::Left;
 use super::protection::{HostRef, Protection};
@@ -339,7 +340,9 @@ impl Agent {
             }
         })
         .await??;
-        let config = StandbyConfig { ownership, ..StandbyConfig::new(vm, self.me(), primary, generation) };
+        let fence_required = self.config.fence.as_ref().is_some_and(|fence| fence.required);
+        let defaults = StandbyConfig::new(vm, self.me(), primary, generation);
+        let config = StandbyConfig { ownership, fence_required, ..defaults };
         Ok(Prepared { name, config, pages, sizes, twin, disks, arbiter, durable, protection })
     }
 
@@ -370,6 +373,12 @@ impl Agent {
             staging: self.config.standby.staging,
             asker: self.asker(&arbiter),
             beats: self.beats.subscribe(config.primary.node),
+            heartbeats: Arc::clone(&self.beat),
+            fencer: self.config.fence.clone().map(|fence| Fencer {
+                config: fence,
+                host: HostRef { node: config.primary.node.to_string(), name: from.to_owned() },
+                metrics: self.metrics.clone(),
+            }),
             durable,
             view: Arc::clone(&view),
         };

@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use heartbeat::beat::Beat as Heartbeats;
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
 use replicator_core::message::{CloseCode, PeerMessage, RehearsalResult, clip};
-use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion};
+use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion, SwitchedOff};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle};
 use vmm_hooks::disk::DiskImage;
@@ -22,13 +23,14 @@ use super::beats::Beat;
 use super::disks::{Committer, Held, StandbyDisks};
 use super::durable::{Durable, Mark};
 use super::encoder::Session;
+use super::fence::Fencer;
 use super::intake::{self, IntakeEnd, Staged};
 use super::link::{Link, Received};
 use super::owed::{LONGEST, Owed};
 use super::primary::wait_until;
 use super::twin::{self, Command, TwinThread};
 use super::view::{View, api_state};
-use super::{Request, clock, force, wrong_side};
+use super::{FenceWord, Forceable, Request, clock, force, not_fencing, wrong_side};
 use crate::control::api::{
     ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt, WithoutWitness,
 };
@@ -58,6 +60,10 @@ pub(super) struct Setup {
     pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
     /// What the failure detector says of the primary's node.
     pub(super) beats: mpsc::UnboundedReceiver<Beat>,
+    /// What it says when it is asked.
+    pub(super) heartbeats: Arc<Heartbeats>,
+    /// Switches the primary's host off, if this agent can.
+    pub(super) fencer: Option<Fencer>,
     /// What this host remembers of the VM.
     pub(super) durable: Durable,
     /// What operators see.
@@ -101,13 +107,19 @@ struct Task {
     owed: Owed,
     /// What the core said last of the VM, while something else is shown.
     said: Option<(ProtectionState, String)>,
+    heartbeats: Arc<Heartbeats>,
+    fencer: Option<Fencer>,
+    /// Where the fence command's word goes, and when it confirmed nothing last.
+    fenced: mpsc::UnboundedSender<Result<(), ErrorBody>>,
+    unconfirmed: Option<Instant>,
 }
 
 /// Runs a standby to its end: its twin was released as the survivor, which is returned, or destroyed.
 pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) -> Option<Survivor> {
-    let Setup { name, config, twin, disks, link, connection, session, staging, asker, mut beats, durable, view } =
-        setup;
+    let Setup { name, config, twin, disks, link, connection, session, staging, asker, mut beats, .. } = setup;
+    let Setup { heartbeats, fencer, durable, view, .. } = setup;
     let (asker, mut answers) = asker;
+    let (fenced, mut fence_words) = mpsc::unbounded_channel();
     let fence = twin.fence();
     let (reports, mut twin_reports) = mpsc::unbounded_channel();
     let (staged_in, staged_out) = mpsc::unbounded_channel();
@@ -153,6 +165,10 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
         finished: false,
         owed: Owed::default(),
         said: None,
+        heartbeats,
+        fencer,
+        fenced,
+        unconfirmed: None,
     };
     match started.and_then(|()| TwinThread::start(twin, threads, reports)) {
         Ok(thread) => {
@@ -179,6 +195,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
             epoch = next_of(&mut direct) => task.stage(epoch),
             epoch = next_of(&mut held) => task.held(epoch),
             Some(beat) = beats.recv() => task.beat(beat),
+            Some(word) = fence_words.recv() => task.fence_ended(word),
             Some(request) = requests.recv() => task.request(request),
             ended = &mut intake, if intake_runs => {
                 intake_runs = false;
@@ -191,6 +208,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
             _ = look.tick() => {
                 task.pay();
                 task.look_after();
+                task.look_at_the_primary();
             }
         }
     }
@@ -242,6 +260,11 @@ impl Task {
                     self.activating = true;
                     self.end_intake();
                     self.command(Command::Activate { epoch: epoch.0, generation: self.granted.0 });
+                }
+                Output::SwitchOff => {
+                    self.unconfirmed = None;
+                    let fencer = self.fencer.as_ref().expect("what requires it names the command");
+                    fencer.start(self.fenced.clone());
                 }
                 Output::Release => {
                     self.leaving = true;
@@ -314,7 +337,51 @@ impl Task {
         let Some((state, reason)) = self.said.clone() else { return };
         let failing_over = state == ProtectionState::FailingOver;
         self.view.set_state(state, &reason);
-        self.advise(failing_over);
+        if self.core.is_fencing() {
+            self.advise_fencing();
+        } else {
+            self.advise(failing_over);
+        }
+    }
+
+    /// Says what can be done while nothing confirms that the primary's host is off.
+    fn advise_fencing(&self) {
+        let (peer, name) = (self.view.peer(), &self.name);
+        let advice = format!(
+            "the VM stands, and nothing is lost. See to the fence device; or switch {peer} off by hand, then `understudy failover {name} --force --confirm-dead {peer}`; or, if {peer} is well, `understudy failover {name} --give-back`"
+        );
+        self.view.set(|status| status.advice = advice);
+    }
+
+    /// The fence command has ended.
+    fn fence_ended(&mut self, word: Result<(), ErrorBody>) {
+        let result = match word {
+            Ok(()) => {
+                let off = format!("the fence command confirmed that {} is off", self.view.peer());
+                tracing::warn!(vm = self.name, off, "fenced");
+                self.view.note_ownership(&off);
+                SwitchedOff::Confirmed
+            }
+            Err(error) => {
+                tracing::error!(vm = self.name, error = error.message, "not fenced: the VM does not run here yet");
+                self.unconfirmed = Some(Instant::now());
+                SwitchedOff::unconfirmed(clip(&error.message))
+            }
+        };
+        self.core.handle_switched_off(clock::now(), result);
+    }
+
+    /// A primary that could not be switched off may be well, and never have been silent: then it is heard since.
+    fn look_at_the_primary(&mut self) {
+        let Some(since) = self.unconfirmed.filter(|_| self.core.is_fencing()) else { return };
+        let (node, since) = (self.core.config().primary.node, since.elapsed());
+        // Whatever was still under way when it was found to be silent or lost has arrived by then.
+        let heard = self.heartbeats.stats().iter().any(|path| {
+            path.node == node && !path.suspected && path.silence.is_some_and(|silence| silence + LOOK < since)
+        });
+        if heard {
+            self.core.handle_peer_heard(clock::now());
+        }
     }
 
     /// Says what can be done about a primary that is gone and that keeps the record itself.
@@ -514,8 +581,11 @@ impl Task {
                 }
             }
             Beat::Heard => {
-                self.view.failover_ceased();
                 self.core.handle_peer_heard(now);
+                // One that has its grant goes on, unless it gives it back.
+                if !self.core.is_fencing() {
+                    self.view.failover_ceased();
+                }
             }
             Beat::Restarted(incarnation) => {
                 if incarnation > self.core.config().primary.incarnation {
@@ -537,7 +607,8 @@ impl Task {
                 Err(why) => drop(reply.send(Err(refused(why)))),
             },
             Request::MayForce(reply) => {
-                let forceable = self.core.may_be_forced().map(|()| self.durable.forceable());
+                let fencing = self.core.is_fencing();
+                let forceable = self.core.may_be_forced().map(|()| Forceable { fencing, ..self.durable.forceable() });
                 let _ = reply.send(forceable.map_err(|why| refused(why.to_owned())));
             }
             Request::Forced { store, keeper, reply } => {
@@ -548,6 +619,17 @@ impl Task {
                     self.core.handle_forced(now, store);
                 }
                 let _ = reply.send(kept);
+            }
+            Request::Fence { reply, .. } if !self.core.is_fencing() => {
+                drop(reply.send(Err(not_fencing(&self.name))));
+            }
+            Request::Fence { word, reply } => {
+                let answer = match word {
+                    FenceWord::Confirmed => self.core.handle_operator_confirmed(now),
+                    FenceWord::Now => self.core.handle_operator_fence(now),
+                    FenceWord::GiveBack => self.core.handle_operator_give_back(now),
+                };
+                let _ = reply.send(answer.map_err(|why| refused(why.to_owned())));
             }
             Request::Failover { planned: false, reply } => {
                 let answer = self.core.handle_operator_failover(now);

@@ -257,8 +257,8 @@ impl View {
         });
     }
 
-    /// The other host was forced out.
-    pub(super) fn forced(&self, text: &str) {
+    /// Something happened to who may run it that no generation tells of.
+    pub(super) fn note_ownership(&self, text: &str) {
         self.tell(&self.lock(), EventKind::Ownership, text.to_owned());
     }
 

@@ -265,12 +265,16 @@ pub struct FailoverArgs {
     #[arg(long)]
     pub planned: bool,
     /// Of a VM that is protected with `--without-witness=manual`: go on here, because the other host is dead. That must be confirmed, by the
-    /// agent's fence command or by --confirm-dead; what the other host did alone since is lost
+    /// agent's fence command or by --confirm-dead; what the other host did alone since is lost. Of a VM that waits here for its other host to be
+    /// off (`[fence] required`): try the fence command now, or take your word for it
     #[arg(long, conflicts_with = "planned")]
     pub force: bool,
     /// You know that this host is dead: it has no power, or was reset. To cut its network is not enough
     #[arg(long, value_name = "HOST", requires = "force")]
     pub confirm_dead: Option<String>,
+    /// Of a VM that waits here for its other host to be off: that host is well, give it the VM back
+    #[arg(long, conflicts_with_all = ["planned", "force"])]
+    pub give_back: bool,
 }
 
 fn pairing_time(text: &str) -> Result<Duration, String> {
@@ -340,6 +344,7 @@ mod tests {
             ("agent --listen host-a", "invalid socket address"),
             ("failover web-1 --force --planned", "cannot be used with"),
             ("failover web-1 --confirm-dead host-a", "--force"),
+            ("failover web-1 --give-back --force", "cannot be used with"),
             ("protect web-1 --to b --without-witness=never", "stall, manual"),
             ("rehearse", "<VM>"),
         ] {

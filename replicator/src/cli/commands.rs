@@ -224,12 +224,23 @@ async fn rehearse(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
 }
 
 async fn failover(args: FailoverArgs, client: &Client) -> Result<Exit, CliError> {
-    let FailoverArgs { vm, planned, force, confirm_dead } = args;
-    hand_over(&FailoverRequest { vm, planned, back: false, force, confirm: confirm_dead }, client).await
+    let FailoverArgs { vm, planned, force, confirm_dead, give_back } = args;
+    let request = FailoverRequest { vm, planned, back: false, force, confirm: confirm_dead, give_back };
+    if give_back {
+        let accepted = client.failover(&request).await?;
+        print(&format!(
+            "{} is given back to its other host; `understudy status` there says when it runs\n",
+            accepted.vm
+        ))?;
+        return Ok(Exit::Ok);
+    }
+    hand_over(&request, client).await
 }
 
 async fn failback(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
-    hand_over(&FailoverRequest { vm: args.vm, planned: true, back: true, force: false, confirm: None }, client).await
+    let request =
+        FailoverRequest { vm: args.vm, planned: true, back: true, force: false, confirm: None, give_back: false };
+    hand_over(&request, client).await
 }
 
 async fn hand_over(request: &FailoverRequest, client: &Client) -> Result<Exit, CliError> {

@@ -153,6 +153,8 @@ pub struct FenceConfig {
     pub command: Vec<String>,
     /// How long it may take.
     pub timeout: Duration,
+    /// A VM that comes to this host by a failover runs here only once its other host is confirmed to be off.
+    pub required: bool,
 }
 
 /// When an epoch ends and how many may be under way.
@@ -243,6 +245,8 @@ struct AgentFile {
 struct FenceFile {
     command: Vec<String>,
     timeout: Option<Span>,
+    #[serde(default)]
+    required: bool,
 }
 
 impl FenceFile {
@@ -255,7 +259,7 @@ impl FenceFile {
         if timeout.is_zero() {
             return Err(value("fence.timeout", "0s", "a program that switches a host off needs some time"));
         }
-        Ok(FenceConfig { command: self.command, timeout })
+        Ok(FenceConfig { command: self.command, timeout, required: self.required })
     }
 }
 

@@ -603,6 +603,9 @@ pub struct FailoverRequest {
     /// The name of the host that the operator knows to be dead.
     #[serde(default)]
     pub confirm: Option<String>,
+    /// The VM is this host's and waits for the other one to be switched off, which is well: give it back.
+    #[serde(default)]
+    pub give_back: bool,
 }
 
 /// `POST /v1/pair/open`: let one node pair with this one.

@@ -228,6 +228,7 @@ async fn errors_keep_their_kind_advice_and_causes() {
         back: false,
         force: false,
         confirm: None,
+        give_back: false,
     }))
     .await;
     assert_eq!((busy.kind, busy.causes), (ErrorKind::Busy, vec!["the disk is full".to_owned()]));

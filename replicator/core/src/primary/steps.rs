@@ -277,7 +277,7 @@ impl Primary {
             return;
         }
         self.phase = Phase::Dead { gave_back: false };
-        self.call_standby(now, &format!("the guest died: {how}"));
+        self.call_standby(now, &format!("the guest died: {how}"), true);
     }
 
     /// A guest that does not answer its agent is of no use to anybody: the standby shall take over. It may answer again, so it is
@@ -290,13 +290,13 @@ impl Primary {
             return;
         }
         self.phase = Phase::Frozen;
-        self.call_standby(now, &format!("the guest does not answer since {:?}", self.config.frozen_after));
+        self.call_standby(now, &format!("the guest does not answer since {:?}", self.config.frozen_after), false);
     }
 
-    /// Tells the standby that it may have the VM.
-    fn call_standby(&mut self, now: Time, why: &str) {
+    /// Tells the standby that it may have the VM. `ended`: the guest cannot run again.
+    fn call_standby(&mut self, now: Time, why: &str, ended: bool) {
         if self.connected {
-            self.outputs.push_back(Output::Peer(PeerMessage::GuestDied { how: clip(why) }));
+            self.outputs.push_back(Output::Peer(PeerMessage::GuestDied { how: clip(why), ended }));
         }
         self.show(ProtectionState::FailingOver, &format!("{why}; the standby may take over"));
         // An ask for the pair goes on: the standby holds a whole copy and needs the record to take over.

@@ -327,7 +327,11 @@ fn a_shutdown_is_stopped_in_the_store_before_the_rest_is_heard() {
 fn a_died_guest_never_contests() {
     let mut bench = Bench::protected();
     bench.primary.handle_guest_event(bench.now, GuestEvent::Died { how: "signal 9".into() });
-    assert!(bench.take().contains(&Output::Peer(PeerMessage::GuestDied { how: "the guest died: signal 9".into() })));
+    assert!(
+        bench
+            .take()
+            .contains(&Output::Peer(PeerMessage::GuestDied { how: "the guest died: signal 9".into(), ended: true }))
+    );
     bench.primary.handle_peer_suspected(bench.now);
     for _ in 0..20 {
         bench.wait(Duration::from_secs(1));

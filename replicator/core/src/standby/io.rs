@@ -19,13 +19,15 @@ pub struct StandbyConfig {
     pub primary: Party,
     /// The session's generation, from the prepare message.
     pub generation: Generation,
+    /// A grant is not enough: the copy runs only once the primary's host is confirmed to be off (`docs/protocol.md` P15).
+    pub fence_required: bool,
 }
 
 impl StandbyConfig {
     /// The defaults for a VM.
     #[must_use]
     pub fn new(vm: VmId, me: Party, primary: Party, generation: Generation) -> Self {
-        Self { ownership: OwnershipConfig::new(vm, me), primary, generation }
+        Self { ownership: OwnershipConfig::new(vm, me), primary, generation, fence_required: false }
     }
 }
 
@@ -74,6 +76,8 @@ pub enum Output {
         /// The last epoch that was acknowledged.
         epoch: Epoch,
     },
+    /// Have the primary's host switched off, in the background; then [`Standby::handle_switched_off`].
+    SwitchOff,
     /// Let the running twin go on as an ordinary guest.
     Release,
     /// Destroy the twin and everything staged.
@@ -103,6 +107,18 @@ pub enum ActivationResult {
     },
     /// It does not, it is confirmed that it does not, and the copy is unharmed.
     Fails {
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+/// What came of [`Output::SwitchOff`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum SwitchedOff {
+    /// The primary's host is off.
+    Confirmed,
+    /// It is not known to be off. Nothing that was begun for it can switch it off any more.
+    Unconfirmed {
         /// Why, in words.
         reason: String,
     },

@@ -4,6 +4,7 @@
 //! epoch that it acknowledged (`docs/protocol.md` P4). It asks for the grant only when the record names it in this very
 //! session, which happens only after it acknowledged the first epoch that the primary held (P10).
 
+mod fencing;
 mod io;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,9 @@ use heartbeat_core::ownership::{Ownership, OwnershipOutput, Verdict, Want};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
 
-pub use self::io::{ActivationResult, Output, StandbyConfig, Suspicion};
+pub use self::io::{ActivationResult, Output, StandbyConfig, Suspicion, SwitchedOff};
+
+use self::fencing::{Again, Safe};
 
 use crate::message::{CloseCode, PeerMessage, RehearsalResult, clip};
 use crate::state::ProtectionState;
@@ -34,12 +37,23 @@ enum Phase {
     Asking {
         recoverable: bool,
     },
+    /// The grant was read; the primary's host must be off before anything else.
+    Fencing {
+        generation: Generation,
+        /// When it is tried again; `None` while it is being switched off.
+        again: Option<Again>,
+    },
     /// The grant was read; the mark is being made durable.
     Marking {
         generation: Generation,
     },
     Activating {
         generation: Generation,
+    },
+    /// The activation failed, and nobody else has a copy: it is tried again.
+    Failed {
+        generation: Generation,
+        again: Again,
     },
     /// The guest runs here; the record shall say so.
     Announcing,
@@ -67,6 +81,14 @@ pub struct Standby {
     /// Since when it is not.
     lost_at: Option<Time>,
     silent: bool,
+    /// Why the primary's guest does not run, once that is known for good.
+    safe: Option<Safe>,
+    /// The primary's agent is in another life.
+    restarted: bool,
+    /// It was heard, in this life, since the grant.
+    heard_since_grant: bool,
+    /// What is tried again and again failed so often.
+    tries: u32,
     /// The primary said that its protection ends.
     told_unprotect: bool,
     /// This host can hold no further epoch.
@@ -96,6 +118,8 @@ impl Hash for Standby {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let Self { config, ownership, phase, binding, acknowledged, connected, lost_at, silent, .. } = self;
         (config, ownership, phase, binding, acknowledged, connected, lost_at, silent).hash(state);
+        let Self { safe, restarted, heard_since_grant, tries, .. } = self;
+        (safe, restarted, heard_since_grant, tries).hash(state);
         let Self { told_unprotect, failed, asked, finished, rehearsing, rehearsed, outputs, over, .. } = self;
         (told_unprotect, failed, asked, finished, rehearsing, rehearsed, outputs, over).hash(state);
     }
@@ -118,6 +142,10 @@ impl Standby {
             connected: true,
             lost_at: None,
             silent: false,
+            safe: None,
+            restarted: false,
+            heard_since_grant: false,
+            tries: 0,
             told_unprotect: false,
             failed: false,
             asked: false,
@@ -162,8 +190,14 @@ impl Standby {
                 }
             }
             PeerMessage::Binding { epoch } => self.binding = self.binding.or(Some(epoch)),
-            PeerMessage::GuestDied { how } => self.suspect(now, false, &how),
+            PeerMessage::GuestDied { how, ended } => {
+                if ended {
+                    self.primary_stands();
+                }
+                self.suspect(now, false, &how);
+            }
             PeerMessage::Planned { epoch } => {
+                self.primary_stands();
                 // Only a copy of exactly the state in which the guest stands loses nothing.
                 if self.acknowledged == Some(epoch) {
                     self.suspect(now, false, "a planned failover");
@@ -251,21 +285,22 @@ impl Standby {
     /// The mark is durable (`docs/protocol.md` P8).
     pub fn handle_marked(&mut self, now: Time, generation: Generation) {
         if self.phase == (Phase::Marking { generation }) {
-            let epoch = self.acknowledged.expect("the grant was taken with a whole epoch");
-            self.phase = Phase::Activating { generation };
-            self.outputs.push_back(Output::Activate { epoch });
+            self.activate(generation);
         }
         self.advance(now);
     }
 
     /// How the activation went.
     pub fn handle_activated(&mut self, now: Time, result: ActivationResult) {
-        if let Phase::Activating { .. } = self.phase {
+        if let Phase::Activating { generation } = self.phase {
             match result {
                 ActivationResult::Runs { .. } => {
                     self.phase = Phase::Announcing;
                     self.show(ProtectionState::Degraded, "the VM runs here, alone");
                     self.ownership.want(now, Want::Activated);
+                }
+                ActivationResult::Fails { reason } if self.safe == Some(Safe::HostIsOff) => {
+                    self.activation_failed(now, generation, &reason);
                 }
                 ActivationResult::Fails { reason } => {
                     self.phase = Phase::GivingBack;
@@ -294,6 +329,7 @@ impl Standby {
             Suspicion::GuestLost => self.suspect(now, false, "the primary reports that its guest is lost"),
             Suspicion::Restarted => {
                 self.disconnect(now);
+                self.restarted = true;
                 self.suspect(now, false, "the primary's agent restarted");
             }
         }
@@ -311,6 +347,7 @@ impl Standby {
                 self.show(ProtectionState::Protected, "the primary is heard again");
             }
         }
+        self.primary_lives(now);
         self.advance(now);
     }
 
@@ -340,6 +377,9 @@ impl Standby {
                 Err("this host holds no copy of which it knows that the VM was protected by it")
             }
             Phase::Receiving => Err("the primary answers: move the VM with --planned"),
+            // It waits for just that.
+            Phase::Fencing { .. } => Ok(()),
+            Phase::Failed { .. } => Err("the primary's host is off already, and this copy could not be activated yet"),
             Phase::Marking { .. } | Phase::Activating { .. } | Phase::Announcing => Err("this copy is the VM already"),
             Phase::GivingBack => Err("this copy could not be activated"),
             Phase::Finished => Err("this copy is gone"),
@@ -351,6 +391,7 @@ impl Standby {
     pub fn handle_forced(&mut self, now: Time, store: StoreId) {
         // A last word of the dead host may have come after its operator was told that it may be forced: what is durable goes on all the same.
         let heard_again = self.phase == Phase::Receiving && self.is_named() && self.is_bound() && !self.told_unprotect;
+        self.safe = Some(Safe::HostIsOff);
         if heard_again || self.may_be_forced().is_ok() {
             self.disconnect(now);
             if self.phase != Phase::Frozen {
@@ -360,7 +401,10 @@ impl Standby {
             self.show(ProtectionState::FailingOver, "the operator forced it: the primary's host is confirmed dead");
             self.ownership.handle_forced(now, store);
             self.ownership.want(now, Want::Solo { activated: false });
-        } else if matches!(self.phase, Phase::Marking { .. } | Phase::Activating { .. } | Phase::Announcing) {
+        } else if matches!(
+            self.phase,
+            Phase::Marking { .. } | Phase::Activating { .. } | Phase::Failed { .. } | Phase::Announcing
+        ) {
             // It had won already when that became durable. Where the record goes on is where it says that the VM runs here.
             self.ownership.handle_forced(now, store);
         }
@@ -409,13 +453,17 @@ impl Standby {
     /// Time has come.
     pub fn handle_timeout(&mut self, now: Time) {
         self.ownership.handle_timeout(now);
+        self.try_again(now);
         self.advance(now);
     }
 
     /// When [`Standby::handle_timeout`] wants to be called.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        if self.phase == Phase::Finished { None } else { self.ownership.poll_timeout() }
+        if self.phase == Phase::Finished {
+            return None;
+        }
+        [self.ownership.poll_timeout(), self.tries_again_at()].into_iter().flatten().min()
     }
 
     /// What to do next.
@@ -574,6 +622,7 @@ impl Standby {
             }
             Phase::GivingBack if matches!(verdict, Verdict::SoloOther { .. }) => {
                 self.phase = Phase::Frozen;
+                self.primary_goes_on();
                 self.ownership.want(now, Want::Follow);
             }
             _ => {}
@@ -622,14 +671,29 @@ impl Standby {
     fn granted(&mut self, now: Time, generation: Generation) {
         let Some(epoch) = self.acknowledged else { return };
         self.ownership.want(now, Want::Nothing);
+        if self.config.fence_required && self.safe.is_none() {
+            self.fence(generation);
+        } else {
+            self.mark(generation, epoch);
+        }
+    }
+
+    fn mark(&mut self, generation: Generation, epoch: Epoch) {
         self.phase = Phase::Marking { generation };
         self.show(ProtectionState::FailingOver, &format!("activates the copy as of epoch {epoch}"));
         self.outputs.push_back(Output::Mark { generation, epoch });
     }
 
+    fn activate(&mut self, generation: Generation) {
+        let epoch = self.acknowledged.expect("the grant was taken with a whole epoch");
+        self.phase = Phase::Activating { generation };
+        self.outputs.push_back(Output::Activate { epoch });
+    }
+
     fn freeze(&mut self, now: Time, owner: Party) {
         if self.phase != Phase::Frozen {
             self.phase = Phase::Frozen;
+            self.primary_goes_on();
             let reason =
                 format!("host {} runs the VM alone; this copy is kept as it was and is not up to date", owner.node);
             self.show(ProtectionState::Degraded, &reason);

@@ -38,7 +38,12 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let standby = Standby::new(StandbyConfig::new(VM, party(2), party(1), Generation(1)));
+        Self::with(false)
+    }
+
+    fn with(fence_required: bool) -> Self {
+        let config = StandbyConfig::new(VM, party(2), party(1), Generation(1));
+        let standby = Standby::new(StandbyConfig { fence_required, ..config });
         let (asks, outputs) = (Vec::new(), Vec::new());
         let mut bench = Self { now: Time::ZERO, standby, store: STORE, record: None, asks, outputs };
         bench.standby.handle_prepared(bench.now);
@@ -48,7 +53,11 @@ impl Bench {
 
     /// Holds epochs 1 to 3, of which 3 binds, and the record names it.
     fn paired() -> Self {
-        let mut bench = Self::new();
+        Self::paired_with(false)
+    }
+
+    fn paired_with(fence_required: bool) -> Self {
+        let mut bench = Self::with(fence_required);
         bench.standby.handle_peer(bench.now, PeerMessage::Binding { epoch: Epoch(3) });
         for epoch in 1..=3 {
             bench.stage(epoch);
@@ -57,6 +66,22 @@ impl Bench {
         bench.answer();
         bench.take();
         bench
+    }
+
+    /// Has the grant, and must have the primary's host switched off first.
+    fn fencing() -> Self {
+        let mut bench = Self::paired_with(true);
+        bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+        bench.collect();
+        bench.answer();
+        assert_eq!(bench.take(), [Output::SwitchOff], "the grant alone lets nothing run");
+        assert_eq!(bench.record.map(|record| record.owner), Some(solo(2, false)));
+        bench
+    }
+
+    fn fence_fails(&mut self) {
+        self.standby.handle_switched_off(self.now, SwitchedOff::unconfirmed("the switch is stuck"));
+        self.collect();
     }
 
     fn collect(&mut self) {
@@ -195,6 +220,123 @@ fn a_failed_activation_gives_back_and_keeps_the_copy() {
     assert!(!bench.take().contains(&Output::Destroy));
     bench.stage(4);
     assert_eq!(bench.take(), [Output::Discard { epoch: Epoch(4) }]);
+}
+
+/// P15: beside the grant, never in its place; and tried again, less and less often, for as long as it takes.
+#[test]
+fn a_winner_that_must_fence_runs_nothing_before_that_is_confirmed() {
+    let mut bench = Bench::fencing();
+    for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+        bench.fence_fails();
+        bench.wait(Duration::from_secs(seconds) - Duration::from_millis(1));
+        assert_eq!(bench.take(), [], "too early");
+        assert!(bench.standby.is_fencing() && bench.standby.state().1.contains("the switch is stuck"));
+        bench.wait(Duration::from_millis(1));
+        assert_eq!(bench.take(), [Output::SwitchOff]);
+    }
+    bench.stage(4);
+    assert_eq!(bench.take(), [Output::Discard { epoch: Epoch(4) }], "the grant was read");
+    bench.standby.handle_switched_off(bench.now, SwitchedOff::Confirmed);
+    assert_eq!(bench.take(), [Output::Mark { generation: Generation(2), epoch: Epoch(3) }]);
+
+    // Without a grant nobody is switched off, and one that is off is no grant.
+    let mut bench = Bench::paired_with(true);
+    bench.standby.handle_switched_off(bench.now, SwitchedOff::Confirmed);
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    assert_eq!(bench.take(), []);
+    assert!(bench.standby.handle_operator_confirmed(bench.now).is_err());
+}
+
+/// P15: an operator's word, or a try at once.
+#[test]
+fn an_operator_confirms_by_hand_or_has_it_tried_at_once() {
+    let mut bench = Bench::fencing();
+    assert_eq!(bench.standby.handle_operator_fence(bench.now), Ok(()));
+    assert_eq!(bench.take(), [], "it is under way");
+    bench.fence_fails();
+    assert_eq!(bench.standby.handle_operator_fence(bench.now), Ok(()));
+    assert_eq!(bench.take(), [Output::SwitchOff]);
+    assert_eq!(bench.standby.handle_operator_confirmed(bench.now), Ok(()));
+    assert_eq!(bench.take(), [Output::Mark { generation: Generation(2), epoch: Epoch(3) }]);
+    bench.fence_fails();
+    assert_eq!(bench.take(), [], "what comes late changes nothing");
+}
+
+/// P15: no host is switched off for a guest that its own agent says to stand for good. A frozen one may go on.
+#[test]
+fn a_primary_that_says_that_its_guest_stands_is_not_switched_off() {
+    let died = |ended| PeerMessage::GuestDied { how: "died".into(), ended };
+    for (message, fences) in
+        [(PeerMessage::Planned { epoch: Epoch(3) }, false), (died(true), false), (died(false), true)]
+    {
+        let mut bench = Bench::paired_with(true);
+        bench.standby.handle_peer(bench.now, message.clone());
+        bench.collect();
+        bench.answer();
+        let outputs = bench.take();
+        assert_eq!(outputs.contains(&Output::SwitchOff), fences, "{message:?}: {outputs:?}");
+        assert_eq!(outputs.iter().any(|output| matches!(output, Output::Mark { .. })), !fences, "{outputs:?}");
+        // It comes after the grant.
+        let mut bench = Bench::fencing();
+        bench.fence_fails();
+        bench.standby.handle_peer(bench.now, message);
+        assert_eq!(bench.take().iter().any(|output| matches!(output, Output::Mark { .. })), !fences);
+    }
+}
+
+/// P5, P15: a winner that cannot fence and hears its primary gives the VM back to it; not while it is being switched off, and not to
+/// another life, which may have no guest.
+#[test]
+fn a_winner_that_cannot_fence_gives_back_to_a_primary_that_lives() {
+    for under_way in [false, true] {
+        let mut bench = Bench::fencing();
+        if !under_way {
+            bench.fence_fails();
+        }
+        bench.standby.handle_peer_heard(bench.now);
+        bench.collect();
+        if under_way {
+            assert!(bench.asks.is_empty() && bench.standby.is_fencing(), "it may be off in a moment");
+            assert!(bench.standby.handle_operator_give_back(bench.now).is_err());
+            bench.fence_fails();
+        }
+        bench.answer();
+        assert_eq!(bench.record.map(|record| record.owner), Some(solo(1, false)));
+        assert!(!bench.take().contains(&Output::Destroy), "the copy is kept");
+        assert!(!bench.standby.is_fencing());
+    }
+    let mut bench = Bench::fencing();
+    bench.standby.handle_suspected(bench.now, Suspicion::Restarted);
+    bench.fence_fails();
+    bench.standby.handle_peer_heard(bench.now);
+    assert!(bench.standby.is_fencing(), "another life may have nothing");
+    assert_eq!(bench.standby.handle_operator_give_back(bench.now), Ok(()));
+    bench.answer();
+    assert_eq!(bench.record.map(|record| record.owner), Some(solo(1, false)));
+    // What was said of the primary's guest before is of no worth when the VM comes back once more.
+    bench.becomes(solo(2, false));
+    bench.wait(Duration::from_secs(2));
+    bench.answer();
+    assert_eq!(bench.take(), [Output::SwitchOff]);
+}
+
+/// P5, P15: who is off has no copy any more, and is given nothing back.
+#[test]
+fn what_cannot_run_is_tried_again_if_the_other_host_is_off() {
+    let mut bench = Bench::fencing();
+    bench.standby.handle_switched_off(bench.now, SwitchedOff::Confirmed);
+    bench.standby.handle_marked(bench.now, Generation(2));
+    bench.take();
+    bench.standby.handle_activated(bench.now, ActivationResult::Fails { reason: "no such tap".into() });
+    bench.answer();
+    assert_eq!(bench.take(), []);
+    assert_eq!(bench.record.map(|record| record.owner), Some(solo(2, false)), "it is not given back");
+    assert!(bench.standby.state().1.contains("no such tap"), "{:?}", bench.standby.state());
+    bench.wait(Duration::from_secs(1));
+    assert_eq!(bench.take(), [Output::Activate { epoch: Epoch(3) }]);
+    bench.standby.handle_activated(bench.now, ActivationResult::Runs { load: Duration::ZERO, resume: Duration::ZERO });
+    bench.answer();
+    assert_eq!(bench.record.map(|record| record.owner), Some(solo(2, true)));
 }
 
 /// P9.
@@ -389,9 +531,11 @@ proptest! {
     /// said after the end, and a copy that may have to run is not destroyed.
     #[test]
     fn any_order_of_inputs_is_safe(
-        paired in any::<bool>(), steps in prop::collection::vec((0_u8..16, any::<u8>()), 0..100)
+        paired in any::<bool>(), fence in any::<bool>(), steps in prop::collection::vec((0_u8..18, any::<u8>()), 0..100)
     ) {
-        let mut bench = if paired { Bench::paired() } else { Bench::new() };
+        let mut bench = if paired { Bench::paired_with(fence) } else { Bench::with(fence) };
+        // The primary's guest is known to stand.
+        let mut safe = !fence;
         let (mut last, mut bound, mut marked, mut finished) = (if paired { 3 } else { 0 }, paired, false, false);
         for (kind, number) in steps {
             match kind {
@@ -423,10 +567,21 @@ proptest! {
                     let message = [
                         PeerMessage::Rehearse { epoch: Epoch(1) },
                         PeerMessage::Planned { epoch: Epoch(last) },
-                        PeerMessage::GuestDied { how: "died".into() },
+                        PeerMessage::GuestDied { how: "died".into(), ended: true },
                     ];
+                    safe |= number % 3 != 0;
                     bench.standby.handle_peer(bench.now, message[usize::from(number % 3)].clone());
                 }
+                15 => bench.standby.handle_switched_off(bench.now, SwitchedOff::unconfirmed("stuck")),
+                16 => match number % 8 {
+                    0 => {
+                        safe = true;
+                        bench.standby.handle_switched_off(bench.now, SwitchedOff::Confirmed);
+                    }
+                    1 => safe |= bench.standby.handle_operator_confirmed(bench.now).is_ok(),
+                    2 => drop(bench.standby.handle_operator_give_back(bench.now)),
+                    _ => drop(bench.standby.handle_operator_fence(bench.now)),
+                },
                 _ => {
                     let loads = RehearsalResult::Loads { launch: Duration::ZERO, load: Duration::ZERO };
                     bench.standby.handle_rehearsed(bench.now, loads);
@@ -449,6 +604,7 @@ proptest! {
                     }
                     Output::Mark { epoch, .. } => {
                         marked = true;
+                        prop_assert!(safe, "marked before the primary's host was off");
                         prop_assert_eq!(epoch.0, last);
                         let owner = bench.record.map(|record| record.owner);
                         prop_assert!(matches!(owner, Some(Owner::Solo { node, .. }) if node == party(2)), "{:?}", owner);

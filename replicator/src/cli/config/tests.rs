@@ -173,3 +173,12 @@ fn a_witness_has_its_own_port_and_socket() {
     let (_dir, path) = written("metrics = 'off'\n");
     assert!(matches!(witness(Some(&path), WitnessOverrides::default()), Err(ConfigError::Parse { .. })));
 }
+
+#[test]
+fn fencing_is_required_only_if_it_says_so() {
+    let fence = |more: &str| agent_of(&format!("[fence]\ncommand = ['/bin/fence']\n{more}")).unwrap().fence.unwrap();
+    assert!(!fence("").required);
+    assert!(fence("required = true").required);
+    let none = agent_of("[fence]\nrequired = true").unwrap_err();
+    assert!(whole(&none).contains("missing field `command`"), "{}", whole(&none));
+}
