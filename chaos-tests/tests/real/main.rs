@@ -9,6 +9,7 @@ mod again;
 mod disks;
 mod drill;
 mod ends;
+mod etcd;
 mod fails;
 mod fence;
 mod half_dead;
