@@ -23,5 +23,6 @@ mod paths;
 mod pressure;
 mod refuses;
 mod stage;
+mod three;
 mod unlucky;
 mod watch;

@@ -89,7 +89,7 @@ fn play_unless(
     if let Err(error) = outcome {
         panic!("{name}: {error:#}");
     }
-    for role in ["s", "a", "b", "w", "c"] {
+    for role in ["s", "a", "b", "d", "w", "c"] {
         let left = Path::new("/run/netns").join(netns::full_name(std::process::id(), role));
         assert!(!left.exists(), "{name} left {}", left.display());
     }

@@ -15,6 +15,7 @@
 mod cable;
 mod group;
 mod microvm;
+mod third;
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -61,15 +62,17 @@ pub enum Host {
     A,
     /// The standby.
     B,
+    /// Only where [`Lab::add_host_c`] made it.
+    C,
 }
 
 impl Host {
-    /// The other one.
+    /// The other one of the first two.
     #[must_use]
     pub fn other(self) -> Self {
         match self {
             Self::A => Self::B,
-            Self::B => Self::A,
+            Self::B | Self::C => Self::A,
         }
     }
 
@@ -79,6 +82,7 @@ impl Host {
         match self {
             Self::A => "a",
             Self::B => "b",
+            Self::C => "d",
         }
     }
 
@@ -88,6 +92,7 @@ impl Host {
         match self {
             Self::A => "host-a",
             Self::B => "host-b",
+            Self::C => "host-c",
         }
     }
 
@@ -103,6 +108,7 @@ impl Host {
         match self {
             Self::A => "10.77.0.1",
             Self::B => "10.77.0.2",
+            Self::C => "10.77.0.4",
         }
     }
 }
@@ -185,26 +191,36 @@ impl Lab {
         ip(&format!("netns add {switch}"))?;
         ip(&format!("-n {switch} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
         ip(&format!("-n {switch} link set br0 up"))?;
-        for role in ["a", "b", "w", "c"] {
-            let name = self.namespace(role);
-            ip(&format!("netns add {name}"))?;
-            ip(&format!("-n {name} link set lo up"))?;
-            ip(&format!("-n {switch} link add to-{role} type veth peer name uplink netns {name}"))?;
-            ip(&format!("-n {switch} link set to-{role} master br0 up"))?;
-            ip(&format!("-n {name} link set uplink up"))?;
+        for role in ["w", "c"] {
+            self.plug(role)?;
         }
         for host in [Host::A, Host::B] {
-            let name = self.namespace(host.role());
-            ip(&format!("-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
-            ip(&format!("-n {name} link set uplink master br0"))?;
-            ip(&format!("-n {name} link set br0 up"))?;
-            ip(&format!("-n {name} addr add {}/24 dev br0", host.address()))?;
+            self.plug_host(host)?;
         }
         let a = self.namespace("a");
         ip(&format!("-n {a} tuntap add dev tap0 mode tap"))?;
         ip(&format!("-n {a} link set tap0 master br0 up"))?;
         ip(&format!("-n {} addr add {WITNESS}/24 dev uplink", self.namespace("w")))?;
         ip(&format!("-n {} addr add 10.77.0.100/24 dev uplink", self.namespace("c")))
+    }
+
+    /// A namespace at the switch.
+    fn plug(&self, role: &str) -> Result<()> {
+        let (switch, name) = (self.namespace("s"), self.namespace(role));
+        ip(&format!("netns add {name}"))?;
+        ip(&format!("-n {name} link set lo up"))?;
+        ip(&format!("-n {switch} link add to-{role} type veth peer name uplink netns {name}"))?;
+        ip(&format!("-n {switch} link set to-{role} master br0 up"))?;
+        ip(&format!("-n {name} link set uplink up"))
+    }
+
+    fn plug_host(&self, host: Host) -> Result<()> {
+        self.plug(host.role())?;
+        let name = self.namespace(host.role());
+        ip(&format!("-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
+        ip(&format!("-n {name} link set uplink master br0"))?;
+        ip(&format!("-n {name} link set br0 up"))?;
+        ip(&format!("-n {name} addr add {}/24 dev br0", host.address()))
     }
 
     /// The full name of a namespace.
@@ -600,10 +616,7 @@ impl Lab {
     /// # Errors
     /// If the window cannot be opened or joined.
     pub async fn pair_hosts(&self) -> Result<()> {
-        let window = PairOpenRequest { ttl_s: 60 };
-        let code = self.client(Host::B).pair_open(&window).await.context("host-b opens no window")?.code;
-        self.understudy(Host::A, &["pair", Host::B.address(), "--code", &code], COMMAND).await?;
-        Ok(())
+        self.pair_two(Host::A, Host::B).await
     }
 
     /// Kills host A: its VM and its agent at once, then its link, then whatever else ran there.

@@ -8,12 +8,13 @@ use super::{Host, Lab};
 use crate::demo::netns::ip;
 
 impl Host {
-    /// Its address on the cable of [`Lab::lay_cable`].
+    /// Its address on the cable of [`Lab::lay_cable`], which ends at the first two hosts.
     #[must_use]
     pub fn cable_address(self) -> &'static str {
         match self {
             Self::A => "10.78.0.1",
             Self::B => "10.78.0.2",
+            Self::C => "10.78.0.4",
         }
     }
 }
