@@ -242,8 +242,7 @@ impl Fault {
             Self::Weather(_, Damage) => "damage",
             Self::Weather(_, Narrow) => "narrow",
             Self::FullDisk => "full-disk",
-            Self::HangDisk => "hang-disk",
-            Self::SlowDisk => "slow-disk",
+            Self::HangDisk | Self::SlowDisk => "slow-disk",
             Self::BrokenDisk(_) => "broken-disk",
             Self::ShortOfMemory(_) => "short-of-memory",
             Self::JumpClock(_) => "jump-clock",
@@ -269,6 +268,7 @@ impl Fault {
             | Self::ShortOfMemory(side)
             | Self::Weather(side, _) => format!("{kind}-{}", side.word()),
             Self::KillAgents => format!("{kind}-both"),
+            Self::HangDisk => "hang-disk".to_owned(),
             Self::KillMember(member) | Self::StopMember(member) => format!("{kind}-{}", member.word()),
             Self::CutMember(member) => format!("{kind}-member-{}", member.word()),
             Self::KillSevered(Means::Silence) => format!("{kind}-by-silence"),
