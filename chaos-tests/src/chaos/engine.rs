@@ -264,6 +264,13 @@ impl<'a> Arena<'a> {
         self.workload.pause();
         round.deeds =
             deeds.into_iter().map(|(at_ns, what)| Moment { at_ms: ms_since(begun_ns, at_ns), what }).collect();
+        let idle = until("the clients' last questions to be answered", ANSWERS, async || {
+            Ok(if self.workload.idle() { Ok(()) } else { Err("they are not".to_owned()) })
+        })
+        .await;
+        // What was heard is judged also if the VM does not come back.
+        let heard = self.sniffer.take();
+        // After it: whose copy was heard, that one's activation is known.
         let mut events = self.events().await;
         // Not by their time: clocks may have jumped.
         events.retain(|(host, event)| self.noted.insert(noted(*host, event)));
@@ -283,12 +290,6 @@ impl<'a> Arena<'a> {
             })
             .collect();
         round.activated = events.iter().filter(|(_, event)| event.kind == EventKind::Failover).count();
-        let idle = until("the clients' last questions to be answered", ANSWERS, async || {
-            Ok(if self.workload.idle() { Ok(()) } else { Err("they are not".to_owned()) })
-        })
-        .await;
-        // What was heard is judged also if the VM does not come back.
-        let heard = self.sniffer.take();
         let (history, broken) = self.workload.take();
         let counts = self.workload.take_counts();
         tell(round, begun_ns, &history, &counts, &broken, &heard);

@@ -34,6 +34,8 @@ struct Inner {
     captured: Option<Instant>,
     gate: Option<Arc<dyn Gate>>,
     failing: Option<Failing>,
+    /// What ceased last: the store had been asked, and may still grant it.
+    ceased: Option<(Failing, FailoverReport)>,
 }
 
 /// A failover under way.
@@ -54,7 +56,8 @@ impl View {
         let mut status = VmStatus::new(name, vm.to_string(), role);
         status.state = ProtectionState::Pairing;
         metrics.set_state(&status.state);
-        let inner = Inner { status, epochs: EpochStats::new(), captured: None, gate: None, failing: None };
+        let inner =
+            Inner { status, epochs: EpochStats::new(), captured: None, gate: None, failing: None, ceased: None };
         Self { inner: Mutex::new(inner), metrics, events, lag: Arc::default() }
     }
 
@@ -114,7 +117,8 @@ impl View {
     /// Another protection of the same VM begins here. What the last failover was stays to be seen.
     pub(super) fn begin(&self, role: Role, peer: &str, warnings: Vec<String>) {
         let mut inner = self.lock();
-        (inner.epochs, inner.captured, inner.gate, inner.failing) = (EpochStats::new(), None, None, None);
+        (inner.epochs, inner.captured, inner.gate) = (EpochStats::new(), None, None);
+        (inner.failing, inner.ceased) = (None, None);
         let status = &mut inner.status;
         (status.role, status.warnings, status.suspicion) = (role, warnings, None);
         peer.clone_into(&mut status.peer);
@@ -239,6 +243,7 @@ impl View {
             return;
         }
         let last_heard = last_heard.unwrap_or(detected);
+        inner.ceased = None;
         inner.failing = Some(Failing { detected, granted: None });
         let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         inner.status.failover = Some(FailoverReport {
@@ -262,19 +267,24 @@ impl View {
         self.tell(&self.lock(), EventKind::Ownership, text.to_owned());
     }
 
-    /// The failover that began is off: the peer is heard again and nothing was granted.
+    /// The failover that began is off: the peer is heard again and nothing was granted yet.
     pub(super) fn failover_ceased(&self) {
         let mut inner = self.lock();
         if inner.failing.is_some_and(|failing| failing.granted.is_none()) {
-            inner.failing = None;
-            inner.status.failover = None;
+            inner.ceased = inner.failing.take().zip(inner.status.failover.take());
         }
     }
 
-    /// The grant was read.
+    /// The grant was read. It may have been asked for before the peer was heard again: it counts all the same.
     pub(super) fn granted(&self, generation: u64, epoch: u64) {
         let now = clock::now();
         let mut inner = self.lock();
+        if inner.failing.is_none()
+            && let Some((failing, report)) = inner.ceased.take()
+        {
+            inner.failing = Some(failing);
+            inner.status.failover = Some(report);
+        }
         let Some(failing) = inner.failing.as_mut() else { return };
         failing.granted = Some(now);
         let detected = failing.detected;
@@ -348,5 +358,36 @@ pub(super) fn api_state(state: replicator_core::state::ProtectionState) -> Prote
         Core::FailingOver => ProtectionState::FailingOver,
         Core::Fenced => ProtectionState::Fenced,
         Core::Error => ProtectionState::Error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::events::{Writer, read};
+    use crate::metrics::Metrics;
+
+    const ACTIVATION: Activation =
+        Activation { load: Duration::from_millis(2), resume: Duration::from_millis(3), relaunched: 0 };
+
+    /// Found by the chaos suite: the copy ran, and its agent called itself a standby and noted no failover.
+    #[test]
+    fn a_grant_that_comes_after_the_peer_was_heard_again_is_a_failover() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let writer = Writer::start().expect("a thread");
+        let log = EventLog::new(&writer, dir.path(), "web-1");
+        let view = View::new("web-1", VmId([1; 16]), Role::Standby, Metrics::new().vm("web-1"), log);
+        view.failover_began(FailoverCause::Silence, Some(Time(1)));
+        view.failover_ceased();
+        assert_eq!(view.status().failover, None, "nothing was granted");
+        view.granted(21, 119);
+        view.activated(ACTIVATION);
+        let status = view.status();
+        assert_eq!(status.role, Role::Survivor);
+        let report = status.failover.expect("there was one");
+        assert_eq!((report.cause, report.generation, report.epoch), (FailoverCause::Silence, 21, 119));
+        writer.catch_up(Duration::from_secs(60));
+        let noted = read(dir.path(), "web-1", 9).expect("readable");
+        assert!(noted.iter().any(|event| event.kind == EventKind::Failover), "{noted:?}");
     }
 }
