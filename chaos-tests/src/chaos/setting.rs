@@ -57,13 +57,15 @@ impl Setting {
     }
 
     /// A microVM is a part of its host's agent: it has no process of its own, and ends for good when every copy's agent ends. The pilot
-    /// cannot shut down, and its TCP has no timestamps by which frames are known that weather brought late.
+    /// cannot shut down, and its TCP has no timestamps by which frames of an acknowledged epoch are known that weather brought late, or that
+    /// an agent lets go which stood still meanwhile.
     fn a_microvm_stands(fault: Fault) -> bool {
         !matches!(
             fault,
             Fault::KillQemu(_)
                 | Fault::StopQemu(_)
                 | Fault::KillAgents
+                | Fault::StopAgent(Side::Primary)
                 | Fault::KillWhileSyncing(Side::Primary)
                 | Fault::KillWhileActivating
                 | Fault::KillWhileMoving(_)
