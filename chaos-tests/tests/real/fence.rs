@@ -120,10 +120,11 @@ fn a_host_that_lives_and_cannot_be_fenced_gets_its_vm_back_and_an_operator_confi
         let asked = switch.asked()?.len();
         stage.lab.understudy(Host::A, &["failover", VM, "--planned"], SOON).await?;
         client.goes_on().await?;
+        stage.until_state(Host::B, "protected").await?;
         stage.goes_home(&mut client).await?;
         ensure!(switch.asked()?.len() == asked, "a healthy host was to be switched off");
 
-        stage.lab.kill_host_a().await?;
+        stage.lab.kill_host(Host::A)?;
         until_it_cannot_fence(stage).await?;
         let wrong = ["failover", VM, "--force", "--confirm-dead", "host-b"];
         let refused = stage.lab.try_understudy(Host::B, &wrong, COMMAND).await?;
