@@ -23,7 +23,7 @@ pub const MAX_TEXT: usize = 1024;
 /// Bound on a version offer.
 pub const MAX_VERSIONS: usize = 16;
 /// Versions of this protocol that we speak, newest first. 0 is invalid.
-pub const VERSIONS: [u16; 1] = [3];
+pub const VERSIONS: [u16; 1] = [4];
 
 const _: () = assert!(2 * MAX_OPAQUE + MAX_PROTECTION + 8 * MAX_TEXT < MAX_MESSAGE, "the longest Prepare fits");
 
@@ -367,7 +367,7 @@ mod tests {
         assert_eq!(newest_common(&[3, 2, 1], &[2, 1]), Some(2));
         assert_eq!(newest_common(&[1], &[2]), None);
         assert_eq!(newest_common(&[0], &[0]), None);
-        assert_eq!(newest_common(&VERSIONS, &VERSIONS), Some(3));
+        assert_eq!(newest_common(&VERSIONS, &VERSIONS), Some(4));
     }
 
     #[test]
