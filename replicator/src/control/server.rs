@@ -3,9 +3,10 @@
 //! A request runs to its end in a task of its own, also when its client has gone: nothing is left half done because
 //! somebody pressed ^C.
 
-use std::future::Future;
+use std::future::{Future, IntoFuture as _};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -15,6 +16,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
 
 use super::agent_api::{AgentApi, WitnessApi};
 use super::api::{ErrorBody, ErrorKind, PairOpenRequest};
@@ -23,6 +25,9 @@ use super::socket::ControlSocket;
 /// The longest request body, in bytes.
 pub const MAX_REQUEST: usize = 64 << 10;
 
+/// How long requests that are under way may take when the server is to stop. Who is connected and asks nothing must not hold it.
+const FINISH_WITHIN: Duration = Duration::from_secs(5);
+
 /// The parameters of a question for events.
 #[derive(Debug, Deserialize)]
 struct Events {
@@ -30,7 +35,7 @@ struct Events {
     last: usize,
 }
 
-/// Serves an agent's control API until `stop` is ready; requests under way are finished first.
+/// Serves an agent's control API until `stop` is ready; requests under way are finished first, if they are in 5 s.
 ///
 /// # Errors
 /// If accepting connections fails for good.
@@ -61,7 +66,35 @@ async fn serve(
 ) -> io::Result<()> {
     let (listener, _guard) = socket.into_parts();
     let routes = routes.fallback(no_such_route).layer(DefaultBodyLimit::max(MAX_REQUEST));
-    axum::serve(listener, routes).with_graceful_shutdown(stop).await
+    until_stopped(listener, routes, stop, FINISH_WITHIN).await
+}
+
+async fn until_stopped(
+    listener: tokio::net::UnixListener,
+    routes: Router,
+    stop: impl Future<Output = ()> + Send + 'static,
+    finish: Duration,
+) -> io::Result<()> {
+    let (tell, told) = oneshot::channel();
+    let stop = async move {
+        stop.await;
+        // Nobody hears only if there is nobody to stop.
+        let _ = tell.send(());
+    };
+    let late = async {
+        // Without the word it is the server that ended.
+        if told.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(finish).await;
+    };
+    tokio::select! {
+        served = axum::serve(listener, routes).with_graceful_shutdown(stop).into_future() => served,
+        () = late => {
+            tracing::warn!("somebody is still connected to the control socket, and is left alone");
+            Ok(())
+        }
+    }
 }
 
 fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
@@ -154,4 +187,35 @@ fn failure(error: &ErrorBody) -> Response {
 
 fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
     (status, axum::Json(value)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{UnixListener, UnixStream};
+
+    /// An agent that did not end once had handed no microVM over by the time its patience was up.
+    #[tokio::test]
+    async fn who_is_connected_and_asks_nothing_does_not_keep_the_server_from_stopping() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (tell, told) = oneshot::channel::<()>();
+        let stop = async move { drop(told.await) };
+        let routes = Router::new().route("/", get(async || "here"));
+        let server = tokio::spawn(until_stopped(listener, routes, stop, Duration::from_millis(50)));
+        let mut half = UnixStream::connect(&path).await.unwrap();
+        half.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        // The server has seen the one before it.
+        let mut whole = UnixStream::connect(&path).await.unwrap();
+        whole.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        whole.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with("here"), "{answer}");
+        drop(tell);
+        let ended = tokio::time::timeout(Duration::from_secs(60), server).await;
+        ended.expect("it stops").unwrap().unwrap();
+        drop(half);
+    }
 }

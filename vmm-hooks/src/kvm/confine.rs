@@ -62,7 +62,7 @@ const CALLS: [libc::c_long; 38] = [
 /// `KVM_RUN`, `KVM_IRQ_LINE` and, by a vCPU whose ring is full, `KVM_RESET_DIRTY_RINGS` of linux/kvm.h.
 const IOCTLS: [u64; 3] = [0xae80, 0x4008_ae61, 0xaec7];
 
-/// Made once: the filter depends on nothing.
+/// Made once: the filter depends on nothing but the process.
 static FILTER: LazyLock<Result<BpfProgram, String>> = LazyLock::new(|| filter().map_err(|error| error.to_string()));
 
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
@@ -70,6 +70,9 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let mut calls: BTreeMap<_, _> = CALLS.into_iter().map(|call| (call, Vec::new())).collect();
     let asks = IOCTLS.into_iter().map(|ask| SeccompRule::new(vec![word(1, SeccompCmpOp::Eq, ask)?]));
     calls.insert(libc::SYS_ioctl, asks.collect::<Result<_, _>>()?);
+    // One vCPU kicks the others of its machine, and nobody else.
+    let own = u64::from(rustix::process::getpid().as_raw_nonzero().get().unsigned_abs());
+    calls.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![word(0, SeccompCmpOp::Eq, own)?])?]);
     // What the allocator maps and grows is data.
     let executable = u64::try_from(libc::PROT_EXEC).expect("a flag");
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
