@@ -236,11 +236,7 @@ pub const LARGE: [Scenario; 18] = [
         Start::TwoHostsAgain,
         Bounds { steps: 1, breaks: 1, kills: 2, returns: 2, forces: 1, restarts: 1, ..NONE },
     ),
-    faithful(
-        "fence",
-        Start::Protected,
-        Bounds { steps: 1, breaks: 1, suspicions: 1, planned: 1, deaths: 1, fences: 1, ..NONE },
-    ),
+    faithful("fence", Start::Protected, Bounds { steps: 1, breaks: 1, suspicions: 1, deaths: 1, fences: 1, ..NONE }),
     faithful(
         "fence, two lives",
         Start::Protected,
