@@ -50,6 +50,8 @@ pub(super) struct StateFile {
     /// The same, opened to be written, which is what QEMU looks for in the set. It writes to a duplicate, from wherever this one is.
     written: File,
     fdset: u64,
+    /// A save was asked for, and what came of it was not read: it may still go on.
+    asked: bool,
     arguments: Value,
     machine: String,
 }
@@ -64,17 +66,23 @@ impl StateFile {
             return Err(StateError::Malformed { what: "not taken: add-fd gave no number".to_owned() });
         };
         let arguments = json!({ "filename": format!("/dev/fdset/{fdset}"), "live": false });
-        Ok(Self { file, written, fdset, arguments, machine: machine.to_owned() })
+        Ok(Self { file, written, fdset, asked: false, arguments, machine: machine.to_owned() })
     }
 
-    /// Asks QEMU to save, without waiting. Nothing else is being saved.
+    /// Asks QEMU to save, without waiting. Waits for an earlier save whose answer was late, and which would write into this one.
     pub(super) fn start(&mut self, qmp: &mut Qmp) -> Result<Pending, StateError> {
+        if self.asked {
+            // QEMU does one command after the other.
+            qmp.execute("query-status", json!({}))?;
+        }
+        self.asked = true;
         self.written.set_len(0).and_then(|()| self.written.rewind()).map_err(StateError::Read)?;
         Ok(qmp.send("xen-save-devices-state", self.arguments.clone())?)
     }
 
-    /// Reads what QEMU saved, completed, into `into`.
-    pub(super) fn read(&self, into: &mut Vec<u8>) -> Result<(), StateError> {
+    /// Reads what QEMU saved and has said so, completed, into `into`.
+    pub(super) fn read(&mut self, into: &mut Vec<u8>) -> Result<(), StateError> {
+        self.asked = false;
         let length = self.file.metadata().map_err(StateError::Read)?.len();
         if length > STATE_MAX {
             return Err(StateError::Malformed { what: format!("{length} bytes long, the bound is {STATE_MAX}") });
@@ -155,7 +163,8 @@ mod tests {
     fn read(stream: &[u8]) -> Result<Vec<u8>, StateError> {
         let (file, written) = memory().expect("a memfd");
         written.write_all_at(stream, 0).expect("memory");
-        let state = StateFile { file, written, fdset: 0, arguments: json!({}), machine: "pc-q35-7.2".to_owned() };
+        let mut state =
+            StateFile { file, written, fdset: 0, asked: true, arguments: json!({}), machine: "pc-q35-7.2".to_owned() };
         let mut into = vec![9; 3];
         state.read(&mut into).map(|()| into)
     }
