@@ -24,6 +24,8 @@ use replicator::demo::wait::until;
 pub const MEMBERS: [&str; 3] = ["1", "2", "3"];
 /// Bound on the cluster's having a leader.
 const LEADER: Duration = Duration::from_secs(60);
+/// What its users say, once it asks.
+const PASSWORD: &str = "a long word";
 /// Bound on the end of a member that was killed.
 const END: Duration = Duration::from_secs(10);
 
@@ -34,6 +36,8 @@ pub struct Etcd {
     dir: PathBuf,
     /// By member; `None` while it is dead.
     members: [Option<Daemon>; 3],
+    /// It asks for passwords.
+    locked: bool,
 }
 
 /// The address of a member.
@@ -84,7 +88,7 @@ impl Etcd {
             ip(&format!("-n {name} link set uplink up"))?;
             ip(&format!("-n {name} addr add {}/24 dev uplink", address(member)))?;
         }
-        let mut etcd = Self { dir, members: [None, None, None] };
+        let mut etcd = Self { dir, members: [None, None, None], locked: false };
         for member in MEMBERS {
             etcd.run(lab, member)?;
         }
@@ -98,6 +102,50 @@ impl Etcd {
             fs::write(&config, text).context("cannot configure an agent")?;
         }
         Ok(etcd)
+    }
+
+    /// Lets only users in from here on, of which the agents, which do not run yet, become one.
+    ///
+    /// # Errors
+    /// If etcd does not take its users.
+    pub fn lock(&mut self, lab: &Lab) -> Result<()> {
+        let (root, user) = (format!("root:{PASSWORD}"), format!("understudy:{PASSWORD}"));
+        let says: [&[&str]; 7] = [
+            &["user", "add", &root],
+            &["user", "grant-role", "root", "root"],
+            &["role", "add", "understudy"],
+            &["role", "grant-permission", "understudy", "--prefix=true", "readwrite", "understudy/"],
+            &["user", "add", &user],
+            &["user", "grant-role", "understudy", "understudy"],
+            &["auth", "enable"],
+        ];
+        for words in says {
+            self.ask(lab, &MEMBERS, words)?;
+        }
+        self.locked = true;
+        let file = self.dir.join("password");
+        fs::write(&file, format!("{PASSWORD}\n"))?;
+        for host in [Host::A, Host::B] {
+            // Its last part is etcd's.
+            let config = lab.agent_config(host)?;
+            let text = format!("{}user = \"understudy\"\npassword_file = {file:?}\n", fs::read_to_string(&config)?);
+            fs::write(&config, text).context("cannot configure an agent")?;
+        }
+        Ok(())
+    }
+
+    /// What `etcdctl` answers, asked at these members.
+    fn ask(&self, lab: &Lab, members: &[&str], words: &[&str]) -> Result<Vec<u8>> {
+        let endpoints: Vec<String> = members.iter().map(|member| client(member)).collect();
+        let mut ask = Command::new("ip");
+        ask.args(["netns", "exec", &lab.namespace("c"), "etcdctl", "--endpoints", &endpoints.join(",")]);
+        ask.arg("--cacert").arg(self.dir.join("ca.pem")).args(["--command-timeout", "2s"]);
+        if self.locked {
+            ask.args(["--user", &format!("root:{PASSWORD}")]);
+        }
+        let said = ask.args(words).env("ETCDCTL_API", "3").output().context("cannot run etcdctl")?;
+        ensure!(said.status.success(), "etcdctl {words:?}: {}", String::from_utf8_lossy(&said.stderr).trim());
+        Ok(said.stdout)
     }
 
     fn slot(&mut self, member: &str) -> &mut Option<Daemon> {
@@ -172,17 +220,8 @@ impl Etcd {
     }
 
     fn agreed(&self, lab: &Lab, run: &[&'static str]) -> Result<&'static str> {
-        let endpoints: Vec<String> = run.iter().map(|member| client(member)).collect();
-        let said = Command::new("ip")
-            .args(["netns", "exec", &lab.namespace("c"), "etcdctl", "--endpoints", &endpoints.join(",")])
-            .arg("--cacert")
-            .arg(self.dir.join("ca.pem"))
-            .args(["--command-timeout", "2s", "endpoint", "status", "--write-out", "json"])
-            .env("ETCDCTL_API", "3")
-            .output()
-            .context("cannot run etcdctl")?;
-        ensure!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr).trim());
-        let all: Vec<serde_json::Value> = serde_json::from_slice(&said.stdout)?;
+        let said = self.ask(lab, run, &["endpoint", "status", "--write-out", "json"])?;
+        let all: Vec<serde_json::Value> = serde_json::from_slice(&said)?;
         let leads = |status: &serde_json::Value| status["Status"]["leader"].as_u64();
         let leader = all.first().and_then(leads).filter(|leader| *leader != 0).context("none leads")?;
         ensure!(all.len() == run.len() && all.iter().all(|status| leads(status) == Some(leader)), "they do not agree");
