@@ -1,31 +1,5 @@
 # Two hosts and a witness in namespaces of one emulated host, and a stock QEMU with its accelerator: protected while it runs, and killed with its agent.
 # UNDERSTUDY is the program, IP iproute2's, GUEST the directory of the guest image, CPU the guest's processor. What it says is judged by who started it.
-fail() {
-    echo "FAILED: $1"
-    on a status web
-    on b status web
-    cat /run/*.log
-    exit 1
-}
-# Asks again until it is so.
-await() {
-    tries=0
-    until "$@" >/run/answer 2>&1; do
-        tries=$((tries + 1))
-        [ $tries -lt 2400 ] || fail "$* does not come about: $(cat /run/answer)"
-        usleep 200000
-    done
-}
-lines() { [ "$(wc -l </run/written)" -ge "$1" ]; }
-on() {
-    case $1 in
-    w) control=/run/w/witness.sock ;;
-    *) control=/run/$1/agent.sock ;;
-    esac
-    shift
-    "$UNDERSTUDY" --control "$control" "$@"
-}
-code() { sed -n 's/^code *//p' /run/answer; }
 # This shell prefers its own.
 ip() { "$IP" "$@"; }
 within() {
@@ -33,7 +7,6 @@ within() {
     shift
     exec "$IP" netns exec "$space" "$@"
 }
-set -e
 
 # The switch between the hosts, with the witness and the clients at it.
 mkdir -p /var/run /run/a /run/b /run/w
@@ -62,13 +35,6 @@ ip -n a link set tap0 master br0 up
 vm=$!
 "$UNDERSTUDY" demo worker ping --to 10.77.7.2:6379 --seconds 400 || fail "Redis does not answer"
 echo "ANSWERS"
-# Everything is emulated, so patience is what a real host's agents would not have.
-cat >/run/agent.toml <<END
-[heartbeat]
-interval = "1s"
-silence = "10s"
-unacknowledged = "20s"
-END
 "$UNDERSTUDY" witness --name w --listen 10.77.7.1:7846 --state-dir /var/w --run-dir /run/w >/run/w.log 2>&1 &
 (within a "$UNDERSTUDY" agent --config /run/agent.toml --name a --listen 10.77.7.11:7844 --state-dir /var/a --run-dir /run/a --metrics off) >/run/a.log 2>&1 &
 agent=$!
@@ -83,22 +49,4 @@ echo "PAIRED"
 # Also an agent may be too slow for the other here, and is asked again.
 await on a protect web --to b
 echo "PROTECTED"
-mkfifo /run/ask
-"$UNDERSTUDY" demo worker write --to 10.77.7.2:6379 --tag n </run/ask >/run/written 2>/run/writer.log &
-exec 3>/run/ask
-await lines 1
-echo >&3
-await lines 2
-on a status web
-kill -9 $vm $agent
-echo "KILLED"
-echo >&3
-await lines 3
-exec 3>&-
-await lines 4
-written=$(tail -n 1 /run/written)
-echo "WRITTEN $written"
-acked=${written#*\"acked\":}
-checked=$("$UNDERSTUDY" demo worker check --to 10.77.7.2:6379 --tag n --acked "${acked%%,*}")
-echo "CHECKED $checked"
-on b status web
+goes_on_without $vm $agent

@@ -1,41 +1,9 @@
 # Two agents and a witness on one emulated host, and between them a microVM with Linux and Redis, which is killed with its agent.
 # UNDERSTUDY is the program, GUEST the directory of the guest image. What it says is judged by who started it.
-set -e
-fail() {
-    echo "FAILED: $1"
-    cat /run/*.log
-    exit 1
-}
-# Asks again until it is so.
-await() {
-    tries=0
-    until "$@" >/run/answer 2>&1; do
-        tries=$((tries + 1))
-        [ $tries -lt 600 ] || fail "$* does not come about: $(cat /run/answer)"
-        usleep 200000
-    done
-}
-lines() { [ "$(wc -l </run/written)" -ge "$1" ]; }
-on() {
-    case $1 in
-    w) control=/run/w/witness.sock ;;
-    *) control=/run/$1/agent.sock ;;
-    esac
-    shift
-    "$UNDERSTUDY" --control "$control" "$@"
-}
-code() { sed -n 's/^code *//p' /run/answer; }
 
 ip link add br0 type bridge
 ip addr add 10.77.7.1/24 dev br0
 ip link set br0 up
-# Everything is emulated, so patience is what a real host's agents would not have.
-cat >/run/agent.toml <<END
-[heartbeat]
-interval = "1s"
-silence = "10s"
-unacknowledged = "20s"
-END
 "$UNDERSTUDY" agent --config /run/agent.toml --name a --listen 127.0.0.1:7844 --state-dir /var/a --run-dir /run/a --metrics off >/run/a.log 2>&1 &
 primary=$!
 await on a status
@@ -56,19 +24,4 @@ echo "ANSWERS"
 # Also an agent may be too slow for the other here, and is asked again.
 await on a protect web --to b
 echo "PROTECTED"
-mkfifo /run/ask
-"$UNDERSTUDY" demo worker write --to 10.77.7.2:6379 --tag n </run/ask >/run/written 2>/run/writer.log &
-exec 3>/run/ask
-await lines 1
-kill -9 $primary
-echo "KILLED"
-echo >&3
-await lines 2
-exec 3>&-
-await lines 3
-written=$(tail -n 1 /run/written)
-echo "WRITTEN $written"
-acked=${written#*\"acked\":}
-checked=$("$UNDERSTUDY" demo worker check --to 10.77.7.2:6379 --tag n --acked "${acked%%,*}")
-echo "CHECKED $checked"
-on b status web
+goes_on_without $primary

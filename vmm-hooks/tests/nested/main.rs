@@ -13,6 +13,9 @@ use host::{Disk, Host, PLAIN, WIDE};
 /// Far above what a run takes on a busy machine: everything in it is emulated.
 const PATIENCE: Duration = Duration::from_secs(900);
 
+/// What the scripts below begin with.
+const COMMON: &str = include_str!("common.sh");
+
 /// Programs of this name that the lane was given, if it can run here.
 fn programs(name: &str) -> Option<Vec<PathBuf>> {
     let Some(given) = env::var_os("UNDERSTUDY_NESTED_PROGRAMS") else {
@@ -80,6 +83,7 @@ fn linux_under_kvm_and_a_failover_between_agents() {
     let ip = disk.add_named("ip");
     script.push_str(&format!("export PATH={}:$PATH\n", ip.display()));
     script.push_str(&format!("UNDERSTUDY={}\nGUEST={}\n", understudy[0].display(), host::guest().display()));
+    script.push_str(COMMON);
     script.push_str(include_str!("failover.sh"));
     let console = run(directory.path(), PLAIN, disk, &script, 1, &[]);
     nothing_was_lost(&console);
@@ -109,6 +113,7 @@ fn a_stock_qemu_under_kvm_goes_on_after_its_host_and_nothing_is_lost() {
     let mut script = format!("export PATH={}:{}:$PATH TMPDIR=/run RUST_BACKTRACE=1\n", ip.display(), qemu.display());
     script.push_str(&format!("UNDERSTUDY={} IP={}/ip CPU=host\n", understudy[0].display(), ip.display()));
     script.push_str(&format!("GUEST={}\n", host::guest().display()));
+    script.push_str(COMMON);
     script.push_str(include_str!("attached.sh"));
     nothing_was_lost(&run(directory.path(), PLAIN, disk, &script, 0, &["-m", "1792"]));
 }
