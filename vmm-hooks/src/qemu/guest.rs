@@ -107,7 +107,7 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
     let memory = ProcessMemory::new(process.clone());
     let tracker: Box<dyn Tracker> = match choice {
         TrackerChoice::Compare => Box::new(CompareTracker::new(memory.clone(), map.clone())),
-        TrackerChoice::Auto | TrackerChoice::PagemapScan => Box::new(PagemapTracker::new(process.clone(), map.clone())),
+        TrackerChoice::Auto | TrackerChoice::PagemapScan => Box::new(PagemapTracker::new(process.clone(), map.clone(), found.kvm)),
     };
     let recipe = QemuRecipe::of(&found, blocks).pack();
     let shape = Shape {

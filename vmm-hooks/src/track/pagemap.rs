@@ -3,13 +3,20 @@
 //! Arming gives the process a userfaultfd in asynchronous write-protect mode, once, by [`crate::sys::inject`]; from then on
 //! nothing stops or enters the process. A harvest makes two passes: a scan that changes nothing finds the written runs,
 //! then those runs alone are write-protected again. (Protecting in the first pass would make the kernel tell KVM about all of
-//! memory in each harvest, and drop its mappings.) The guest stands meanwhile, so nothing is written between the passes.
+//! memory in each harvest, and drop its mappings.) Where there is no KVM to tell, the runs of one page table are protected in one
+//! step: each step interrupts the process's other threads to flush their TLBs, and its device state is being saved by one of
+//! them. The guest stands meanwhile; what saving writes between the passes is found by the second one, too.
+
+use std::ops::Range;
 
 use super::{RangeMap, TrackError, Tracker};
-use crate::layout::{PAGE_SIZE, PageSet};
+use crate::layout::PageSet;
 use crate::sys::inject::{self, Injected};
-use crate::sys::pagemap::{Pagemap, ScanError};
+use crate::sys::pagemap::Pagemap;
 use crate::sys::process::PidFd;
+
+/// Bytes that one page table maps (x86-64); the kernel flushes TLBs once for each that it has walked.
+const PAGE_TABLE: u64 = 2 << 20;
 
 /// Finds written pages by `PAGEMAP_SCAN`.
 ///
@@ -19,9 +26,11 @@ use crate::sys::process::PidFd;
 pub struct PagemapTracker {
     process: PidFd,
     map: RangeMap,
+    /// KVM maps this memory, too.
+    kvm: bool,
     armed: Option<Armed>,
     /// Written runs of one harvest, by address. Kept to be reused.
-    runs: Vec<std::ops::Range<u64>>,
+    runs: Vec<Range<u64>>,
 }
 
 #[derive(Debug)]
@@ -31,10 +40,10 @@ struct Armed {
 }
 
 impl PagemapTracker {
-    /// A tracker of the pages of `map` in `process`. Changes nothing before it is armed.
+    /// A tracker of the pages of `map` in `process`, which runs its guest by KVM or without. Changes nothing before it is armed.
     #[must_use]
-    pub fn new(process: PidFd, map: RangeMap) -> Self {
-        Self { process, map, armed: None, runs: Vec::new() }
+    pub fn new(process: PidFd, map: RangeMap, kvm: bool) -> Self {
+        Self { process, map, kvm, armed: None, runs: Vec::new() }
     }
 
     /// The descriptor in the process that keeps its memory tracked; `None` while not armed.
@@ -44,20 +53,13 @@ impl PagemapTracker {
     }
 }
 
-/// Calls `found` with the page numbers of each written run.
-fn scan(
-    pagemap: &mut Pagemap,
-    map: &RangeMap,
-    mut found: impl FnMut(std::ops::Range<u64>, std::ops::Range<u64>),
-) -> Result<(), ScanError> {
-    let page = PAGE_SIZE as u64;
-    for segment in map.segments() {
-        pagemap.written(segment.addresses.clone(), |run| {
-            let number = |address: u64| segment.pages.start + (address - segment.addresses.start) / page;
-            found(number(run.start)..number(run.end), run);
-        })?;
-    }
-    Ok(())
+/// What is protected in one step: the first of `runs`, and without KVM those after it that lie in the same page table. How many runs,
+/// and from where to where.
+fn step(runs: &[Range<u64>], kvm: bool) -> Option<(usize, Range<u64>)> {
+    let first = runs.first()?;
+    let table = first.start / PAGE_TABLE;
+    let more = runs[1..].iter().take_while(|run| !kvm && (run.end - 1) / PAGE_TABLE == table).count();
+    Some((1 + more, first.start..runs[more].end))
 }
 
 impl Tracker for PagemapTracker {
@@ -89,22 +91,34 @@ impl Tracker for PagemapTracker {
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
         let armed = self.armed.as_mut().ok_or(TrackError::NotArmed)?;
-        let runs = &mut self.runs;
-        runs.clear();
-        scan(&mut armed.pagemap, &self.map, |pages, addresses| {
-            dirty.insert_range(pages);
-            runs.push(addresses);
-        })?;
-        // Each run is in `dirty` before its mark is taken away here.
-        for run in runs.drain(..) {
-            armed.pagemap.protect_written(run, |_| {})?;
+        for segment in self.map.segments() {
+            self.runs.clear();
+            armed.pagemap.written(segment.addresses.clone(), |run| {
+                dirty.insert_range(segment.pages_at(&run));
+                self.runs.push(run);
+            })?;
+            // Each run is in `dirty` before its mark is taken away here.
+            let mut left = &self.runs[..];
+            while let Some((count, range)) = step(left, self.kvm) {
+                let done =
+                    armed.pagemap.protect_written(range.clone(), |run| dirty.insert_range(segment.pages_at(&run)));
+                if done.is_err() {
+                    // Marks between the runs may be gone, and nobody said which.
+                    dirty.insert_range(segment.pages_at(&range));
+                }
+                done?;
+                left = &left[count..];
+            }
         }
         Ok(())
     }
 
     fn peek(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
         let armed = self.armed.as_mut().ok_or(TrackError::NotArmed)?;
-        Ok(scan(&mut armed.pagemap, &self.map, |pages, _| dirty.insert_range(pages))?)
+        for segment in self.map.segments() {
+            armed.pagemap.written(segment.addresses.clone(), |run| dirty.insert_range(segment.pages_at(&run)))?;
+        }
+        Ok(())
     }
 
     fn disarm(&mut self) -> Result<(), TrackError> {
@@ -114,5 +128,31 @@ impl Tracker for PagemapTracker {
         }
         self.armed = None;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_a_run_or_a_page_table_of_runs() {
+        let runs = [
+            0x1f_e000..0x1f_f000,
+            0x20_0000..0x20_1000,
+            0x20_8000..0x20_a000,
+            0x3f_f000..0x40_0000,
+            0x40_0000..0x60_1000,
+        ];
+        let steps = |kvm| {
+            let (mut left, mut steps) = (&runs[..], Vec::new());
+            while let Some((count, range)) = step(left, kvm) {
+                steps.push(range);
+                left = &left[count..];
+            }
+            steps
+        };
+        assert_eq!(steps(true), runs);
+        assert_eq!(steps(false), [0x1f_e000..0x1f_f000, 0x20_0000..0x40_0000, 0x40_0000..0x60_1000]);
     }
 }

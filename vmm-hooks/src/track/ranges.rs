@@ -13,6 +13,14 @@ pub struct Segment {
     pub addresses: Range<u64>,
 }
 
+impl Segment {
+    /// The page numbers of a run of addresses within it.
+    pub(super) fn pages_at(&self, run: &Range<u64>) -> Range<u64> {
+        let number = |address: u64| self.pages.start + (address - self.addresses.start) / PAGE_SIZE as u64;
+        number(run.start)..number(run.end)
+    }
+}
+
 /// Why addresses do not fit a layout.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RangeError {

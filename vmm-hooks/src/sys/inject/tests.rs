@@ -266,7 +266,7 @@ fn tracks_writes_of_the_program_and_of_the_kernel_in_its_name() {
     let layout = Layout::new(vec![block("anonymous"), block("shared")]).expect("a good layout");
     let addresses = ["anonymous", "shared"].map(|name| victim.arena(name).start);
     let map = RangeMap::new(&layout, &addresses).expect("no overlap");
-    let mut tracker = PagemapTracker::new(process.clone(), map);
+    let mut tracker = PagemapTracker::new(process.clone(), map, false);
     victim.tell("touch anonymous 1");
     victim.tell("touch shared 2");
     tracker.arm().expect("arming works");

@@ -139,7 +139,7 @@ fn tracks_a_real_qemu_and_leaves_it_as_it_was() {
         let start_of_memory = qemu.memory().start;
         let map = RangeMap::new(&layout, &[start_of_memory]).expect("one block");
         let memory = ProcessMemory::new(process.clone());
-        let mut tracker = PagemapTracker::new(process.clone(), map.clone());
+        let mut tracker = PagemapTracker::new(process.clone(), map.clone(), false);
         let mut oracle = CompareTracker::new(memory.clone(), map);
         let written_always = {
             let mut set = PageSet::empty(pages);
