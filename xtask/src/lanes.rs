@@ -265,7 +265,7 @@ const NESTED: &str = "linux_under_kvm_and_a_failover_between_agents";
 fn nested_lane(all: bool) -> Result<()> {
     let mut build = shell::cargo();
     // All of the workspace, so that nothing is built with other features than before.
-    build.args(["test", "--workspace", "--no-run", "--test", "kvm_linux"]);
+    build.args(["test", "--workspace", "--no-run", "--lib", "--test", "kvm_linux"]);
     let built = shell::output(build.args(["--quiet", "--message-format", "json"]))?;
     let messages = built.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let mut programs: Vec<PathBuf> =

@@ -10,6 +10,7 @@ use super::qmp::Qmp;
 use super::{Check, CheckLevel, OUR_PREFIX, TrackerChoice, recipe};
 use crate::disk::MAX_DISKS;
 use crate::sys::pagemap;
+use crate::track::soft_dirty;
 
 /// QMP commands that protection cannot do without.
 const COMMANDS: &[&str] = &[
@@ -129,10 +130,23 @@ fn check(name: impl Into<String>, level: CheckLevel, message: impl Into<String>,
 pub(super) fn host(tracker: TrackerChoice) -> Vec<Check> {
     let mut checks = Vec::new();
     let scan = pagemap::supported();
+    let bits = soft_dirty::supported();
     checks.push(match (scan, tracker) {
         (true, TrackerChoice::Auto | TrackerChoice::PagemapScan) => {
             check("dirty tracking", CheckLevel::Ok, "the kernel has PAGEMAP_SCAN", "")
         }
+        (false, TrackerChoice::Auto) if bits => {
+            check("dirty tracking", CheckLevel::Ok, "the kernel has no PAGEMAP_SCAN, but soft-dirty bits", "")
+        }
+        (_, TrackerChoice::SoftDirty) if bits => {
+            check("dirty tracking", CheckLevel::Ok, "the kernel has soft-dirty bits", "")
+        }
+        (_, TrackerChoice::SoftDirty) => check(
+            "dirty tracking",
+            CheckLevel::Refusal,
+            "this kernel has no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)",
+            "use another kernel, or let the tracker be `auto`",
+        ),
         (false, TrackerChoice::PagemapScan) => check(
             "dirty tracking",
             CheckLevel::Refusal,
@@ -142,7 +156,7 @@ pub(super) fn host(tracker: TrackerChoice) -> Vec<Check> {
         (false, TrackerChoice::Auto) => check(
             "dirty tracking",
             CheckLevel::Warning,
-            "this kernel has no PAGEMAP_SCAN: all memory is compared at each epoch, which makes pauses long",
+            "this kernel has neither PAGEMAP_SCAN nor soft-dirty bits: all memory is compared at each epoch, which makes pauses long",
             "use Linux 6.7 or newer",
         ),
         (_, TrackerChoice::Compare) => check(
@@ -159,14 +173,24 @@ pub(super) fn host(tracker: TrackerChoice) -> Vec<Check> {
 }
 
 /// How dirty pages of this guest are to be found: with a balloon `auto` compares, because what a balloon discards leaves
-/// no trace in the page map.
+/// no trace in the page map; and soft-dirty bits are good for private memory alone.
 pub(super) fn tracker_for(found: &Discovered, choice: TrackerChoice) -> TrackerChoice {
-    let discards = found.devices.iter().any(|kind| kind.starts_with("virtio-balloon"));
     match choice {
-        TrackerChoice::Auto if discards || !pagemap::supported() || found.shadow_stack => TrackerChoice::Compare,
-        TrackerChoice::Auto => TrackerChoice::PagemapScan,
+        TrackerChoice::Auto if has_balloon(found) => TrackerChoice::Compare,
+        TrackerChoice::Auto if pagemap::supported() && !found.shadow_stack => TrackerChoice::PagemapScan,
+        TrackerChoice::Auto if soft_dirty::supported() && shared(found).is_none() => TrackerChoice::SoftDirty,
+        TrackerChoice::Auto => TrackerChoice::Compare,
         chosen => chosen,
     }
+}
+
+fn has_balloon(found: &Discovered) -> bool {
+    found.devices.iter().any(|kind| kind.starts_with("virtio-balloon"))
+}
+
+/// A block of memory that is not private to QEMU.
+fn shared(found: &Discovered) -> Option<&str> {
+    found.blocks.iter().flatten().find(|block| block.shared).map(|block| block.name.as_str())
 }
 
 /// Everything about one QEMU, refusals and warnings and what is fine.
@@ -270,25 +294,36 @@ fn memory(found: &Discovered) -> Check {
     check("memory", CheckLevel::Ok, format!("{} memory blocks, {} MiB in all", blocks.len(), bytes >> 20), "")
 }
 
+/// What stands against the tracker that is asked for, or that `auto` would have on this kernel.
 fn tracking(found: &Discovered, choice: TrackerChoice) -> Option<Check> {
-    let balloon = found.devices.iter().any(|kind| kind.starts_with("virtio-balloon"));
-    let reason = if found.shadow_stack {
-        "QEMU runs with shadow stacks, under which nothing can be injected"
-    } else if balloon {
-        "the guest has a balloon, which discards memory without a trace in the page map"
+    let bits = match choice {
+        TrackerChoice::SoftDirty => true,
+        TrackerChoice::Auto => !pagemap::supported() && soft_dirty::supported(),
+        TrackerChoice::PagemapScan | TrackerChoice::Compare => false,
+    };
+    let reason = if found.shadow_stack && !bits {
+        "QEMU runs with shadow stacks, under which nothing can be injected".to_owned()
+    } else if has_balloon(found) {
+        "the guest has a balloon, which discards memory without a trace in the page map".to_owned()
+    } else if let Some(name) = shared(found).filter(|_| bits) {
+        format!("the memory block {name} is shared, and the kernel may forget the soft-dirty bits of such memory")
     } else {
         return None;
     };
+    let comparing = tracker_for(found, choice) == TrackerChoice::Compare;
     Some(match choice {
-        TrackerChoice::PagemapScan => {
+        TrackerChoice::PagemapScan | TrackerChoice::SoftDirty => {
             check("tracker", CheckLevel::Refusal, reason, "remove the cause, or let the tracker be `auto` or `compare`")
         }
-        TrackerChoice::Auto | TrackerChoice::Compare => check(
+        TrackerChoice::Auto | TrackerChoice::Compare if comparing => check(
             "tracker",
             CheckLevel::Warning,
             format!("{reason}; all memory is compared at each epoch, which makes pauses long"),
             "",
         ),
+        TrackerChoice::Auto | TrackerChoice::Compare => {
+            check("tracker", CheckLevel::Ok, format!("{reason}; soft-dirty bits are used"), "")
+        }
     })
 }
 

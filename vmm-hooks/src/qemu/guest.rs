@@ -23,7 +23,7 @@ use crate::disk::{DiskImage, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
 use crate::sys::process::{PidFd, ProcessMemory};
-use crate::track::{CompareTracker, DirtyLedger, PagemapTracker, RangeMap, Tracker};
+use crate::track::{CompareTracker, DirtyLedger, PagemapTracker, RangeMap, SoftDirtyTracker, Tracker};
 use shape::{Comparing, Shape};
 
 /// How long a killed QEMU may take to end.
@@ -107,7 +107,10 @@ pub fn attach(target: &Target, options: &AttachOptions) -> Result<QemuGuest, Gue
     let memory = ProcessMemory::new(process.clone());
     let tracker: Box<dyn Tracker> = match choice {
         TrackerChoice::Compare => Box::new(CompareTracker::new(memory.clone(), map.clone())),
-        TrackerChoice::Auto | TrackerChoice::PagemapScan => Box::new(PagemapTracker::new(process.clone(), map.clone(), found.kvm)),
+        TrackerChoice::SoftDirty => Box::new(SoftDirtyTracker::new(process.clone(), map.clone())),
+        TrackerChoice::Auto | TrackerChoice::PagemapScan => {
+            Box::new(PagemapTracker::new(process.clone(), map.clone(), found.kvm))
+        }
     };
     let recipe = QemuRecipe::of(&found, blocks).pack();
     let shape = Shape {
@@ -272,8 +275,13 @@ impl QemuGuest {
         let saving = self.state.start(&mut self.qmp);
         let saving = self.judge(saving)?;
         let asked = self.mirrors.ask(&mut self.qmp);
-        let first = self.ledger.harvest(taken);
-        parts.harvest = started.elapsed();
+        // Where nobody may write during a harvest, the save comes first, and a harvest only after one that has ended.
+        let both = self.ledger.tracker().others_may_write();
+        let (saving, ended) = if both { (Some(saving), None) } else { (None, Some(self.qmp.collect(saving))) };
+        parts.device = started.elapsed();
+        let harvesting = Instant::now();
+        let first = if matches!(ended, Some(Err(_))) { Ok(()) } else { self.ledger.harvest(taken) };
+        parts.harvest = harvesting.elapsed();
         let copied = first.map_err(GuestError::from).and_then(|()| {
             let copying = Instant::now();
             into.pages.clear();
@@ -283,8 +291,14 @@ impl QemuGuest {
             copied
         });
         // Whatever became of the harvest: a save that goes on must not meet a running guest.
-        let saved = self.qmp.collect(saving);
-        parts.device = started.elapsed();
+        let saved = match saving {
+            Some(saving) => {
+                let saved = self.qmp.collect(saving);
+                parts.device = started.elapsed();
+                saved
+            }
+            None => ended.expect("waited for above"),
+        };
         let mirrored = asked.and_then(|asked| asked.map(|asked| self.qmp.collect(asked)).transpose());
         self.judge(saved)?;
         let mirrored = self.judge(mirrored)?;
@@ -292,7 +306,9 @@ impl QemuGuest {
         // What saving wrote to guest memory belongs to this epoch.
         let again = Instant::now();
         let mut late = PageSet::empty(taken.capacity());
-        self.ledger.harvest(&mut late)?;
+        if both {
+            self.ledger.harvest(&mut late)?;
+        }
         parts.harvest += again.elapsed();
         taken.union_with(&late);
         if !late.is_empty() {

@@ -90,11 +90,13 @@ impl Default for AttachOptions {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TrackerChoice {
-    /// PAGEMAP_SCAN if the kernel has it, full comparison otherwise.
+    /// PAGEMAP_SCAN if the kernel has it, else soft-dirty bits if it has these and all memory is private, full comparison otherwise.
     #[default]
     Auto,
     /// PAGEMAP_SCAN on an injected userfaultfd, or refuse.
     PagemapScan,
+    /// Soft-dirty bits, or refuse.
+    SoftDirty,
     /// Comparison of all memory with a copy of it: slow, works everywhere.
     Compare,
 }

@@ -34,6 +34,8 @@ pub(super) struct RamBlock {
     pub(super) offset: u64,
     /// Its address in QEMU.
     pub(super) host: u64,
+    /// Other processes may map it, too.
+    pub(super) shared: bool,
 }
 
 /// Why guest memory could not be found.
@@ -102,6 +104,8 @@ fn look(qmp: &mut Qmp, pid: u32) -> Result<Vec<RamBlock>, RamError> {
         if !is_mapped(&maps, block.host, block.total) {
             return Err(RamError::NotMapped { name: block.name.clone(), host: block.host });
         }
+        let end = block.host + block.total;
+        block.shared = maps.iter().any(|map| map.shared && map.start < end && map.end > block.host);
     }
     let mut by_host: Vec<&RamBlock> = listed.iter().collect();
     by_host.sort_by_key(|block| block.host);
@@ -140,6 +144,7 @@ pub(super) fn parse_ramblock(text: &str) -> Result<Vec<RamBlock>, RamError> {
             total: numbers[2],
             page_size,
             host: numbers.get(3).copied().unwrap_or(0),
+            shared: false,
         });
     }
     Ok(blocks)
@@ -156,6 +161,7 @@ pub(super) struct Mapping {
     pub(super) end: u64,
     pub(super) readable: bool,
     pub(super) writable: bool,
+    pub(super) shared: bool,
     pub(super) name: String,
 }
 
@@ -171,6 +177,7 @@ pub(super) fn parse_maps(text: &str) -> Vec<Mapping> {
                 end,
                 readable: rights.starts_with('r'),
                 writable: rights.get(1..2) == Some("w"),
+                shared: rights.get(3..4) == Some("s"),
                 name: fields.skip(3).collect::<Vec<_>>().join(" "),
             })
         })
@@ -318,7 +325,7 @@ mod tests {
         \x20   /rom@etc/acpi/tables    4 KiB  0x0000000005100000 0x0000000000020000 0x0000000000200000\n";
 
     fn block(name: &str, offset: u64, used: u64, total: u64) -> RamBlock {
-        RamBlock { name: name.to_owned(), used, total, page_size: 4096, offset, host: 0 }
+        RamBlock { name: name.to_owned(), used, total, page_size: 4096, offset, host: 0, shared: false }
     }
 
     #[test]
@@ -361,7 +368,14 @@ mod tests {
         const PAGE: usize = 4096;
         let bytes = vec![7_u8; 4 * PAGE];
         let start = (bytes.as_ptr() as u64).next_multiple_of(PAGE as u64);
-        let heap = |start, end| Mapping { start, end, readable: true, writable: true, name: "[heap]".to_owned() };
+        let heap = |start, end| Mapping {
+            start,
+            end,
+            readable: true,
+            writable: true,
+            shared: false,
+            name: "[heap]".to_owned(),
+        };
         let read = |maps: &[Mapping]| read_heap(std::process::id(), maps);
         let whole = read(&[heap(start, start + 2 * PAGE as u64)]).expect("it is ours");
         assert_eq!(whole, vec![7; 2 * PAGE]);

@@ -204,6 +204,7 @@ mod tests {
             page_size: 4096,
             offset: 0,
             host: 0,
+            shared: false,
         };
         let blocks = [block("pc.ram", 8192), block("/objects/m1", 4097), block("vga.vram", 4096)];
         let object = |id: &str, kind: &str| (id.to_owned(), kind.to_owned());

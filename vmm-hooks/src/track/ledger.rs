@@ -85,6 +85,10 @@ impl Tracker for Box<dyn Tracker> {
         (**self).name()
     }
 
+    fn others_may_write(&self) -> bool {
+        (**self).others_may_write()
+    }
+
     fn arm(&mut self) -> Result<(), TrackError> {
         (**self).arm()
     }

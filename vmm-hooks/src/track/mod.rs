@@ -17,6 +17,7 @@ mod compare;
 mod ledger;
 mod pagemap;
 mod ranges;
+pub mod soft_dirty;
 
 use std::fmt;
 
@@ -24,6 +25,7 @@ pub use compare::CompareTracker;
 pub use ledger::DirtyLedger;
 pub use pagemap::PagemapTracker;
 pub use ranges::{RangeError, RangeMap, Segment};
+pub use soft_dirty::SoftDirtyTracker;
 
 use crate::layout::PageSet;
 use crate::sys::pagemap::ScanError;
@@ -56,6 +58,12 @@ pub enum TrackError {
 pub trait Tracker: Send + fmt::Debug {
     /// A short name for operators and metrics.
     fn name(&self) -> &'static str;
+
+    /// Whether somebody else than the guest may write its memory during a harvest, as a hypervisor does that saves device state. What is
+    /// written then is found by this harvest or by the next one; if not, the harvest must wait until nobody writes.
+    fn others_may_write(&self) -> bool {
+        true
+    }
 
     /// While stopped and drained: from now on every written page is found. Pages written earlier need not be found: the
     /// caller sends all memory after this. Arming what is armed starts anew.

@@ -46,6 +46,7 @@ done
 await on b pair
 await on a pair 10.77.7.12 --code "$(code)"
 echo "PAIRED"
+on a doctor web
 # Also an agent may be too slow for the other here, and is asked again.
 await on a protect web --to b
 echo "PROTECTED"

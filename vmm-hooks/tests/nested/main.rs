@@ -70,22 +70,24 @@ fn nothing_was_lost(console: &str) {
     assert_eq!(answer("CHECKED ")["lost"], 0);
 }
 
-/// One host for both: it takes as long to start as a guest on it.
+/// One host for all: it takes as long to start as a guest on it. Its kernel also has the soft-dirty bits that this machine's may lack.
 #[test]
 fn linux_under_kvm_and_a_failover_between_agents() {
     let directory = tempfile::tempdir().expect("a directory");
-    let (Some((disk, mut script)), Some(understudy)) =
-        (tests(directory.path(), &["kvm_linux"]), programs("understudy"))
+    let (Some((disk, mut script)), Some(understudy), Some(units)) =
+        (tests(directory.path(), &["kvm_linux"]), programs("understudy"), programs("vmm_hooks"))
     else {
         return;
     };
+    disk.add_program(&units[0]);
+    script.push_str(&format!("{} --nocapture track::soft_dirty\n", units[0].display()));
     disk.add_program(&understudy[0]);
     let ip = disk.add_named("ip");
     script.push_str(&format!("export PATH={}:$PATH\n", ip.display()));
     script.push_str(&format!("UNDERSTUDY={}\nGUEST={}\n", understudy[0].display(), host::guest().display()));
     script.push_str(COMMON);
     script.push_str(include_str!("failover.sh"));
-    let console = run(directory.path(), PLAIN, disk, &script, 1, &[]);
+    let console = run(directory.path(), PLAIN, disk, &script, 2, &[]);
     nothing_was_lost(&console);
 }
 
@@ -100,7 +102,7 @@ fn a_microvm_with_linux_under_kvm_on_a_wide_processor() {
 const FIRMWARE: [&str; 3] =
     ["/usr/share/seabios/bios-256k.bin", "/usr/share/qemu/kvmvapic.bin", "/usr/share/qemu/linuxboot_dma.bin"];
 
-/// The host's kernel is older than `PAGEMAP_SCAN`, so dirty pages are found by comparing.
+/// The host's kernel is older than `PAGEMAP_SCAN`, so dirty pages are found by soft-dirty bits.
 #[test]
 fn a_stock_qemu_under_kvm_goes_on_after_its_host_and_nothing_is_lost() {
     let Some(understudy) = programs("understudy") else { return };
@@ -115,5 +117,7 @@ fn a_stock_qemu_under_kvm_goes_on_after_its_host_and_nothing_is_lost() {
     script.push_str(&format!("GUEST={}\n", host::guest().display()));
     script.push_str(COMMON);
     script.push_str(include_str!("attached.sh"));
-    nothing_was_lost(&run(directory.path(), PLAIN, disk, &script, 0, &["-m", "1792"]));
+    let console = run(directory.path(), PLAIN, disk, &script, 0, &["-m", "1792"]);
+    assert!(console.contains("the kernel has no PAGEMAP_SCAN, but soft-dirty bits"), "another tracker was used");
+    nothing_was_lost(&console);
 }

@@ -294,6 +294,15 @@ fn a_q35_survives_the_kill_of_its_qemu() {
 }
 
 #[test]
+fn soft_dirty_bits_do_as_well() {
+    if !vmm_hooks::track::soft_dirty::supported() {
+        println!("skipped: this kernel has no soft-dirty bits");
+        return;
+    }
+    survives_a_kill("pc", TrackerChoice::SoftDirty);
+}
+
+#[test]
 fn comparing_all_memory_does_as_well() {
     survives_a_kill("pc", TrackerChoice::Compare);
 }

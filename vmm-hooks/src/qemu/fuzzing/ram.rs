@@ -22,7 +22,7 @@ pub(super) fn run(bytes: &[u8]) {
 fn listing(text: &str) {
     let Ok(blocks) = parse_ramblock(text) else { return };
     let mut printed = String::new();
-    for RamBlock { name, used, total, page_size, offset, host } in &blocks {
+    for RamBlock { name, used, total, page_size, offset, host, .. } in &blocks {
         assert!(!name.is_empty(), "a block without a name");
         write!(printed, "{name} {page_size} B {offset:#x} {used:#x} {total:#x}").expect("a string grows");
         match host {
@@ -50,6 +50,7 @@ fn maps(text: &str) {
     for (map, (range, rights)) in maps.iter().zip(&theirs) {
         assert_eq!((map.start, map.end), (range.start, range.end));
         assert_eq!((map.readable, map.writable), (rights.starts_with('r'), rights.get(1..2) == Some("w")));
+        assert_eq!(map.shared, rights.get(3..4) == Some("s"));
     }
     let _ = inject::features(text);
     let edges: Vec<u64> = maps.iter().take(8).flat_map(|map| [map.start, map.end]).collect();
@@ -91,8 +92,15 @@ fn heap(bytes: &[u8]) {
     let [place, gap, offset, used, total] = numbers.map(usize::from);
     let number = |byte: usize| (byte as u64) << 12;
     let name = "pc.ram".to_owned();
-    let block =
-        RamBlock { name, used: number(used), total: number(total), page_size: 4096, offset: number(offset), host: 0 };
+    let block = RamBlock {
+        name,
+        used: number(used),
+        total: number(total),
+        page_size: 4096,
+        offset: number(offset),
+        host: 0,
+        shared: false,
+    };
     // Without a record there is nothing to find but what the bytes happen to be; it must not panic.
     let before = records(rest, &block);
     assert!(before.len() <= rest.len());
