@@ -21,7 +21,7 @@ const COMPUTE: Duration = Duration::from_secs(60);
 const LOOPS: &str = "2000000";
 const SCRIPT: &str = "local a=0 for i=1,tonumber(ARGV[1]) do a=(a*31+i)%65521 end return a";
 /// Memory of the laboratory's VM.
-const GUEST_MIB: f64 = 256.0;
+pub(crate) const GUEST_MIB: f64 = 256.0;
 
 /// A guest that only computes, unprotected and protected in turn. It is not protected before and after.
 pub(crate) async fn compute(stage: &Stage, quick: bool, report: &mut Report) -> Result<()> {
@@ -69,12 +69,11 @@ pub(crate) fn run_compute(to: SocketAddr, times: u32) -> Result<Vec<f64>> {
     Ok(took)
 }
 
-/// How long becoming protected takes, idle and under load, against a raw stream of the guest's memory. The VM is not protected
-/// before and after.
-pub(crate) async fn sync(stage: &Stage, quick: bool, speeds: Speeds, report: &mut Report) -> Result<()> {
-    let rounds = if quick { 1 } else { 4 };
-    println!("initial sync: {rounds} rounds");
-    let raw = GUEST_MIB * f64::from(1 << 20) / speeds.quinn;
+/// How long becoming protected takes, idle and under load, against a raw stream of the guest's memory, of which it has `mib` MiB. The VM is not
+/// protected before and after.
+pub(crate) async fn sync(stage: &Stage, mib: f64, rounds: u32, speeds: Speeds, report: &mut Report) -> Result<()> {
+    println!("initial sync of {mib} MiB: {rounds} rounds");
+    let raw = mib * f64::from(1 << 20) / speeds.quinn;
     let (mut idle, mut busy) = (Pairs::default(), Pairs::default());
     for _ in 0..rounds {
         idle.push(stage.protect("auto").await?.as_secs_f64(), raw);
@@ -84,8 +83,10 @@ pub(crate) async fn sync(stage: &Stage, quick: bool, speeds: Speeds, report: &mu
         drop(load);
         stage.unprotect().await?;
     }
-    report.add("protect an idle guest, against a raw stream of its memory", "s", Better::Lower, None, &idle);
-    report.add("protect a loaded guest, against a raw stream of its memory", "s", Better::Lower, None, &busy);
+    for (guest, took) in [("an idle", &idle), ("a loaded", &busy)] {
+        let name = format!("protect {guest} guest of {mib} MiB, against a raw stream of its memory");
+        report.add(&name, "s", Better::Lower, None, took);
+    }
     Ok(())
 }
 

@@ -15,6 +15,8 @@ use replicator::demo::lab::Machine;
 use vmm_hooks::layout::PAGE_SIZE;
 use vmm_hooks::sys::process::{PidFd, ProcessMemory};
 
+use crate::costs;
+use crate::path::Speeds;
 use crate::row::{Better, Pairs, Report};
 use crate::stage::{Means, Stage, let_run};
 use crate::stats::count;
@@ -26,6 +28,8 @@ const OURS_FROM_MIB: u64 = 256;
 const TOP_MIB: u64 = 32;
 /// On this machine type memory above 3 GiB is moved, so there is another top.
 const SPLIT_MIB: u64 = 3 << 10;
+/// A guest that is large for a first copy.
+const LARGE_MIB: u64 = 2048;
 /// Connections of the load while memory is large.
 const CONNECTIONS: u32 = 50;
 /// One burst of writes per epoch of this length.
@@ -63,6 +67,13 @@ pub(crate) async fn with_memory(means: &Means, report: &mut Report) -> Result<()
         }
     }
     Ok(())
+}
+
+/// How long a large guest takes to become protected.
+pub(crate) async fn sync(means: &Means, speeds: Speeds, report: &mut Report) -> Result<()> {
+    let stage = Stage::full(means, "large", &machine(LARGE_MIB)?).await?;
+    Ours::find(stage.lab.vm_pid()?, LARGE_MIB)?.fill()?;
+    costs::sync(&stage, count(LARGE_MIB), 2, speeds, report).await
 }
 
 /// Measures one guest that writes more and more pages in each epoch.

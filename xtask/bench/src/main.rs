@@ -227,6 +227,7 @@ async fn parts(args: &RunArgs, means: &Means, report: &mut Report) -> Result<()>
     let throughput = wanted(Part::Throughput) || args.rounds.is_some();
     if throughput || wanted(Part::Path) || wanted(Part::Costs) || wanted(Part::Failover) {
         let stage = Stage::full(means, "main", &usual).await?;
+        let mut raw = None;
         let measured = async {
             if throughput {
                 let plan = match args.rounds {
@@ -238,8 +239,10 @@ async fn parts(args: &RunArgs, means: &Means, report: &mut Report) -> Result<()>
             }
             if wanted(Part::Path) || wanted(Part::Costs) {
                 let speeds = path::bulk(&stage, quick, report).await.context("transport")?;
+                raw = Some(speeds);
                 if wanted(Part::Costs) {
-                    costs::sync(&stage, quick, speeds, report).await.context("initial sync")?;
+                    let rounds = if quick { 1 } else { 4 };
+                    costs::sync(&stage, costs::GUEST_MIB, rounds, speeds, report).await.context("initial sync")?;
                     costs::compute(&stage, quick, report).await.context("a guest that computes")?;
                 }
             }
@@ -260,6 +263,11 @@ async fn parts(args: &RunArgs, means: &Means, report: &mut Report) -> Result<()>
                 stage.protect("auto").await.context("before the failover")?;
             }
             failover::measure(stage, means, report).await.context("failover")?;
+        } else {
+            drop(stage);
+        }
+        if let Some(speeds) = raw.filter(|_| wanted(Part::Costs) && !quick) {
+            growth::sync(means, speeds, report).await.context("initial sync of a large guest")?;
         }
     }
     if wanted(Part::Pause) {
