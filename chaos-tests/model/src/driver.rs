@@ -181,6 +181,7 @@ impl World {
                 standby.handle_switched_off(now, SwitchedOff::Confirmed);
             }
             Output::SwitchOff => self.hosts[host].fencing = true,
+            Output::Keep { generation, epoch } => self.keep(host, generation, epoch),
             Output::Activate { epoch } => self.hosts[host].activating = Some(epoch),
             Output::Destroy => self.destroy(host),
             Output::Close(_) => self.close(host),
@@ -374,7 +375,7 @@ impl World {
         config.ownership.store = self.store_of(host);
         config.fence_required = self.fences;
         let state = &mut self.hosts[host];
-        (state.fencing, state.unconfirmed) = (false, false);
+        (state.fencing, state.unconfirmed, state.resumed, state.keeping) = (false, false, false, None);
         state.staged.clear();
         (state.copy, state.binding, state.mark) = (None, None, None);
         (state.lost_by_fault, state.memory) = (false, Memory::Standby);

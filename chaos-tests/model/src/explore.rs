@@ -27,7 +27,7 @@ impl fmt::Display for World {
 }
 
 /// What some state of some scenario must be: a checker that never gets there proves nothing.
-pub const REACHED: [&str; 12] = [
+pub const REACHED: [&str; 13] = [
     "a VM is protected",
     "a standby takes over",
     "a primary goes on alone",
@@ -40,6 +40,7 @@ pub const REACHED: [&str; 12] = [
     "a host learns that it was forced out",
     "a host is switched off, and the VM runs on the other one",
     "a VM is given back because its other host cannot be switched off",
+    "a new life goes on with a copy that was kept while its fence was waited for, and the VM runs",
 ];
 
 fn was_forced(world: &World, store: usize) -> bool {
@@ -80,7 +81,7 @@ impl Model for Scenario {
             |_, world| !is(world, PROPERTIES[5].0),
             |_, world| !is(world, PROPERTIES[6].0),
         ];
-        let reached: [fn(&Self, &World) -> bool; 12] = [
+        let reached: [fn(&Self, &World) -> bool; 13] = [
             |_, world| (0..2).any(|host| world.is_protected(host)),
             |_, world| world.hosts.iter().any(|host| host.guest.is_some() && host.mark.is_some()),
             |_, world| {
@@ -109,6 +110,7 @@ impl Model for Scenario {
                     if *owner == world.party(0) && *from == world.party(1));
                 world.fences && whole && back && world.hosts[1].unconfirmed
             },
+            |_, world| world.hosts[1].resumed && world.hosts[1].guest.is_some_and(|guest| guest.running),
         ];
         let always = PROPERTIES.into_iter().zip(always).map(|((_, name), holds)| Property::always(name, holds));
         always.chain(REACHED.into_iter().zip(reached).map(|(name, seen)| Property::sometimes(name, seen))).collect()

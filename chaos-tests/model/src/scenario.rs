@@ -47,6 +47,8 @@ pub struct Bounds {
     pub boots: u8,
     /// Fence commands that end, by which the other host is off or not. Unless 0, a winner must have it switched off first.
     pub fences: u8,
+    /// Copies that wait for a fence and become durable.
+    pub keeps: u8,
 }
 
 impl Bounds {
@@ -74,6 +76,7 @@ impl Bounds {
             "forces" => self.forces = times,
             "boots" => self.boots = times,
             "fences" => self.fences = times,
+            "keeps" => self.keeps = times,
             _ => return None,
         }
         Some(self)
@@ -151,6 +154,7 @@ const NONE: Bounds = Bounds {
     forces: 0,
     boots: 0,
     fences: 0,
+    keeps: 0,
 };
 
 const fn faithful(name: &'static str, start: Start, bounds: Bounds) -> Scenario {
@@ -158,7 +162,7 @@ const fn faithful(name: &'static str, start: Start, bounds: Bounds) -> Scenario 
 }
 
 /// What runs each time: seconds.
-pub const SMALL: [Scenario; 14] = [
+pub const SMALL: [Scenario; 15] = [
     faithful("pairing", Start::Pairing, Bounds { steps: 1, captures: 2, breaks: 1, ..NONE }),
     faithful("contest", Start::Protected, Bounds { steps: 2, captures: 1, breaks: 1, failures: 1, ..NONE }),
     faithful("votes", Start::Protected, Bounds { steps: 1, breaks: 1, witness_crashes: 1, doubled: 1, ..NONE }),
@@ -185,10 +189,15 @@ pub const SMALL: [Scenario; 14] = [
         Start::Protected,
         Bounds { steps: 1, breaks: 1, ticks: [0, 1], fences: 2, failures: 1, returns: 1, ..NONE },
     ),
+    faithful(
+        "fence, another life",
+        Start::Protected,
+        Bounds { steps: 1, breaks: 1, fences: 1, keeps: 1, restarts: 1, ..NONE },
+    ),
 ];
 
 /// What runs with `cargo xtask test --all`: minutes.
-pub const LARGE: [Scenario; 18] = [
+pub const LARGE: [Scenario; 19] = [
     faithful("pairing", Start::Pairing, Bounds { steps: 2, captures: 3, breaks: 1, ..NONE }),
     faithful("contest", Start::Protected, Bounds { steps: 2, captures: 1, breaks: 1, failures: 1, doubled: 1, ..NONE }),
     faithful(
@@ -242,6 +251,11 @@ pub const LARGE: [Scenario; 18] = [
         Start::Protected,
         Bounds { steps: 1, breaks: 1, restarts: 1, returns: 1, ticks: [0, 1], fences: 2, ..NONE },
     ),
+    faithful(
+        "fence, more lives",
+        Start::Protected,
+        Bounds { steps: 1, breaks: 1, restarts: 2, returns: 1, ticks: [0, 1], fences: 2, keeps: 1, ..NONE },
+    ),
     // Found that a late ask of an earlier life made a node destroy its own guest.
     faithful("second life", Start::Pairing, Bounds { steps: 1, captures: 4, restarts: 1, protects: 1, ..NONE }),
 ];
@@ -251,7 +265,7 @@ const fn mistake(start: Start, bounds: Bounds) -> Scenario {
 }
 
 /// Each mistake, where it is found, and as what.
-pub const MISTAKES: [(Wiring, Scenario, Violation); 18] = [
+pub const MISTAKES: [(Wiring, Scenario, Violation); 20] = [
     (
         Wiring::ReleaseOnSent,
         mistake(Start::Protected, Bounds { steps: 1, captures: 1, ..NONE }),
@@ -313,7 +327,13 @@ pub const MISTAKES: [(Wiring, Scenario, Violation); 18] = [
     ),
     (Wiring::AnswerUnconfirmed, forced_out(), Violation::BeforeCommit),
     (Wiring::ShowWhileForcing, forced_out(), Violation::BeforeCommit),
+    (Wiring::ShowWhileFencing, forced_out(), Violation::BeforeCommit),
     (Wiring::ActivateUnfenced, mistake(Start::Protected, Bounds { breaks: 1, fences: 1, ..NONE }), Violation::Unfenced),
+    (
+        Wiring::KeptIsEnough,
+        mistake(Start::Protected, Bounds { steps: 1, breaks: 1, fences: 2, keeps: 1, restarts: 1, ..NONE }),
+        Violation::Forgets,
+    ),
 ];
 
 /// A host that was alone dies, is forced out, and comes back.

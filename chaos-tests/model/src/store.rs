@@ -20,12 +20,17 @@ pub(crate) struct Store {
     pub(crate) disk: Option<Record>,
     /// Of a host that forces the other one out: the write that makes it so, and whether that one had gone alone.
     forcing: Option<(u64, bool)>,
+    /// The same, while that one was confirmed dead and nothing is written yet.
+    pub(crate) confirmed: bool,
 }
 
 impl Store {
     /// The witness's alone, or one for each host.
     pub(crate) fn all(third: bool) -> Vec<Self> {
-        let store = |index| Self { machine: Witness::new(id(index), []), writing: None, disk: None, forcing: None };
+        let store = |index| {
+            let machine = Witness::new(id(index), []);
+            Self { machine, writing: None, disk: None, forcing: None, confirmed: false }
+        };
         (0..if third { 1 } else { 2 }).map(store).collect()
     }
 }
@@ -185,6 +190,7 @@ impl World {
         }
         kept.machine.handle_persisted(token);
         if let Some((_, alone)) = kept.forcing.take_if(|(forcing, _)| *forcing == token) {
+            self.stores[store].machine.handle_force_over(VM);
             self.forced(store, alone);
         }
         self.pump_store(store);
@@ -215,6 +221,7 @@ impl World {
         }
         let store = &mut self.stores[host];
         let forcing = store.forcing.take();
+        store.confirmed = false;
         if let Some((token, record)) = store.writing.take().filter(|_| kept) {
             store.disk = Some(record);
             if let Some((_, alone)) = forcing.filter(|(forcing, _)| *forcing == token) {
@@ -285,17 +292,31 @@ impl World {
     /// Whether the operator may force the other host out.
     pub(crate) fn is_forceable(&self, host: usize) -> bool {
         let dead = !self.hosts[1 - host].alive || self.wiring == Wiring::ForceUnconfirmed;
-        self.is_pair() && dead && self.stores[host].writing.is_none() && self.may_be_forced(host)
+        self.is_pair() && dead && !self.stores[host].confirmed && self.may_be_forced(host)
+    }
+
+    pub(crate) fn confirm(&mut self, host: usize) {
+        spend(&mut self.left.forces);
+        let store = &mut self.stores[host];
+        store.confirmed = true;
+        if self.wiring != Wiring::ShowWhileFencing {
+            store.machine.handle_forcing(VM);
+        }
     }
 
     pub(crate) fn force(&mut self, host: usize) {
-        spend(&mut self.left.forces);
+        self.stores[host].confirmed = false;
+        if self.wiring == Wiring::ShowWhileFencing {
+            self.stores[host].machine.handle_forcing(VM);
+        }
         let alone = matches!(self.owner(), Some(Owner::Solo { node: owner, .. } | Owner::Stopped { node: owner }) if owner.node != node(host));
         let (me, seen) = (self.party(host), self.hosts[host].generation);
-        if self.stores[host].machine.handle_force(VM, me, seen) {
+        if self.may_be_forced(host) && self.stores[host].machine.handle_force(VM, me, seen) {
             self.pump_store(host);
             let store = &mut self.stores[host];
             store.forcing = store.writing.map(|(token, _)| (token, alone));
+        } else {
+            self.stores[host].machine.handle_force_over(VM);
         }
     }
 
@@ -316,7 +337,9 @@ impl World {
         let state = &self.hosts[host];
         // A copy that was activated is not gone on from a second time, whatever became of its guest.
         let copy = state.copy.filter(|copy| !copy.gone && state.memory == Memory::Standby);
-        let has = state.guest.map(|guest| guest.state).or(copy.map(|copy| copy.state));
+        let kept = state.kept.filter(|_| state.restart.is_some() && state.memory == Memory::Standby);
+        let has = copy.map(|copy| copy.state).or(kept.map(|kept| kept.state));
+        let has = state.guest.map(|guest| guest.state).or(has);
         (self.keeper, self.hosts[host].asks) = (host, host);
         if let Some(has) = has
             && self.checker.goes_on_from(has)

@@ -5,11 +5,11 @@ use heartbeat_core::ownership::OwnershipConfig;
 use heartbeat_core::record::Owner;
 use heartbeat_core::store::StoreAnswer;
 use replicator_core::restart::{self, End, Here, Restart};
-use replicator_core::standby::SwitchedOff;
+use replicator_core::standby::{Standby, StandbyConfig, SwitchedOff};
 
 use crate::check::Violation;
 use crate::wiring::Wiring;
-use crate::world::{Action, Gate, Guest, VM, World, node, spend};
+use crate::world::{Action, Copied, Gate, Guest, Kept, VM, World, node, spend};
 
 /// What an agent made durable of the VM for its next life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +50,9 @@ impl World {
             }
         }
         if left.forces > 0 && self.is_forceable(host) {
+            actions.push(Action::Confirm(host));
+        }
+        if self.is_pair() && self.stores[host].confirmed {
             actions.push(Action::Force(host));
         }
         if self.is_pair() && self.wants_to_be_shown(host) {
@@ -97,7 +100,7 @@ impl World {
         let state = &mut self.hosts[host];
         (state.alive, state.guest, state.capture) = (false, None, None);
         (state.primary, state.standby, state.restart, state.activating) = (None, None, None, None);
-        state.fencing = false;
+        (state.fencing, state.keeping) = (false, None);
         (state.muted, state.lost_by_fault) = (true, true);
         state.gate = Gate::default();
         if let Some(connection) = &mut self.connection {
@@ -175,7 +178,7 @@ impl World {
         state.incarnation = state.incarnation.next();
         state.next_epoch = Epoch(state.next_epoch.0 + 100);
         (state.primary, state.standby, state.restart, state.ended) = (None, None, None, None);
-        state.fencing = false;
+        (state.fencing, state.keeping) = (false, None);
         state.suspects = false;
         state.gate.held.clear();
         if let Some(guest) =
@@ -187,12 +190,18 @@ impl World {
         if let Some(connection) = &mut self.connection {
             connection.lost[host] = true;
         }
+        let found = self.record().map(|record| record.generation);
+        let state = &mut self.hosts[host];
         let marked = state.mark.filter(|_| self.wiring != Wiring::ForgetMark);
-        let here = match (state.guest, state.memory) {
-            (Some(_), _) => Here::Guest,
-            (None, Memory::Guest) => Here::Gone,
-            (None, Memory::Standby) => Here::Copy { marked },
-            (None, Memory::Nothing) => return,
+        let here = match (state.guest, state.memory, state.kept) {
+            (Some(_), ..) => Here::Guest,
+            (None, Memory::Guest, _) => Here::Gone,
+            (None, Memory::Standby, Some(kept)) if self.wiring == Wiring::KeptIsEnough => {
+                Here::Kept { grant: found.unwrap_or(kept.grant), marked: None }
+            }
+            (None, Memory::Standby, Some(kept)) => Here::Kept { grant: kept.grant, marked },
+            (None, Memory::Standby, None) => Here::Copy { marked },
+            (None, Memory::Nothing, _) => return,
         };
         let mut config = OwnershipConfig::new(VM, Party { node: node(host), incarnation: state.incarnation });
         (config.generation, config.first_request, config.store) = (state.generation, state.take_requests(), store);
@@ -216,7 +225,16 @@ impl World {
             }
             Output::Free => self.free(host),
             Output::Fence => self.fence(host),
+            Output::Keep(grant) => {
+                let state = &mut self.hosts[host];
+                state.kept.as_mut().expect("it was found").grant = grant;
+                state.restart.as_mut().expect("it said so").handle_kept(now, grant);
+            }
             Output::State { .. } => {}
+            Output::Finished(End::Kept { grant, forced }) => {
+                self.hosts[host].restart = None;
+                self.resume(host, grant, forced);
+            }
             Output::Finished(end) => {
                 let state = &mut self.hosts[host];
                 (state.restart, state.ended) = (None, Some(end));
@@ -225,6 +243,42 @@ impl World {
                 }
             }
         }
+    }
+
+    /// A copy that waits for its fence is to be made durable.
+    pub(crate) fn keep(&mut self, host: usize, grant: Generation, epoch: Epoch) {
+        let state = &mut self.hosts[host];
+        let copy = state.copy.expect("it was acknowledged");
+        assert_eq!(copy.epoch, epoch, "another epoch than the last acknowledged one is kept");
+        let config = state.standby.as_ref().expect("it said so").config();
+        let (session, primary) = (config.generation, config.primary);
+        state.keeping = Some(Kept { grant, epoch, state: copy.state, session, primary });
+    }
+
+    /// It is.
+    pub(crate) fn kept(&mut self, host: usize) {
+        spend(&mut self.left.keeps);
+        let state = &mut self.hosts[host];
+        let kept = state.keeping.take().expect("offered only then");
+        state.kept = Some(kept);
+        let now = state.now;
+        self.input(host, |_| {}, |standby| standby.handle_kept(now, kept.grant, true));
+    }
+
+    /// A new life goes on with what a former one kept.
+    fn resume(&mut self, host: usize, grant: Generation, forced: bool) {
+        let (me, store) = (self.party(host), self.store_of(host));
+        let state = &mut self.hosts[host];
+        let Kept { epoch, state: copy, session, primary, .. } = state.kept.expect("it was found");
+        let mut config = StandbyConfig::new(VM, me, primary, session);
+        config.fence_required = self.fences;
+        (config.ownership.store, config.ownership.generation) = (store, state.generation);
+        config.ownership.first_request = state.take_requests();
+        state.staged = vec![(epoch, copy)];
+        state.copy = Some(Copied { epoch, state: copy, failed: false, gone: false });
+        (state.binding, state.linked, state.resumed) = (Some(epoch), false, true);
+        (state.lost_by_fault, state.unconfirmed) = (false, false);
+        state.standby = Some(Box::new(Standby::resume(config, state.now, grant, epoch, forced)));
     }
 
     pub(crate) fn generation_is_durable(&mut self, host: usize, generation: Generation) {

@@ -39,13 +39,17 @@ pub enum Wiring {
     AnswerUnconfirmed,
     /// A host shows the other one the record of before while it is writing that it forces it out (P13).
     ShowWhileForcing,
+    /// A host shows the other one the record of before between having it confirmed dead and forcing it out (P13).
+    ShowWhileFencing,
     /// A winner that must have the other host switched off activates without waiting for that (P15).
     ActivateUnfenced,
+    /// A new life goes on with a copy that a former one kept while it waited for its fence, whatever grant it is of and whoever ran by that (P62).
+    KeptIsEnough,
 }
 
 impl Wiring {
     /// Every mistake.
-    pub const MUTANTS: [Self; 18] = [
+    pub const MUTANTS: [Self; 20] = [
         Self::ReleaseOnSent,
         Self::AcknowledgeAfterGrant,
         Self::AloneWithoutGrant,
@@ -63,6 +67,8 @@ impl Wiring {
         Self::ForceUnconfirmed,
         Self::AnswerUnconfirmed,
         Self::ShowWhileForcing,
+        Self::ShowWhileFencing,
         Self::ActivateUnfenced,
+        Self::KeptIsEnough,
     ];
 }

@@ -57,12 +57,16 @@ pub enum Action {
     PowerOn(usize),
     /// Its agent restarts, in the middle of an activation, or not. A write of its own store was kept, or not.
     Restart(usize, Option<Twin>, bool),
-    /// The other host is dead, and the operator forces it out.
+    /// The other host is dead, as is confirmed to the operator who wants to force it out.
+    Confirm(usize),
+    /// It was, and is forced out, unless the VM can go on without that.
     Force(usize),
     /// The other host shows this one what its own store has.
     Show(usize),
     /// Its operator starts the VM from its disk, as its own store allows.
     Boot(usize),
+    /// The copy that waits for the fence is durable, and noted with its grant.
+    Kept(usize),
     /// Its guest's process dies.
     Dies(usize),
     /// Its guest shuts down.
@@ -113,6 +117,17 @@ pub(crate) struct Copied {
     pub(crate) gone: bool,
 }
 
+/// A copy on the disk of a host that waits for its fence.
+#[derive(Clone, Copy, Debug, Hash)]
+pub(crate) struct Kept {
+    pub(crate) grant: Generation,
+    pub(crate) epoch: Epoch,
+    pub(crate) state: State,
+    /// Of the session that it came by.
+    pub(crate) session: Generation,
+    pub(crate) primary: Party,
+}
+
 #[derive(Clone, Debug, Hash)]
 pub(crate) struct Host {
     pub(crate) alive: bool,
@@ -151,6 +166,12 @@ pub(crate) struct Host {
     pub(crate) fencing: bool,
     /// That was tried, and confirmed nothing.
     pub(crate) unconfirmed: bool,
+    /// A copy is being made durable.
+    pub(crate) keeping: Option<Kept>,
+    /// Durable: it, and the grant that it is noted with. It goes when another one takes its place, and not before: nothing relies on that.
+    pub(crate) kept: Option<Kept>,
+    /// It is gone on with.
+    pub(crate) resumed: bool,
     /// Told to mute: a capture that ends leaves the guest paused.
     pub(crate) muted: bool,
     pub(crate) suspects: bool,
@@ -242,6 +263,9 @@ impl Host {
             activating: None,
             fencing: false,
             unconfirmed: false,
+            keeping: None,
+            kept: None,
+            resumed: false,
             muted: false,
             suspects: false,
             lost_by_fault: false,
@@ -400,6 +424,9 @@ impl World {
                 actions.push(Action::SwitchedOff(host, true));
                 actions.push(Action::SwitchedOff(host, false));
             }
+            if state.keeping.is_some() && left.keeps > 0 {
+                actions.push(Action::Kept(host));
+            }
             if let Some(connection) = self.connection.as_ref().filter(|connection| !connection.lost[host]) {
                 for stream in 0..2 {
                     if !connection.queues[host][stream].is_empty() {
@@ -498,9 +525,11 @@ impl World {
             Action::Kill(host, kept) => self.kill(host, kept),
             Action::PowerOn(host) => self.power_on(host),
             Action::Restart(host, twin, kept) => self.restart(host, twin, kept),
+            Action::Confirm(host) => self.confirm(host),
             Action::Force(host) => self.force(host),
             Action::Show(host) => self.show(host),
             Action::Boot(host) => self.boot(host),
+            Action::Kept(host) => self.kept(host),
             Action::Dies(host) => {
                 spend(&mut self.left.deaths);
                 let state = &mut self.hosts[host];

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use heartbeat_core::ids::{Epoch, Generation, Incarnation};
+use heartbeat_core::ownership::Verdict;
 use heartbeat_core::record::Owner;
 use heartbeat_core::time::Time;
 use replicator_core::message::{Durability, PeerMessage, RehearsalResult};
@@ -187,7 +188,15 @@ impl World {
                 }
             }
             Output::Fence => self.fence(host),
+            Output::Keep(grant) => {
+                let wait = self.rng.micros(50, 4_000);
+                self.after(wait, Event::KeptNoted(host, grant));
+            }
             Output::State { .. } => {}
+            Output::Finished(restart::End::Kept { grant, forced }) => {
+                self.hosts[host].restart = None;
+                self.resume(host, grant, forced);
+            }
             Output::Finished(end) => {
                 self.hosts[host].restart = None;
                 self.counts.returned += u64::from(end == restart::End::GaveBack);
@@ -288,7 +297,12 @@ impl World {
                 let confirmed = !self.rng.chance(self.options.fence_failures);
                 let wait = self.rng.micros(1_000, 300_000);
                 self.after(wait, Event::SwitchedOff(host, confirmed));
+                // While it is under way, or while the next one is waited for.
+                if self.rng.chance(self.options.restarts) {
+                    self.after(wait.mul_f64(1.7), Event::Fault(Fault::RestartAgent(host)));
+                }
             }
+            Output::Keep { generation, epoch } => self.keep(host, generation, epoch),
             Output::Release | Output::State { .. } => {}
             Output::Finished => {
                 self.hosts[host].standby = None;
@@ -336,7 +350,9 @@ impl World {
 
     pub(super) fn is_activating(&self, host: usize) -> bool {
         self.hosts[host].standby.as_ref().is_some_and(|standby| {
-            matches!(standby.ownership().verdict(), heartbeat_core::ownership::Verdict::SoloMe { .. })
+            let verdict = standby.ownership().verdict();
+            // One that was resumed knows that without having read it.
+            matches!(verdict, Verdict::SoloMe { .. }) || self.hosts[host].resumed && verdict == Verdict::Unknown
         })
     }
 
@@ -473,7 +489,7 @@ impl World {
             config.ownership.store = Some(self.pair.store_of(host));
         }
         self.hosts[host].standby = Some(Standby::new(config));
-        self.hosts[host].had_guest = false;
+        (self.hosts[host].had_guest, self.hosts[host].resumed) = (false, false);
         let wait = self.rng.micros(1_000, 50_000);
         self.after(wait, Event::Prepared(host));
     }
@@ -617,6 +633,7 @@ impl World {
     /// A guest, or a whole copy that was not found to be unable to run.
     fn has_copy(&self, host: usize) -> bool {
         self.hosts[host].guest.is_some()
+            || self.waits_with_kept(host)
             || (self.hosts[host].standby.is_some() && !self.hosts[host].staged.is_empty() && !self.failed_activation)
     }
 }

@@ -59,6 +59,17 @@ pub(super) struct Capture {
     pub(super) begun: Option<(State, Time)>,
 }
 
+/// A copy on the disk of a host that waits for its fence.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Kept {
+    pub(super) grant: Generation,
+    pub(super) epoch: Epoch,
+    pub(super) state: State,
+    /// Of the session that it came by.
+    pub(super) session: Generation,
+    pub(super) primary: Party,
+}
+
 #[derive(Debug)]
 pub(super) struct Host {
     pub(super) alive: bool,
@@ -75,6 +86,10 @@ pub(super) struct Host {
     pub(super) restart: Option<Restart>,
     /// Durable: the last grant by which a twin may have been let run.
     pub(super) marked: Option<Generation>,
+    /// Durable. It goes when another one takes its place, and not before: nothing relies on that.
+    pub(super) kept: Option<Kept>,
+    /// It is gone on with.
+    pub(super) resumed: bool,
     /// Durable: this host ran the VM last, or was its primary.
     pub(super) had_guest: bool,
     /// The operator ended the protection: it is not taken up again.
@@ -119,6 +134,8 @@ impl Host {
             standby: None,
             restart: None,
             marked: None,
+            kept: None,
+            resumed: false,
             had_guest: false,
             unprotected: false,
             patience: FIRST_WAIT,

@@ -63,13 +63,14 @@ impl fmt::Display for Outcome {
             again,
             switched_off,
             unconfirmed,
+            resumed,
             forced,
             learnt,
             rolled_back,
         } = self.counts;
         write!(
             f,
-            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen} restarts={restarts} freed={freed} returned={returned} again={again} switched_off={switched_off} unconfirmed={unconfirmed} forced={forced} learnt={learnt} rolled_back={rolled_back}",
+            "seed {}: {} heard={} epochs={epochs} pairings={pairings} activations={activations} fenced={fenced} opened={opened} muted={muted} given_back={given_back} rehearsed={rehearsed} latched={latched} frozen={frozen} restarts={restarts} freed={freed} returned={returned} again={again} switched_off={switched_off} unconfirmed={unconfirmed} resumed={resumed} forced={forced} learnt={learnt} rolled_back={rolled_back}",
             self.seed,
             self.violation.as_deref().unwrap_or("ok"),
             self.heard
@@ -117,6 +118,7 @@ pub fn run_many(first: u64, seeds: u64, wiring: Wiring) -> (Counts, Option<Outco
         sums.forced += outcome.counts.forced;
         sums.switched_off += outcome.counts.switched_off;
         sums.unconfirmed += outcome.counts.unconfirmed;
+        sums.resumed += outcome.counts.resumed;
         sums.learnt += outcome.counts.learnt;
         sums.rolled_back += outcome.counts.rolled_back;
         sums.again += outcome.counts.again;

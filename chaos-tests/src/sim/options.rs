@@ -45,6 +45,10 @@ pub enum Wiring {
     AnswerUnconfirmed,
     /// A standby that must have the other host switched off first activates without waiting for that.
     ActivateUnfenced,
+    /// A host that has the other one confirmed dead, to force it out, shows that one the record of before until it begins to write.
+    ShowWhileFencing,
+    /// A new life goes on with a copy that a former one kept while it waited for its fence, whatever grant it is of and whoever ran by that.
+    KeptIsEnough,
 }
 
 /// What goes wrong, or is asked for.
@@ -107,7 +111,7 @@ pub struct Options {
     pub capture_failures: u64,
     /// Activations that fail, of 1000.
     pub activation_failures: u64,
-    /// Activations that the agent does not live to see the end of, of 1000: another life of it begins meanwhile.
+    /// Activations, and fence commands, that the agent does not live to see the end of, of 1000: another life of it begins meanwhile.
     pub restarts: u64,
     /// The witness's writes that fail, of 1000. It answers nothing more then, until it restarts.
     pub disk_failures: u64,
@@ -143,6 +147,8 @@ impl Options {
         options.fence = seed.is_multiple_of(3);
         if options.fence {
             options.fence_failures = rng.below(1_001);
+            // Waiting may take long: agents are upgraded meanwhile.
+            options.restarts = options.restarts.max(400);
         }
         if seed.is_multiple_of(4) {
             options.pair = true;

@@ -161,6 +161,7 @@ impl World {
                 writing = Some(token);
                 false
             }
+            Event::Force(of) => of != host,
             _ => true,
         });
         if let Some(token) = writing.filter(|_| self.rng.chance(500)) {
@@ -194,7 +195,7 @@ impl World {
         self.hosts[host].gate = super::host::Gate::default();
         // What was being activated runs nowhere, and is not heard when the power is back.
         self.events.retain(
-            |Reverse(queued)| !matches!(queued.event, Event::Activated(of, ..) | Event::Marked(of, _) | Event::SwitchedOff(of, _) if of == host),
+            |Reverse(queued)| !matches!(queued.event, Event::Activated(of, ..) | Event::Marked(of, _) | Event::SwitchedOff(of, _) | Event::Kept(of, ..) | Event::KeptNoted(of, _) if of == host),
         );
         // Nobody sends again what was lost on its way.
         if let Some(connection) = &mut self.connection {
@@ -242,20 +243,37 @@ impl World {
 
     /// The operator of `host` wants to go on without the other one. That is fenced for `long`, and only then.
     pub(super) fn force(&mut self, host: usize, long: Duration) {
-        let other = 1 - host;
-        let Some(acting) = self.acting(host) else { return };
-        let may = acting.primary.as_ref().is_some_and(|primary| primary.may_be_forced().is_ok())
-            || acting.standby.as_ref().is_some_and(|standby| standby.may_be_forced().is_ok())
-            || acting.restart.as_ref().is_some_and(|restart| restart.may_be_forced().is_ok());
-        if !may || self.pair.forcing[host].is_some() {
+        if self.acting(host).is_none() || !self.may_be_forced(host) || self.pair.forcing[host].is_some() {
+            return;
+        }
+        if self.wiring != Wiring::ShowWhileFencing && !self.pair.stores[host].handle_forcing(VM) {
             return;
         }
         if self.wiring != Wiring::ForceUnconfirmed {
-            self.power_off(other, long);
+            self.power_off(1 - host, long);
+        }
+        // It may have power again before the first step.
+        let wait = self.rng.micros(50, 300_000);
+        let wait = if self.rng.chance(500) { wait } else { long + wait };
+        self.after(wait, Event::Force(host));
+    }
+
+    fn may_be_forced(&self, host: usize) -> bool {
+        let state = &self.hosts[host];
+        state.primary.as_ref().is_some_and(|primary| primary.may_be_forced().is_ok())
+            || state.standby.as_ref().is_some_and(|standby| standby.may_be_forced().is_ok())
+            || state.restart.as_ref().is_some_and(|restart| restart.may_be_forced().is_ok())
+    }
+
+    /// The other host was confirmed dead, and is forced out unless the VM can go on without that.
+    pub(super) fn is_confirmed(&mut self, host: usize) {
+        if self.wiring == Wiring::ShowWhileFencing {
+            self.pair.stores[host].handle_forcing(VM);
         }
         let alone = matches!(self.record().map(|record| record.owner), Some(Owner::Solo { node: owner, .. } | Owner::Stopped { node: owner }) if owner.node != node(host));
         let (me, seen) = (party(host, self.hosts[host].incarnation), self.hosts[host].generation);
-        if !self.pair.stores[host].handle_force(VM, me, seen) {
+        if !self.may_be_forced(host) || !self.pair.stores[host].handle_force(VM, me, seen) {
+            self.pair.stores[host].handle_force_over(VM);
             return;
         }
         while let Some(output) = self.pair.stores[host].poll_output() {
@@ -272,6 +290,7 @@ impl World {
     /// The force is durable.
     fn forced(&mut self, host: usize, alone: bool) {
         self.begins_from(host, alone);
+        self.pair.stores[host].handle_force_over(VM);
         let (now, at) = (self.now, store(host));
         if let Some(primary) = &mut self.hosts[host].primary {
             primary.handle_forced(now, at);
@@ -293,7 +312,9 @@ impl World {
             self.hosts[host].standby.as_ref().filter(|_| !self.hosts[host].had_guest).and_then(|standby| {
                 standby.acknowledged().and_then(|epoch| self.hosts[host].staged.get(&epoch).copied())
             });
-        let state = self.hosts[host].guest.as_ref().map(|guest| guest.state).or(staged);
+        let kept = self.hosts[host].kept.filter(|_| self.hosts[host].restart.is_some() && !self.hosts[host].had_guest);
+        let state = self.hosts[host].guest.as_ref().map(|guest| guest.state);
+        let state = state.or(staged).or(kept.map(|kept| kept.state));
         (self.pair.keeper, self.pair.asks[host]) = (host, host);
         if let Some(state) = state {
             self.counts.rolled_back += u64::from(self.checker.forced(&self.histories, state, alone));

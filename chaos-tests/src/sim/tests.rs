@@ -31,7 +31,7 @@ fn five_hundred_seeds_hold_and_meet_what_they_should() {
     assert!(sums.muted > 30 && sums.given_back > 5, "{sums:?}");
     assert!(sums.rehearsed > 400 && sums.latched > 20 && sums.frozen > 10, "{sums:?}");
     assert!(sums.forced > 5 && sums.learnt > 2, "{sums:?}");
-    assert!(sums.switched_off > 10 && sums.unconfirmed > 10, "{sums:?}");
+    assert!(sums.switched_off > 10 && sums.unconfirmed > 10 && sums.resumed > 5, "{sums:?}");
     assert!(sums.restarts > 50 && sums.freed > 10 && sums.returned > 0 && sums.again > 50, "{sums:?}");
 }
 
@@ -144,4 +144,14 @@ fn finds_a_store_that_does_not_ask_whether_its_host_was_forced_out() {
 #[test]
 fn finds_a_standby_that_does_not_wait_for_the_fence() {
     found(Wiring::ActivateUnfenced, "unfenced");
+}
+
+#[test]
+fn finds_a_host_that_tells_the_one_that_it_has_fenced_that_nobody_forces_it_out() {
+    found(Wiring::ShowWhileFencing, "");
+}
+
+#[test]
+fn finds_a_new_life_that_does_not_ask_whose_grant_it_kept_a_copy_of() {
+    found(Wiring::KeptIsEnough, "");
 }

@@ -187,7 +187,7 @@ impl World {
     pub(super) fn restart(&mut self, host: usize) {
         self.counts.restarts += 1;
         self.kept_restarts(host);
-        let (mut activating, mut marking, mut fencing) = (None, None, false);
+        let (mut activating, mut marking, mut fencing, mut keeping) = (None, None, false, None);
         self.events.retain(|Reverse(queued)| match queued.event {
             Event::Activated(of, epoch, runs) if of == host => {
                 activating = activating.or(Some((epoch, runs)));
@@ -201,7 +201,12 @@ impl World {
                 fencing |= confirmed;
                 false
             }
+            Event::Kept(of, kept, durable) if of == host => {
+                keeping = durable.then_some(kept).or(keeping);
+                false
+            }
             Event::Timer(of)
+            | Event::KeptNoted(of, _)
             | Event::Synced(of)
             | Event::TryCapture(of)
             | Event::EndCapture(of)
@@ -217,6 +222,11 @@ impl World {
         if fencing && self.rng.chance(500) {
             // It did its work a moment before, and nobody is left who was told.
             self.lose_power_by_fence(host);
+        }
+        if let Some(kept) = keeping
+            && self.rng.chance(500)
+        {
+            self.hosts[host].kept = Some(kept);
         }
         if marking.is_some() && self.rng.chance(500) {
             self.hosts[host].marked = marking;
@@ -258,11 +268,17 @@ impl World {
         if let Some(connection) = &mut self.connection {
             connection.lost[host] = true;
         }
-        let here = match (state.guest.is_some(), state.had_guest) {
-            (true, _) => Here::Guest,
-            (false, true) => Here::Gone,
-            (false, false) if self.wiring == Wiring::ForgetMark => Here::Copy { marked: None },
-            (false, false) => Here::Copy { marked: state.marked },
+        state.resumed = false;
+        let found = if self.options.pair { self.pair.record() } else { self.witness.record(VM) };
+        let marked = state.marked.filter(|_| self.wiring != Wiring::ForgetMark);
+        let here = match (state.guest.is_some(), state.had_guest, state.kept) {
+            (true, ..) => Here::Guest,
+            (false, true, _) => Here::Gone,
+            (false, false, Some(kept)) if self.wiring == Wiring::KeptIsEnough => {
+                Here::Kept { grant: found.map_or(kept.grant, |record| record.generation), marked: None }
+            }
+            (false, false, Some(kept)) => Here::Kept { grant: kept.grant, marked },
+            (false, false, None) => Here::Copy { marked },
         };
         let mut config = OwnershipConfig::new(VM, super::host::party(host, state.incarnation));
         config.generation = state.generation;

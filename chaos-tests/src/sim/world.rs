@@ -16,7 +16,7 @@ use replicator_core::primary::GuestEvent;
 use replicator_core::standby::Suspicion;
 
 use super::history::{Checker, Histories, State, may_only_run_on};
-use super::host::{Guest, Host, node};
+use super::host::{Guest, Host, Kept, node};
 use super::network::{Connection, Cuts, Datagram, Streamed, WITNESS};
 use super::options::{Fault, Options, Wiring};
 use super::pair::Pair;
@@ -57,6 +57,10 @@ pub(super) enum Event {
     Activated(usize, Epoch, bool),
     /// The fence command of this host has ended, and confirmed that the other one is off.
     SwitchedOff(usize, bool),
+    /// A copy that waits for the fence is durable, or found no room.
+    Kept(usize, Kept, bool),
+    /// It is noted with another grant.
+    KeptNoted(usize, Generation),
     GenerationDurable(usize, Generation),
     Marked(usize, Generation),
     RecordDurable(u64),
@@ -64,6 +68,8 @@ pub(super) enum Event {
     KeptDurable(usize, u64),
     /// A host asks the other one about what it keeps.
     AskOther(usize),
+    /// The other host was confirmed dead a moment ago, and is to be forced out.
+    Force(usize),
     PowerOn(usize),
     RecordFailed(u64, Record),
     WitnessRestarts,
@@ -95,12 +101,15 @@ fn target(event: &Event) -> Option<(usize, bool)> {
         | Event::Rehearsed(host, _)
         | Event::Activated(host, ..)
         | Event::SwitchedOff(host, _)
+        | Event::Kept(host, ..)
+        | Event::KeptNoted(host, _)
         | Event::GenerationDurable(host, _)
         | Event::Marked(host, _)
         | Event::GuestSays(host, _)
         | Event::Again(host)
         | Event::AskOther(host)
         | Event::KeptDurable(host, _)
+        | Event::Force(host)
         | Event::Lose(host) => Some((host, true)),
         Event::PowerOn(_)
         | Event::RecordDurable(_)
@@ -170,6 +179,8 @@ pub struct Counts {
     pub switched_off: u64,
     /// Fence commands that failed.
     pub unconfirmed: u64,
+    /// Copies that were kept while a fence was waited for, and that a new life went on with.
+    pub resumed: u64,
     /// Hosts that were forced out.
     pub forced: u64,
     /// Those that learnt of it from the other one.
@@ -325,6 +336,8 @@ impl World {
             Event::Rehearsed(host, loads) => self.rehearsed(host, loads),
             Event::Activated(host, epoch, runs) => self.activated(host, epoch, runs),
             Event::SwitchedOff(host, confirmed) => self.switched_off(host, confirmed),
+            Event::Kept(host, kept, durable) => self.kept(host, kept, durable),
+            Event::KeptNoted(host, grant) => self.kept_noted(host, grant),
             Event::GenerationDurable(host, generation) => self.generation_durable(host, generation),
             Event::Marked(host, generation) => self.marked(host, generation),
             Event::RecordDurable(token) => {
@@ -344,6 +357,7 @@ impl World {
             Event::WitnessRestarts => self.restart_witness(),
             Event::KeptDurable(host, token) => self.kept_durable(host, token),
             Event::AskOther(host) => self.ask_other(host),
+            Event::Force(host) => self.is_confirmed(host),
             Event::PowerOn(host) => self.power_on(host),
             Event::GuestGoesOn(host) => {
                 if let Some(guest) = &mut self.hosts[host].guest {
@@ -517,8 +531,11 @@ impl World {
                     standby.handle_suspected(now, Suspicion::Restarted);
                 }
             }
-            Arrival::First | Arrival::Heard => {}
+            // What a former life of this node had may be of a former life of the other one, too.
+            Arrival::First => self.lives(host),
+            Arrival::Heard => {}
         }
+        let state = &mut self.hosts[host];
         if std::mem::replace(&mut state.suspects, false) {
             if let Some(primary) = &mut state.primary {
                 primary.handle_peer_heard(now);

@@ -49,6 +49,21 @@ impl Switch {
     }
 }
 
+/// Host B's copy, which waits for its fence, is on its disk.
+async fn until_kept(stage: &Stage) -> Result<()> {
+    let says = |status: &VmStatus| status.advice.contains("the copy is on this host's disk");
+    let status = stage.until(Host::B, "that its copy is on the disk", says).await?;
+    ensure!(status.state == ProtectionState::FailingOver && status.role == Role::Standby, "{status:?}");
+    ensure!(status.survivor.is_none(), "it runs unfenced: {status:?}");
+    Ok(())
+}
+
+/// What host B's state directory has of copies that wait for a fence.
+fn copies(stage: &Stage) -> Vec<PathBuf> {
+    let dir = stage.lab.state_dir(Host::B).join("copies").join(VM);
+    fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
+
 /// Host B owns the VM, says why it does not run it, and does not.
 async fn until_it_cannot_fence(stage: &Stage) -> Result<()> {
     let says = |status: &VmStatus| status.reason.contains("host-a is not confirmed to be off: the fence command ended");
@@ -87,13 +102,52 @@ fn a_winner_that_must_fence_runs_the_vm_only_after_that_is_confirmed() {
         ensure!(switch.asked()? == ["host-a"; 3], "{:?}", switch.asked());
         ensure!(fences(stage, "failed")? == 2 && fences(stage, "confirmed")? == 0);
 
+        // Its agent is upgraded, and then dies: the copy is the only one, and each life goes on waiting with it.
+        until_kept(stage).await?;
+        stage.lab.stop_agent(Host::B).await?;
+        ensure!(copies(stage).len() == 1, "{:?}", copies(stage));
+        stage.lab.start_agent(Host::B).await?;
+        switch.until_asked(4).await?;
+        until_kept(stage).await?;
+        stage.lab.kill_agent(Host::B).await?;
+        stage.lab.start_agent(Host::B).await?;
+        switch.until_asked(5).await?;
+        until_kept(stage).await?;
+
         fs::write(&switch.off, "")?;
         client.goes_on().await?;
         stage.until_survivor().await?;
-        ensure!(fences(stage, "failed")? == 2 && fences(stage, "confirmed")? == 1);
+        ensure!(fences(stage, "failed")? == 0 && fences(stage, "confirmed")? == 1);
+        until("what was kept to be removed", SOON, async || {
+            let left = copies(stage);
+            Ok(if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) })
+        })
+        .await?;
         let events = stage.lab.understudy(Host::B, &["events", VM], COMMAND).await?;
         let at = |what: &str| events.find(what).with_context(|| format!("{what:?} is not told: {events}"));
         ensure!(at("the fence command confirmed that host-a is off")? < at("activates the copy")?, "{events}");
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
+fn a_vm_with_a_disk_that_waits_for_its_fence_outlives_the_agent() {
+    play_long("a required fence, a disk, and agent B killed", async |stage| {
+        let switch = Switch::stuck(stage, 1)?;
+        stage.set_with_disk(256).await?;
+        stage.protect_for_good().await?;
+        let mut client = stage.writer("m").await?;
+        stage.lab.kill_host_a().await?;
+        switch.until_asked(2).await?;
+        until_kept(stage).await?;
+        stage.lab.kill_agent(Host::B).await?;
+        stage.lab.start_agent(Host::B).await?;
+        switch.until_asked(3).await?;
+        fs::write(&switch.off, "")?;
+        client.goes_on().await?;
+        stage.until_survivor().await?;
+        stage.stands_by_again(&mut client).await?;
+        stage.goes_home(&mut client).await?;
         stage.nothing_lost(client).await.map(drop)
     });
 }

@@ -99,6 +99,8 @@ pub struct Witness {
     slots: BTreeMap<VmId, Slot>,
     /// Kept by a host of the pair, and the other one did not say yet that it was not forced out of it.
     unconfirmed: BTreeSet<VmId>,
+    /// Kept by a host of the pair, which is having the other one confirmed dead, to force it out.
+    forcing: BTreeSet<VmId>,
     outputs: VecDeque<WitnessOutput>,
     next_token: u64,
     stats: WitnessStats,
@@ -107,8 +109,8 @@ pub struct Witness {
 /// What decides how it goes on; counters are left out. For checkers that explore states.
 impl Hash for Witness {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { store, slots, unconfirmed, outputs, next_token, stats: _ } = self;
-        (store, slots, unconfirmed, outputs, next_token).hash(state);
+        let Self { store, slots, unconfirmed, forcing, outputs, next_token, stats: _ } = self;
+        (store, slots, unconfirmed, forcing, outputs, next_token).hash(state);
     }
 }
 
@@ -120,6 +122,7 @@ impl Witness {
             store,
             slots: records.into_iter().map(|(vm, record)| (vm, slot(record))).collect(),
             unconfirmed: BTreeSet::new(),
+            forcing: BTreeSet::new(),
             outputs: VecDeque::new(),
             next_token: 1,
             stats: WitnessStats::default(),
@@ -147,10 +150,13 @@ impl Witness {
         self.unconfirmed.contains(&vm)
     }
 
-    /// What the other host may be shown of this VM, for its [`Witness::handle_others_record`]. `None`: nothing now. Of a record that is being written, or that may have been, nobody
-    /// may hear what it was before: that this host forces the other one out must not be missed by a new life of that.
+    /// What the other host may be shown of this VM, for its [`Witness::handle_others_record`]. `None`: nothing now. Of a record that is being written, or that may have been, or that
+    /// is about to be forced, nobody may hear what it was before: that this host forces the other one out must not be missed by a new life of that.
     #[must_use]
     pub fn shown(&self, vm: VmId) -> Option<Option<Record>> {
+        if self.forcing.contains(&vm) {
+            return None;
+        }
         let Some(slot) = self.slots.get(&vm) else { return Some(None) };
         matches!(slot.disk, Disk::Idle).then_some(slot.durable)
     }
@@ -173,14 +179,27 @@ impl Witness {
         }
     }
 
-    /// The other host of this VM is dead, as a fence or an operator confirmed: the record names `me` alone from now on, in this
+    /// Somebody is about to have the other host of this VM confirmed dead, to force it out. From before that is asked for until
+    /// [`Witness::handle_force_over`] that host is shown nothing: whichever life of it was shown anything is dead then.
+    ///
+    /// `false`: somebody else is.
+    pub fn handle_forcing(&mut self, vm: VmId) -> bool {
+        self.forcing.insert(vm)
+    }
+
+    /// It was forced out, or not.
+    pub fn handle_force_over(&mut self, vm: VmId) {
+        self.forcing.remove(&vm);
+    }
+
+    /// The other host of this VM is dead, as a fence or an operator confirmed after [`Witness::handle_forcing`]: the record names `me` alone from now on, in this
     /// store. `seen`: the highest generation that `me` knows of. It counts when the persist is done ([`Witness::record`] shows it).
     ///
-    /// `false`: not now, a record is being written or is damaged.
+    /// `false`: not now, a record is being written or is damaged; or nobody said before that it was about to come.
     pub fn handle_force(&mut self, vm: VmId, me: Party, seen: Generation) -> bool {
         let fresh = Slot { durable: None, disk: Disk::Idle, waiting: VecDeque::new() };
         let slot = self.slots.entry(vm).or_insert(fresh);
-        if !matches!(slot.disk, Disk::Idle) {
+        if !matches!(slot.disk, Disk::Idle) || !self.forcing.contains(&vm) {
             return false;
         }
         let (revision, known) =

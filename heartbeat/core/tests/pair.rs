@@ -69,6 +69,10 @@ fn a_new_life_answers_nothing_before_the_other_host_was_asked() {
 fn a_host_that_was_forced_out_learns_it_and_says_so() {
     let (me, other) = (party(1, 2), party(2, 1));
     let mut theirs = Witness::of_pair(THERE, [], other.node);
+    assert!(!theirs.handle_force(VM, other, Generation(2)), "nobody was told to show nothing");
+    assert_eq!(theirs.shown(VM), Some(None));
+    assert!(theirs.handle_forcing(VM) && !theirs.handle_forcing(VM), "one at a time");
+    assert_eq!(theirs.shown(VM), None, "that host may be back before it is forced out");
     assert!(theirs.handle_force(VM, other, Generation(2)));
     assert!(!theirs.handle_force(VM, other, Generation(2)), "one at a time");
     assert_eq!(theirs.record(VM), None, "it counts when it is durable");
@@ -78,6 +82,8 @@ fn a_host_that_was_forced_out_learns_it_and_says_so() {
         "the dead host may be back already: it must not be told that it was not forced out"
     );
     let forced = persist(&mut theirs);
+    assert_eq!(theirs.shown(VM), None, "not yet");
+    theirs.handle_force_over(VM);
     let alone = Owner::Solo { node: other, activated: false, other: None };
     assert_eq!((forced.owner, forced.generation), (alone, Generation(2 + FORCED)));
     assert_eq!((theirs.shown(VM), theirs.shown(VmId([8; 16]))), (Some(Some(forced)), Some(None)));

@@ -112,16 +112,10 @@ impl Keeper {
         self.server.told_of_other(vm, theirs);
     }
 
-    /// The other host of this VM is confirmed dead: from now on this store's record names `me` alone. Durable when it returns.
-    ///
-    /// # Errors
-    /// [`ForceError`].
-    pub async fn force(&self, vm: VmId, me: Party, seen: Generation) -> Result<Record, ForceError> {
-        let written = self.server.force(vm, me, seen).ok_or(ForceError::Busy)?;
-        match written.await {
-            Ok(true) => self.record(vm).ok_or(ForceError::NotWritten),
-            Ok(false) | Err(_) => Err(ForceError::NotWritten),
-        }
+    /// The other host of this VM is about to be confirmed dead. As long as what this returns is there, that host is shown nothing; `None`: somebody else has it.
+    #[must_use]
+    pub fn begin_force(&self, vm: VmId) -> Option<Forcing> {
+        self.server.begin_force(vm).then(|| Forcing { keeper: self.clone(), vm })
     }
 
     /// Shows a paired host what is durable, and certain: whether it was forced out is not known while that is being written.
@@ -138,6 +132,33 @@ impl Keeper {
                 let _ = send.finish();
             }
         }
+    }
+}
+
+/// Somebody forces the other host of a VM out, or lets it be, by dropping this.
+#[derive(Debug)]
+pub struct Forcing {
+    keeper: Keeper,
+    vm: VmId,
+}
+
+impl Forcing {
+    /// The other host is confirmed dead, which was asked for after this began: from now on this store's record names `me` alone. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`ForceError`].
+    pub async fn confirmed(self, me: Party, seen: Generation) -> Result<Record, ForceError> {
+        let written = self.keeper.server.force(self.vm, me, seen).ok_or(ForceError::Busy)?;
+        match written.await {
+            Ok(true) => self.keeper.record(self.vm).ok_or(ForceError::NotWritten),
+            Ok(false) | Err(_) => Err(ForceError::NotWritten),
+        }
+    }
+}
+
+impl Drop for Forcing {
+    fn drop(&mut self) {
+        self.keeper.server.end_force(self.vm);
     }
 }
 

@@ -111,6 +111,16 @@ impl Server {
         state.machine.shown(vm).filter(|_| !state.latched.contains_key(&vm))
     }
 
+    /// See [`Witness::handle_forcing`].
+    pub(super) fn begin_force(&self, vm: VmId) -> bool {
+        self.lock().machine.handle_forcing(vm)
+    }
+
+    /// See [`Witness::handle_force_over`].
+    pub(super) fn end_force(&self, vm: VmId) {
+        self.lock().machine.handle_force_over(vm);
+    }
+
     /// See [`Witness::handle_others_record`].
     pub(super) fn told_of_other(self: &Arc<Self>, vm: VmId, theirs: Option<&Record>) {
         self.lock().machine.handle_others_record(vm, theirs);
@@ -377,16 +387,24 @@ mod tests {
         let server = Arc::new(Server::of_pair(disk, found, peers, party(1).node));
         assert_eq!(server.shown(damaged), None);
         assert_eq!(server.shown(VM), Some(None), "it keeps nothing of it");
+        assert!(server.begin_force(VM));
+        assert_eq!(server.shown(VM), None, "it may be forced in a moment");
+        server.end_force(VM);
+        assert_eq!(server.shown(VM), Some(None), "it was not");
+        assert!(server.begin_force(VM));
         // The runtime has one thread: the write begins when this test waits.
         let forced = server.force(VM, party(1), Generation(1)).expect("it may be written");
         assert_eq!(server.shown(VM), None, "nobody knows yet");
         assert!(forced.await.expect("it is written"));
+        server.end_force(VM);
         let shown = server.shown(VM).expect("it is known").expect("there is one");
         assert!(matches!(shown.owner, Owner::Solo { node, .. } if node == party(1)), "{shown:?}");
 
         std::fs::remove_dir_all(dir.path().join("records")).expect("break the disk");
+        assert!(server.begin_force(VM));
         let forced = server.force(VM, party(1), Generation(1)).expect("it is tried");
         assert!(!forced.await.expect("it is tried"));
+        server.end_force(VM);
         assert_eq!(server.shown(VM), None, "which of the two the disk has is not known");
     }
 

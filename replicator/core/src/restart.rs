@@ -7,7 +7,8 @@
 //!   is the VM given back to the host that still has it;
 //! - it names a pair whose primary is this node: the guest here has everything that was heard, so this life asks to go alone, as the
 //!   standby does; whoever wins runs, and until that is read the guest stays mute, as it does when another node has won and does not run the VM yet;
-//! - it says that another node runs the VM, or that it was stopped: the guest is destroyed.
+//! - it says that another node runs the VM, or that it was stopped: the guest is destroyed;
+//! - it names this node by the very grant that a copy was kept of, and nobody ran by that: this life makes the record its own and goes on with the copy.
 
 use alloc::collections::VecDeque;
 use alloc::format;
@@ -35,6 +36,13 @@ pub enum Here {
         /// is known that none ran by it.
         marked: Option<Generation>,
     },
+    /// The former life stood by for it, had won it, and had made its copy durable while it waited for the primary's host to be off.
+    Kept {
+        /// The grant that it is noted with: that by which it was won, or a later one of this node's by which nobody ran either.
+        grant: Generation,
+        /// As for [`Here::Copy`].
+        marked: Option<Generation>,
+    },
 }
 
 /// How it ends.
@@ -48,6 +56,14 @@ pub enum End {
     Stopped,
     /// It was given back to the host that has it.
     GaveBack,
+    /// The VM is this life's, nobody ever ran by its grant, and the kept copy is the newest there is: go on with
+    /// [`crate::standby::Standby::resume`].
+    Kept {
+        /// The grant's.
+        grant: Generation,
+        /// The other host is dead, as was confirmed.
+        forced: bool,
+    },
 }
 
 /// What the driver must do, in order.
@@ -57,6 +73,8 @@ pub enum Output {
     Ask(heartbeat_core::store::StoreRequest),
     /// Make this generation durable, then call [`Restart::handle_generation_persisted`].
     PersistGeneration(Generation),
+    /// Note durably that the kept copy is of this grant, then call [`Restart::handle_kept`].
+    Keep(Generation),
     /// The guest is this node's alone: take out what the former life left in it, and let it run.
     Free,
     /// Destroy the guest: it must not run any more.
@@ -80,6 +98,10 @@ pub struct Restart {
     finished: bool,
     /// The record was made this life's to give it back.
     giving_back: bool,
+    /// The kept copy is being noted with another grant.
+    noting: Option<Generation>,
+    /// The other host is dead.
+    forced: bool,
     shown: String,
     outputs: VecDeque<Output>,
 }
@@ -87,8 +109,8 @@ pub struct Restart {
 /// What decides how it goes on; what is shown is left out. For checkers that explore states.
 impl Hash for Restart {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { ownership, here, finished, giving_back, shown: _, outputs } = self;
-        (ownership, here, finished, giving_back, outputs).hash(state);
+        let Self { ownership, here, finished, giving_back, noting, forced, shown: _, outputs } = self;
+        (ownership, here, finished, giving_back, noting, forced, outputs).hash(state);
     }
 }
 
@@ -97,7 +119,8 @@ impl Restart {
     #[must_use]
     pub fn new(config: OwnershipConfig, here: Here) -> Self {
         let (ownership, outputs) = (Ownership::new(config), VecDeque::new());
-        Self { ownership, here, finished: false, giving_back: false, shown: String::new(), outputs }
+        let (finished, giving_back, noting, forced) = (false, false, None, false);
+        Self { ownership, here, finished, giving_back, noting, forced, shown: String::new(), outputs }
     }
 
     /// Begin.
@@ -119,6 +142,16 @@ impl Restart {
         self.advance(now);
     }
 
+    /// The kept copy is noted with a grant that was output.
+    pub fn handle_kept(&mut self, now: Time, noted: Generation) {
+        if let Here::Kept { grant, .. } = &mut self.here
+            && self.noting.take_if(|noting| *noting == noted).is_some()
+        {
+            *grant = noted;
+        }
+        self.advance(now);
+    }
+
     /// The guest's process has ended.
     pub fn handle_gone(&mut self, now: Time) {
         if self.here == Here::Guest {
@@ -127,13 +160,18 @@ impl Restart {
         self.advance(now);
     }
 
-    /// Whether the guest that was found could go on if the other host were known to be dead (`docs/protocol.md` P13).
+    /// Whether the guest that was found, or the copy that was kept, could go on if the other host were known to be dead (`docs/protocol.md` P13).
     ///
     /// # Errors
     /// One sentence for the operator: why not.
     pub fn may_be_forced(&self) -> Result<(), &'static str> {
-        if self.here != Here::Guest {
-            return Err("no guest of it is here");
+        match self.here {
+            Here::Guest => {}
+            // Whatever was seen of the record since may have let the other host go on with it, and this one come after that.
+            Here::Kept { grant, marked }
+                if marked < Some(grant) && self.ownership.config().generation <= grant.next() => {}
+            Here::Kept { .. } => return Err("the copy that was kept here is of an earlier time"),
+            Here::Gone | Here::Copy { .. } => return Err("no guest of it is here"),
         }
         if self.finished { Err("it is known whose the VM is") } else { Ok(()) }
     }
@@ -142,8 +180,9 @@ impl Restart {
     /// [`Ownership::handle_forced`].
     pub fn handle_forced(&mut self, now: Time, store: StoreId) {
         if self.may_be_forced().is_ok() {
+            self.forced = true;
             self.ownership.handle_forced(now, store);
-            self.ownership.want(now, Want::Solo { activated: true });
+            self.ownership.want(now, Want::Solo { activated: self.here == Here::Guest });
         }
         self.advance(now);
     }
@@ -217,9 +256,12 @@ impl Restart {
             // No pair was ever recorded, so nobody else can have it.
             Verdict::Absent if guest => self.ownership.want(now, Want::Solo { activated: true }),
             Verdict::Absent => self.end(now, End::Theirs),
-            Verdict::SoloMe { .. } => self.mine(now, guest),
+            Verdict::SoloMe { generation, .. } => self.mine(now, guest, generation),
             Verdict::SoloOther { node, .. } if node.node == me && guest => {
                 self.ownership.want(now, Want::Solo { activated: true });
+            }
+            Verdict::SoloOther { node, generation, .. } if node.node == me && self.is_kept(generation) => {
+                self.take_kept_over(now, generation);
             }
             Verdict::SoloOther { node, generation, .. } if node.node == me && self.is_returnable(generation) => {
                 // A former life won it and never ran it: nobody else may, until it is given back.
@@ -253,7 +295,7 @@ impl Restart {
     }
 
     /// The record names this life.
-    fn mine(&mut self, now: Time, guest: bool) {
+    fn mine(&mut self, now: Time, guest: bool, grant: Generation) {
         if guest {
             if self.ownership.may_run_alone() {
                 self.outputs.push_back(Output::Free);
@@ -261,8 +303,23 @@ impl Restart {
             }
         } else if self.giving_back {
             self.ownership.want(now, Want::GiveBack);
+        } else if let Here::Kept { .. } = self.here {
+            self.end(now, End::Kept { grant, forced: self.forced });
         } else {
             self.end(now, End::Theirs);
+        }
+    }
+
+    /// The record is made this life's, which is a grant of its own. The copy is noted with the one before it first: so whichever life finds it
+    /// next, the record has the generation that the copy is noted with or the next one, and no other change of the record can be between them.
+    fn take_kept_over(&mut self, now: Time, found: Generation) {
+        match self.here {
+            Here::Kept { grant, .. } if grant == found => self.ownership.want(now, Want::Solo { activated: false }),
+            _ if self.noting != Some(found) => {
+                self.noting = Some(found);
+                self.outputs.push_back(Output::Keep(found));
+            }
+            _ => {}
         }
     }
 
@@ -277,9 +334,18 @@ impl Restart {
     /// The record says who has the VM besides this node, and no guest was ever let run here by this grant. (Who ran it as the primary
     /// was heard since it won; what the other host has is older then.)
     fn is_returnable(&self, grant: Generation) -> bool {
-        let Here::Copy { marked } = self.here else { return false };
+        let (Here::Copy { marked } | Here::Kept { marked, .. }) = self.here else { return false };
         let owner = self.ownership.record().map(|record| record.owner);
         marked != Some(grant) && matches!(owner, Some(Owner::Solo { activated: false, other: Some(_), .. }))
+    }
+
+    /// The record names this node by the grant that the copy is noted with, or by what a life of this node made of that alone, and nobody ran by either. Had
+    /// it been anybody else's since, if only for a moment, its generation would be higher: whoever had it may have been heard.
+    fn is_kept(&self, found: Generation) -> bool {
+        let Here::Kept { grant, marked } = self.here else { return false };
+        let owner = self.ownership.record().map(|record| record.owner);
+        let of_it = found == grant || found == grant.next();
+        of_it && marked < Some(grant) && matches!(owner, Some(Owner::Solo { activated: false, .. }))
     }
 
     fn is_stopped_here(&self) -> bool {

@@ -21,7 +21,7 @@ pub(super) enum Beat {
     },
     /// It is heard again, in the same life.
     Heard,
-    /// It is in another life.
+    /// It is in this life, which is another one if it was heard before.
     Restarted(Incarnation),
     /// It says that a guest of its own died or does not answer.
     GuestLost(VmId),
@@ -30,6 +30,7 @@ pub(super) enum Beat {
 /// Who wants to know. Queues are unbounded; what fills them is a few events per failure.
 #[derive(Debug, Default)]
 pub(super) struct Beats {
+    lives: Mutex<BTreeMap<NodeId, Incarnation>>,
     subscribers: Mutex<BTreeMap<NodeId, Vec<mpsc::UnboundedSender<Beat>>>>,
 }
 
@@ -48,6 +49,17 @@ impl Beats {
             self.lock().entry(*node).or_default().push(sender.clone());
         }
         receiver
+    }
+
+    /// The life in which a node was heard last, if it was in this one of ours.
+    pub(super) fn life(&self, node: NodeId) -> Option<Incarnation> {
+        self.lives.lock().unwrap_or_else(PoisonError::into_inner).get(&node).copied()
+    }
+
+    /// Notes it, and tells.
+    fn lives_on(&self, node: NodeId, life: Incarnation) {
+        self.lives.lock().unwrap_or_else(PoisonError::into_inner).insert(node, life);
+        self.tell(node, Beat::Restarted(life));
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Vec<mpsc::UnboundedSender<Beat>>>> {
@@ -74,9 +86,12 @@ impl Beats {
                 }
                 PeerEvent::Incarnation { node, old, new } => {
                     tracing::warn!(%node, %old, %new, "a peer has started again");
-                    self.tell(node, Beat::Restarted(new));
+                    self.lives_on(node, new);
                 }
-                PeerEvent::Heard { node, incarnation } => tracing::info!(%node, %incarnation, "a peer is heard"),
+                PeerEvent::Heard { node, incarnation } => {
+                    tracing::info!(%node, %incarnation, "a peer is heard");
+                    self.lives_on(node, incarnation);
+                }
                 PeerEvent::Starved { late } => {
                     tracing::warn!(?late, "heartbeats were not scheduled in time; nobody is judged for one silence");
                 }

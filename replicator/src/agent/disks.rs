@@ -66,15 +66,7 @@ impl StandbyDisks {
         let parent = parent.join(plain(name));
         let earlier = earlier(&parent);
         let dir = make_dir(&parent)?;
-        let setup = Setup {
-            disks: specs.iter().map(|spec| StandbyDisk { spec: spec.clone(), image: None }).collect(),
-            journal_bytes: DEFAULT_JOURNAL_BYTES,
-            policy: match durability {
-                Durability::Disk => Policy::Disk,
-                Durability::Memory => Policy::Memory,
-            },
-            dir,
-        };
+        let setup = setup(dir, specs, durability);
         let images: Vec<_> = setup.images().into_iter().map(|(spec, path)| (spec.bytes, path)).collect();
         let candidates = |index: usize| -> Vec<DiskImage> {
             let name = images[index].1.file_name().unwrap_or_default();
@@ -110,8 +102,12 @@ impl StandbyDisks {
 
     /// The same, as a VM's disks.
     pub(super) fn as_images(&self) -> Vec<DiskImage> {
-        let raw = |path| DiskImage { path, format: older::RAW.to_owned() };
-        self.images().into_iter().map(raw).collect()
+        as_images(&self.setup)
+    }
+
+    /// Where they are.
+    pub(super) fn dir(&self) -> &Path {
+        &self.setup.dir
     }
 
     /// Removes them.
@@ -159,6 +155,23 @@ impl StandbyDisks {
             passed_on,
         ))
     }
+}
+
+fn setup(dir: PathBuf, specs: &[DiskSpec], durability: Durability) -> Setup {
+    Setup {
+        disks: specs.iter().map(|spec| StandbyDisk { spec: spec.clone(), image: None }).collect(),
+        journal_bytes: DEFAULT_JOURNAL_BYTES,
+        policy: match durability {
+            Durability::Disk => Policy::Disk,
+            Durability::Memory => Policy::Memory,
+        },
+        dir,
+    }
+}
+
+fn as_images(setup: &Setup) -> Vec<DiskImage> {
+    let raw = |(_, path)| DiskImage { path, format: older::RAW.to_owned() };
+    setup.images().into_iter().map(raw).collect()
 }
 
 /// Says what may be applied. Dropping it lets the threads end, once the intake has ended too.
@@ -213,6 +226,46 @@ impl DiskThreads {
             self.finished = Some((epoch, generation));
         }
         Ok(())
+    }
+
+    /// Brings the images to exactly `epoch`, durably, so that another life of the agent finds them there ([`DiskThreads::found`]). As for
+    /// [`DiskThreads::finish`], which may follow.
+    ///
+    /// # Errors
+    /// If they cannot be brought there; they are kept.
+    pub(super) fn hold(&mut self, epoch: u64) -> Result<(), GuestError> {
+        self.end();
+        let store = self.store.as_ref();
+        store.map_or(Ok(()), |store| store.finish(epoch)).map_err(refused)
+    }
+
+    /// The disks in `dir`, which a former life of the agent held at `epoch`.
+    ///
+    /// # Errors
+    /// If they are not there, or as of another epoch.
+    pub(super) fn found(
+        dir: PathBuf,
+        specs: &[DiskSpec],
+        durability: Durability,
+        epoch: u64,
+        metrics: VmMetrics,
+    ) -> Result<Self, GuestError> {
+        let setup = setup(dir, specs, durability);
+        let (store, recovered) = recover(&HostFiles, &setup, Some(epoch)).map_err(refused)?;
+        match recovered {
+            Recovered::Finished(id) if id.epoch == epoch => {
+                Ok(Self { setup, store: Some(Arc::new(store)), threads: Vec::new(), metrics, finished: None })
+            }
+            found => Err(GuestError::new(
+                GuestErrorKind::Refused,
+                format!("the copy's disks in {} are not as of epoch {epoch}: {found:?}", setup.dir.display()),
+            )),
+        }
+    }
+
+    /// The images, as a VM's disks.
+    pub(super) fn as_images(&self) -> Vec<DiskImage> {
+        as_images(&self.setup)
     }
 
     fn bring_to(&mut self, epoch: u64, generation: u64) -> Result<(), GuestError> {
@@ -488,6 +541,14 @@ mod tests {
             }
         }
         drop((to_disks, committer));
+        // A grant waits for its fence, and another life of the agent goes on waiting.
+        threads.hold(7).expect("it is held");
+        let (dir, metrics) = (images[0].parent().expect("a directory").to_path_buf(), Metrics::new().vm("vm/1"));
+        let found = |epoch| DiskThreads::found(dir.clone(), &specs(), Durability::Disk, epoch, metrics.clone());
+        assert!(found(7).is_err(), "they are in use");
+        drop(threads);
+        assert!(found(8).is_err() && found(6).is_err(), "as of another epoch");
+        let mut threads = found(7).expect("they are there");
         threads.finish(7, 2).expect("it is held");
         let read = |image: &PathBuf| fs::read(image).expect("an image");
         let (a, b) = (read(&images[0]), read(&images[1]));

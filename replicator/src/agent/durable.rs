@@ -59,6 +59,9 @@ struct Text {
     /// `disks`, as they were found when it was latched.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     own: Vec<ImageFile>,
+    /// A copy that waits for its fence. Of use only while the record is by the grant that it is noted with, or by what this node made of that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    kept: Option<KeptAt>,
     /// Images that it had here before it ran elsewhere, and that are not its disks any more.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     former: Vec<ImageFile>,
@@ -122,12 +125,37 @@ pub(super) struct Mark {
     pub(super) epoch: u64,
 }
 
+/// A copy that is on this host's disk: see [`super::kept`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct KeptAt {
+    /// By which it may be gone on with.
+    pub(super) grant: u64,
+    /// Where.
+    pub(super) dir: PathBuf,
+}
+
 impl Text {
     fn fresh(vm: VmId, name: String) -> Self {
-        let (store, keeper, mark, guest, protection) = (None, None, None, None, None);
+        let (store, keeper, mark, guest, protection, kept) = (None, None, None, None, None, None);
         let (sessions, disks, latched, own, former) = (0, Vec::new(), false, Vec::new(), Vec::new());
         let vm = vm.to_string();
-        Self { vm, name, store, keeper, generation: 0, sessions, mark, guest, protection, disks, latched, own, former }
+        Self {
+            vm,
+            name,
+            store,
+            keeper,
+            generation: 0,
+            sessions,
+            mark,
+            guest,
+            protection,
+            disks,
+            latched,
+            own,
+            kept,
+            former,
+        }
     }
 
     /// Its disks are these from now on; those that it had are former ones.
@@ -307,10 +335,27 @@ impl Durable {
     pub(super) fn set_mark(&mut self, mark: Mark, disks: Vec<DiskImage>) -> io::Result<()> {
         self.change(|text| {
             text.mark = Some(mark);
+            text.kept = None;
             text.latched = true;
             text.turn_to(disks);
             text.generation = text.generation.max(mark.generation);
         })
+    }
+
+    /// A copy that waits for its fence, if one is noted.
+    pub(super) fn kept(&self) -> Option<&KeptAt> {
+        self.text.kept.as_ref()
+    }
+
+    /// Notes one that is on the disk, or that none is of use.
+    pub(super) fn set_kept(&mut self, kept: Option<KeptAt>) -> io::Result<()> {
+        self.change(|text| text.kept = kept)
+    }
+
+    /// Where copies of this VM that wait for a fence are.
+    pub(super) fn copies(&self) -> PathBuf {
+        let state_dir = self.path.parent().and_then(Path::parent).expect("it is below the state directory");
+        state_dir.join("copies").join(escape(&self.text.name))
     }
 
     /// How the VM is to be protected, if it is.
@@ -373,7 +418,14 @@ impl Durable {
 
     /// Has nothing of the VM for a later life to take up. At once: one that stood by and ran nothing is not what it was.
     pub(super) fn settle(&mut self) -> io::Result<()> {
-        self.change(|text| (text.guest, text.protection) = (None, None))
+        self.change(|text| (text.guest, text.protection, text.kept) = (None, None, None))
+    }
+
+    /// The copy that was here is gone. Its disks and files may go, too.
+    pub(super) fn forget_copy(&mut self) -> io::Result<()> {
+        self.change(|text| (text.protection, text.kept) = (None, None))?;
+        super::kept::forget(&self.copies());
+        Ok(())
     }
 
     /// Which process is its guest here, as far as it was noted.
@@ -445,6 +497,27 @@ mod tests {
             1,
             "nothing escapes the directory"
         );
+    }
+
+    #[test]
+    fn a_copy_is_kept_until_it_is_marked() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut memory = Durable::open(dir.path(), "a/1", VmId([1; 16])).expect("opens");
+        assert_eq!(memory.copies(), dir.path().join("copies/a%2f1"));
+        let kept = |grant| KeptAt { grant, dir: dir.path().join("copies/a%2f1/7") };
+        memory.set_kept(Some(kept(7))).expect("writes");
+        memory.set_kept(Some(kept(8))).expect("another life has it");
+        let on_disk = || Durable::open(dir.path(), "a/1", VmId([2; 16])).expect("opens");
+        assert_eq!(on_disk().kept(), Some(&kept(8)));
+        memory.set_mark(Mark { generation: 8, epoch: 9 }, Vec::new()).expect("writes");
+        assert_eq!((on_disk().kept(), on_disk().mark().map(|mark| mark.generation)), (None, Some(8)));
+        // Nor is it kept for another VM, or for one that is not this host's business.
+        memory.set_kept(Some(kept(9))).expect("writes");
+        memory.set_vm(VmId([3; 16])).expect("writes");
+        assert_eq!(on_disk().kept(), None);
+        memory.set_kept(Some(kept(9))).expect("writes");
+        memory.settle().expect("writes");
+        assert_eq!(on_disk().kept(), None);
     }
 
     #[test]

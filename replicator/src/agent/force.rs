@@ -23,6 +23,9 @@ use crate::metrics::WitnessMetrics;
 
 /// How often other hosts are asked what they keep, while there is something to ask.
 const ASK: Duration = Duration::from_millis(500);
+/// How often, and how many times at most, it is looked whether a host is silent that is said to be dead.
+const SILENT_LOOK: Duration = Duration::from_millis(100);
+const SILENT_LOOKS: u32 = 30;
 
 impl Durable {
     /// What forcing needs to know.
@@ -74,8 +77,14 @@ impl Agent {
             }
         }
         let other = self.other_host(name)?;
+        // Before anything is confirmed: a host that is back before it is forced out must not be told that nobody did.
+        let forcing = self.keeper.begin_force(forceable.vm).ok_or_else(|| {
+            ErrorBody::new(ErrorKind::Busy, format!("the other host of {name} is being forced out already"))
+                .advise("wait for that; see `understudy status`")
+        })?;
         let by = match (confirm, &self.config.fence) {
             (Some(typed), _) if typed == other.name => {
+                self.is_silent(name, &other).await?;
                 format!("an operator, who typed its name, says that {} is dead", other.name)
             }
             (Some(typed), _) => return Err(another(name, &other, typed)),
@@ -95,9 +104,8 @@ impl Agent {
             }
         };
         // It may have answered meanwhile.
-        self.ask(name, Request::MayForce).await?;
-        let Forceable { vm, generation, .. } = forceable;
-        let record = self.keeper.force(vm, self.me(), generation).await.map_err(|error| {
+        let Forceable { generation, .. } = self.ask(name, Request::MayForce).await?;
+        let record = forcing.confirmed(self.me(), generation).await.map_err(|error| {
             ErrorBody::new(ErrorKind::Failed, format!("{name} does not go on here")).because(&error)
         })?;
         tracing::warn!(vm = name, by, generation = %record.generation, "the other host is forced out");
@@ -105,6 +113,26 @@ impl Agent {
         let keeper = (self.store(&Arbiter::Host(self.me().node)), self.metrics.keeper(self.identity.name()));
         self.ask(name, |reply| Request::Forced { store: record.store, keeper, reply }).await?;
         Ok(Accepted { vm: name.to_owned() })
+    }
+
+    /// Whoever types the name of a host that is heard has looked at another one. One that died just now is silent soon.
+    async fn is_silent(&self, name: &str, other: &HostRef) -> Result<(), ErrorBody> {
+        let is_heard = || {
+            let paths = self.beat.stats();
+            paths.iter().any(|path| path.node.to_string() == other.node && path.silence.is_some() && !path.suspected)
+        };
+        for _ in 0..SILENT_LOOKS {
+            if !is_heard() {
+                return Ok(());
+            }
+            tokio::time::sleep(SILENT_LOOK).await;
+        }
+        Err(ErrorBody::new(ErrorKind::Refused, format!("{} is not dead: its heartbeats are heard", other.name)).advise(
+            format!(
+                "nothing was changed; {name} goes on when {0} answers. Switch {0} off first if it is to be forced out",
+                other.name
+            ),
+        ))
     }
 
     /// The VM is this host's already and waits for the other one to be off: the operator says that it is, or wants it tried now.

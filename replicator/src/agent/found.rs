@@ -7,27 +7,33 @@
 //! protected again.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use heartbeat_core::ids::{Generation, NodeId};
+use heartbeat_core::ids::{Epoch, Generation, NodeId};
 use heartbeat_core::ownership::OwnershipConfig;
 use heartbeat_core::store::StoreAnswer;
 use replicator_core::restart::{End, Here, Output, Restart};
+use replicator_core::standby::StandbyConfig;
 use tokio::sync::{mpsc, watch};
-use vmm_hooks::guest::{GuestError, Survivor};
+use vmm_hooks::guest::{GuestError, GuestErrorKind, Survivor, Twin, TwinHost};
 use vmm_hooks::qemu;
 use vmm_hooks::sys::process::{PidFd, ProcessError};
 
 use super::asker::Asker;
-use super::disks::survivor_left;
-use super::durable::{Durable, GuestAt};
+use super::disks::{DiskThreads, survivor_left};
+use super::durable::{Durable, GuestAt, KeptAt};
+use super::kept::{self, About};
 use super::primary::{Left, wait_until};
 use super::reprotect::Life;
-use super::sessions::blocking;
+use super::sessions::{blocking, durability};
+use super::standby::{self, Origin};
 use super::view::api_state;
 use super::{Agent, REQUESTS, Request, Vm, clock, force};
-use crate::control::api::{ErrorBody, ErrorKind, ProtectionState, Role};
+use crate::control::api::{ErrorBody, ErrorKind, FailoverCause, ProtectionState, Role};
+use crate::metrics::VmMetrics;
+use crate::pages::staged::DeviceState;
 
 /// How long a killed guest may take to end.
 const KILL_WITHIN: Duration = Duration::from_secs(10);
@@ -73,7 +79,8 @@ impl Agent {
         let (here, process) = match process {
             None => {
                 let marked = durable.mark().filter(|_| !never_ran).map(|mark| Generation(mark.generation));
-                (Here::Copy { marked }, None)
+                let kept = durable.kept().filter(|kept| is_there(&name, kept)).map(|kept| Generation(kept.grant));
+                (kept.map_or(Here::Copy { marked }, |grant| Here::Kept { grant, marked }), None)
             }
             // It ended with the former life.
             _ if at.as_ref().is_some_and(|at| at.microvm) => (Here::Gone, None),
@@ -100,7 +107,7 @@ impl Agent {
             first_request: numbers.first_request,
             ..OwnershipConfig::new(durable.vm(), self.me())
         };
-        let role = if let Here::Copy { .. } = here { Role::Standby } else { Role::Primary };
+        let role = if let Here::Copy { .. } | Here::Kept { .. } = here { Role::Standby } else { Role::Primary };
         let view = self.new_view(&name, durable.vm(), role);
         view.set(|status| status.hosts = protection.names());
         view.set_generation(durable.generation());
@@ -169,6 +176,13 @@ impl Found {
                     let advice = "nothing is lost; if that host does not answer either, bring it back".to_owned();
                     self.life.view.set(|status| status.advice = advice);
                 }
+            }
+            Output::Keep(grant) => {
+                let noted = self.durable.kept().cloned().map(|kept| KeptAt { grant: grant.0, ..kept });
+                self.durable.set_kept(noted).map_err(|error| {
+                    ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
+                })?;
+                self.core.handle_kept(clock::now(), grant);
             }
             Output::Free => self.free_guest().await?,
             Output::Fence => self.fence().await?,
@@ -268,6 +282,7 @@ impl Found {
     async fn over(mut self, end: End) {
         tracing::info!(vm = self.life.at.name, ?end, "what a former life of this agent had is settled");
         match end {
+            End::Kept { grant, forced } => return self.wait_on(grant, forced).await,
             End::Ours => {
                 if self.life.protection.once || self.life.protection.hosts.is_empty() {
                     let reason = self.life.view.status().reason;
@@ -296,8 +311,119 @@ impl Found {
         if let End::Theirs = end {
             survivor_left(&self.life.agent.config.standby.images, &self.life.at.name);
         }
-        if let Err(error) = self.durable.settle() {
-            tracing::error!(vm = self.life.at.name, %error, "that it is settled could not be noted");
+        match self.durable.settle() {
+            // Nothing is noted that could be of use.
+            Ok(()) => {
+                let copies = self.durable.copies();
+                drop(blocking(move || kept::forget(&copies)).await);
+            }
+            Err(error) => tracing::error!(vm = self.life.at.name, %error, "that it is settled could not be noted"),
+        }
+    }
+
+    /// The VM is this host's, and its copy is on the disk: goes on waiting with it for the other host to be off.
+    async fn wait_on(self, grant: Generation, forced: bool) {
+        let (view, name) = (Arc::clone(&self.life.view), self.life.at.name.clone());
+        let again = "this agent was started again, and makes the copy ready that it had kept";
+        view.set_state(ProtectionState::FailingOver, again);
+        view.set(|status| status.advice = "nothing is lost".to_owned());
+        if let Err(error) = self.resume(grant, forced).await {
+            tracing::error!(vm = name, %error, advice = error.advice, causes = ?error.causes, "a copy that was kept cannot be gone on with");
+            view.set_state(ProtectionState::Error, &error.message);
+            view.set(|status| status.advice.clone_from(&error.advice));
+        }
+    }
+
+    async fn resume(self, grant: Generation, forced: bool) -> Result<(), ErrorBody> {
+        let Self { life, mut durable, asker, answers, settled, .. } = self;
+        let Life { agent, vm, at: GuestAt { name, .. }, protection, view, requests } = life;
+        let dir = durable.kept().expect("it was found").dir.clone();
+        let unusable = |error: ErrorBody| {
+            let removed = "then the VM is given back to the other host, which must have its copy";
+            error.advise(format!(
+                "the VM runs nowhere, and its copy stays in {0}. Mend that and start this agent again; if that copy is beyond hope, remove {0} first: {removed}",
+                dir.display()
+            ))
+        };
+        let about = kept::about(&dir).and_then(|about| Ok((about.primary()?, about)));
+        let (primary, about) = about.map_err(|error| {
+            unusable(ErrorBody::new(ErrorKind::Failed, "the copy that was kept cannot be read").because(&error))
+        })?;
+        let (twins, from, called, metrics) =
+            (Arc::clone(&agent.twins), dir.clone(), name.clone(), view.metrics().clone());
+        let epoch = Epoch(about.epoch);
+        let (described, session) = (about.of.clone(), Generation(about.session));
+        let made = blocking(move || ready(&*twins, &called, &from, &about, metrics)).await?;
+        let (twin, disks, device) = made.map_err(|error| unusable(error.into()))?;
+        let numbers = durable.begin_session().map_err(|error| {
+            ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
+        })?;
+        let ownership = OwnershipConfig {
+            store: durable.store().and_then(|store| store.parse().ok()),
+            generation: Generation(durable.generation()),
+            first_request: numbers.first_request,
+            ..OwnershipConfig::new(vm, agent.me())
+        };
+        let fence_required = agent.fence_required();
+        let config =
+            StandbyConfig { ownership, fence_required, ..StandbyConfig::new(vm, agent.me(), primary, session) };
+        let peer = agent.name_of(primary.node);
+        view.set(|status| peer.clone_into(&mut status.peer));
+        view.set_committed(epoch.0);
+        view.failover_began(FailoverCause::Silence, None);
+        let beats = agent.beats.subscribe(primary.node);
+        let setup = standby::Setup {
+            name,
+            config,
+            twin,
+            described,
+            origin: Origin::Kept { disks, device, grant, epoch, forced, life: agent.beats.life(primary.node) },
+            asker: (asker, answers),
+            beats,
+            heartbeats: Arc::clone(&agent.beat),
+            fencer: agent.fencer(primary.node, &peer),
+            durable,
+            view,
+        };
+        // Nobody may be there to hear it.
+        let _ = settled.send(true);
+        agent.stand_and_survive(setup, protection, requests).await;
+        Ok(())
+    }
+}
+
+/// Whether a copy that was kept is there. One that cannot be read may be readable again: only an operator takes it away.
+fn is_there(name: &str, kept: &KeptAt) -> bool {
+    let gone = matches!(kept::about(&kept.dir), Err(error) if error.kind() == std::io::ErrorKind::NotFound);
+    if gone {
+        tracing::error!(vm = name, path = %kept.dir.display(), "the copy that was kept while its fence was waited for is not there any more");
+    }
+    !gone
+}
+
+/// A twin that has the memory of a copy that was kept, its disks, and its device state. On error nothing is left of the twin.
+fn ready(
+    twins: &dyn TwinHost,
+    name: &str,
+    dir: &Path,
+    about: &About,
+    metrics: VmMetrics,
+) -> Result<(Box<dyn Twin>, Option<DiskThreads>, DeviceState), GuestError> {
+    let of = &about.of;
+    let found = |place: &PathBuf| {
+        DiskThreads::found(place.clone(), &of.recipe.disks, durability(of.durability), about.epoch, metrics)
+    };
+    let disks = of.disks.as_ref().map(found).transpose()?;
+    let images = disks.as_ref().map(DiskThreads::as_images).unwrap_or_default();
+    let images: Vec<PathBuf> = images.into_iter().map(|image| image.path).collect();
+    let twin = twins.prepare(name, &of.recipe, &of.layout, &images)?;
+    match kept::load(dir, about, &*twin.memory()) {
+        Ok(device) => Ok((twin, disks, Arc::new(device))),
+        Err(error) => {
+            if let Err(error) = twin.destroy() {
+                tracing::error!(%error, "a twin that is not needed could not be removed");
+            }
+            Err(GuestError::new(GuestErrorKind::Failed, format!("the copy that was kept cannot be read: {error}")))
         }
     }
 }

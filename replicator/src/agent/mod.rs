@@ -10,6 +10,7 @@
 //! | `arbiter` | which ownership store is asked: a witness or etcd |
 //! | `link`, `asker`, `beats` | peer messages, questions to the store, suspicion |
 //! | `paths` | what heartbeats say of each path to a peer, as metrics and words |
+//! | `kept` | a copy that waits for its fence, on the disk |
 //! | `durable`, `owed` | what a host remembers of a VM, and what it could not write down yet |
 //! | `view` | what operators see |
 //! | `api`, `sessions` | the control API; protections that begin |
@@ -33,6 +34,7 @@ mod fence;
 mod force;
 mod found;
 mod intake;
+mod kept;
 mod lag;
 mod latch;
 mod leftovers;
@@ -82,6 +84,8 @@ use crate::metrics::{Metrics, MetricsServer, WitnessMetrics};
 const REQUESTS: usize = 8;
 /// How long a stopping agent waits for its protections to end.
 const STOP_WITHIN: Duration = Duration::from_secs(15);
+/// The same, for a copy that is being written down so that another life of the agent finds it.
+const KEEP_WITHIN: Duration = Duration::from_secs(300);
 /// How long who asks for a VM of a former life waits until it is known whose that is.
 const SETTLE_WITHIN: Duration = Duration::from_secs(5);
 /// How often, and how many times at most, it is looked whether such a task has ended then.
@@ -157,6 +161,15 @@ struct Vm {
     task: JoinHandle<()>,
     /// Of what a former life of the agent had: `true` once it is known whose it is.
     settled: Option<watch::Receiver<bool>>,
+}
+
+impl Vm {
+    /// Whether it is this host's, and does not run before another one is off.
+    async fn waits_for_a_fence(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(Request::MayForce(reply)).await.is_ok()
+            && matches!(tokio::time::timeout(STOP_WITHIN, answer).await, Ok(Ok(Ok(Forceable { fencing: true, .. }))))
+    }
 }
 
 /// The agent, as its parts share it.
@@ -428,9 +441,10 @@ impl Agent {
                 vm.task.abort();
                 continue;
             }
+            let within = if vm.waits_for_a_fence().await { KEEP_WITHIN } else { STOP_WITHIN };
             let (reply, answer) = oneshot::channel();
             if vm.requests.send(Request::Stop(reply)).await.is_ok() {
-                match tokio::time::timeout(STOP_WITHIN, answer).await {
+                match tokio::time::timeout(within, answer).await {
                     Ok(Ok(Ok(()))) => {}
                     Ok(Ok(Err(error))) => tracing::warn!(vm = name, %error, "left as it is"),
                     Ok(Err(_)) => {}

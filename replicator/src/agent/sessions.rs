@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use heartbeat::quic::{Connection, Purpose, read_message};
 use heartbeat::trust::Peer;
-use heartbeat_core::ids::{Epoch, Generation, Party, VmId};
+use heartbeat_core::ids::{Epoch, Generation, NodeId, Party, VmId};
 use heartbeat_core::ownership::OwnershipConfig;
 use replicator_core::message::{Durability, MAX_MESSAGE, PeerMessage};
 use replicator_core::pacing::{AutoPacing, Pacing};
@@ -24,10 +24,12 @@ use super::durable::{Durable, GuestAt};
 use super::encoder::Session;
 use super::events::EventLog;
 use super::fence::Fencer;
+use super::kept::{self, Described};
 use super::link::{self, Link};
 use super::primary::Left;
 use super::protection::{HostRef, Protection};
 use super::reprotect::Life;
+use super::standby::Origin;
 use super::view::View;
 use super::{Agent, REQUESTS, Request, Vm, primary, protection, standby};
 use crate::control::api::{
@@ -167,6 +169,7 @@ impl Agent {
         let noted = durable
             .set_guest(Some(GuestAt { attached: true, ..at.clone() }))
             .and_then(|()| durable.set_protection(Some(protection.clone())))
+            .and_then(|()| durable.set_kept(None))
             .and_then(|()| durable.latch(guest.disk_images()))
             .and_then(|()| match arbiter {
                 Arbiter::Host(node) => durable.set_keeper(node, None),
@@ -312,6 +315,7 @@ impl Agent {
         let noted = durable
             .set_guest(None)
             .and_then(|()| durable.set_protection(Some(protection.clone())))
+            .and_then(|()| durable.set_kept(None))
             .and_then(|()| durable.latch_as_standby());
         noted.map_err(|error| failed(format!("this host cannot remember that it stands by for {name}"), &error))?;
         let pages = layout.pages();
@@ -319,7 +323,15 @@ impl Agent {
         let images = self.config.standby.images.clone();
         let older = durable.disks().to_vec();
         let sizes: Arc<[u64]> = recipe.disks.iter().map(|disk| disk.bytes).collect();
+        let copies = durable.copies();
+        let mut described = Described {
+            recipe: recipe.clone(),
+            layout: layout.clone(),
+            durability: protection.durability,
+            disks: None,
+        };
         let (disks, twin) = blocking(move || {
+            kept::forget(&copies);
             let disks = match recipe.disks.as_slice() {
                 [] => None,
                 disks if disks.len() > MAX_DISKS => {
@@ -340,14 +352,29 @@ impl Agent {
             }
         })
         .await??;
-        let fence_required = self.config.fence.as_ref().is_some_and(|fence| fence.required);
+        described.disks = disks.as_ref().map(|disks| disks.dir().to_path_buf());
+        let fence_required = self.fence_required();
         let defaults = StandbyConfig::new(vm, self.me(), primary, generation);
         let config = StandbyConfig { ownership, fence_required, ..defaults };
-        Ok(Prepared { name, config, pages, sizes, twin, disks, arbiter, durable, protection })
+        Ok(Prepared { name, config, pages, sizes, twin, described, disks, arbiter, durable, protection })
+    }
+
+    /// Whether a winner here must have the other host switched off.
+    pub(super) fn fence_required(&self) -> bool {
+        self.config.fence.as_ref().is_some_and(|fence| fence.required)
+    }
+
+    /// What switches a host off, if this agent can.
+    pub(super) fn fencer(&self, node: NodeId, name: &str) -> Option<Fencer> {
+        self.config.fence.clone().map(|config| Fencer {
+            config,
+            host: HostRef { node: node.to_string(), name: name.to_owned() },
+            metrics: self.metrics.clone(),
+        })
     }
 
     async fn start_standby(&self, prepared: Prepared, link: Link, connection: quinn::Connection, from: &str) {
-        let Prepared { name, config, pages, sizes, twin, disks, arbiter, durable, protection } = prepared;
+        let Prepared { name, config, pages, sizes, twin, described, disks, arbiter, durable, protection } = prepared;
         let view = self.new_view(&name, durable.vm(), VmRole::Standby);
         view.set(|status| {
             from.clone_into(&mut status.peer);
@@ -366,19 +393,12 @@ impl Agent {
             name: name.clone(),
             config,
             twin,
-            disks,
-            link,
-            connection,
-            session,
-            staging: self.config.standby.staging,
+            described,
+            origin: Origin::Primary { disks, link, connection, session, staging: self.config.standby.staging },
             asker: self.asker(&arbiter),
             beats: self.beats.subscribe(config.primary.node),
             heartbeats: Arc::clone(&self.beat),
-            fencer: self.config.fence.clone().map(|fence| Fencer {
-                config: fence,
-                host: HostRef { node: config.primary.node.to_string(), name: from.to_owned() },
-                metrics: self.metrics.clone(),
-            }),
+            fencer: self.fencer(config.primary.node, from),
             durable,
             view: Arc::clone(&view),
         };
@@ -391,7 +411,7 @@ impl Agent {
             }
         };
         // Two primaries asked for the same name at once: the first one has the place.
-        if let Some(standby::Setup { twin, disks, link, .. }) = spare {
+        if let Some(standby::Setup { twin, origin: Origin::Primary { disks, link, .. }, .. }) = spare {
             standby::refuse(&link, "a VM of that name was prepared at the same time");
             let destroy = move || {
                 let destroyed = twin.destroy();
@@ -409,7 +429,7 @@ impl Agent {
 
 impl Agent {
     /// Stands by, and if the VM comes to run here looks for its next standby.
-    async fn stand_and_survive(
+    pub(super) async fn stand_and_survive(
         self: Arc<Self>,
         setup: standby::Setup,
         protection: Protection,
@@ -421,7 +441,7 @@ impl Agent {
         let Some(at) = at else {
             // Nothing is here any more that a later life of this agent could take up.
             let forgotten = Durable::find(&self.config.state_dir, &name)
-                .and_then(|durable| durable.map_or(Ok(()), |mut durable| durable.set_protection(None)));
+                .and_then(|durable| durable.map_or(Ok(()), |mut durable| durable.forget_copy()));
             if let Err(error) = forgotten {
                 tracing::warn!(vm = name, %error, "it could not be noted that the copy is gone");
             }
@@ -461,6 +481,7 @@ struct Prepared {
     /// Of its disks, in bytes.
     sizes: Arc<[u64]>,
     twin: Box<dyn vmm_hooks::guest::Twin>,
+    described: Described,
     disks: Option<StandbyDisks>,
     arbiter: Arbiter,
     durable: Durable,
@@ -486,7 +507,7 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
         .map_err(|error| failed("the agent could not finish this; its log says why", &error))
 }
 
-fn durability(policy: DurabilityPolicy) -> Durability {
+pub(super) fn durability(policy: DurabilityPolicy) -> Durability {
     match policy {
         DurabilityPolicy::Disk => Durability::Disk,
         DurabilityPolicy::Memory => Durability::Memory,

@@ -3,6 +3,8 @@
 //! It owns the staged epochs between their arrival and their commit. The twin itself belongs to a thread of its own
 //! ([`super::twin`]), the streams to the intake ([`super::intake`]): this task never waits for either.
 
+mod waiting;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +14,7 @@ use heartbeat_core::ids::{Epoch, Generation, Incarnation};
 use heartbeat_core::store::StoreAnswer;
 use heartbeat_core::time::Time;
 use replicator_core::message::{CloseCode, PeerMessage, RehearsalResult, clip};
-use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion, SwitchedOff};
+use replicator_core::standby::{ActivationResult, Output, Standby, StandbyConfig, Suspicion};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{AbortHandle, JoinHandle};
 use vmm_hooks::disk::DiskImage;
@@ -20,11 +22,12 @@ use vmm_hooks::guest::{Fence, GuestError, Survivor, Twin};
 
 use super::asker::Asker;
 use super::beats::Beat;
-use super::disks::{Committer, Held, StandbyDisks};
+use super::disks::{Committer, DiskThreads, Held, StandbyDisks};
 use super::durable::{Durable, Mark};
 use super::encoder::Session;
 use super::fence::Fencer;
 use super::intake::{self, IntakeEnd, Staged};
+use super::kept::{self, Described};
 use super::link::{Link, Received};
 use super::owed::{LONGEST, Owed};
 use super::primary::wait_until;
@@ -34,6 +37,7 @@ use super::{FenceWord, Forceable, Request, clock, force, not_fencing, wrong_side
 use crate::control::api::{
     ErrorBody, ErrorKind, FailoverCause, ProtectionState, RehearsalReport, SurvivorAt, WithoutWitness,
 };
+use crate::pages::staged::DeviceState;
 
 /// How often the waiting twin is looked after.
 const LOOK: Duration = Duration::from_secs(1);
@@ -46,16 +50,10 @@ pub(super) struct Setup {
     pub(super) config: StandbyConfig,
     /// The waiting twin.
     pub(super) twin: Box<dyn Twin>,
-    /// Its disks, if it has any that are replicated.
-    pub(super) disks: Option<StandbyDisks>,
-    /// The control stream.
-    pub(super) link: Link,
-    /// The connection, for bulk streams.
-    pub(super) connection: quinn::Connection,
-    /// What the primary's streams carry.
-    pub(super) session: Session,
-    /// Bound on staged bytes.
-    pub(super) staging: u64,
+    /// What it was built from.
+    pub(super) described: Described,
+    /// Where its copy comes from.
+    pub(super) origin: Origin,
     /// The store, and its answers.
     pub(super) asker: (Asker, mpsc::UnboundedReceiver<StoreAnswer>),
     /// What the failure detector says of the primary's node.
@@ -70,18 +68,52 @@ pub(super) struct Setup {
     pub(super) view: Arc<View>,
 }
 
+/// Where a standby's copy comes from.
+pub(super) enum Origin {
+    /// A primary sends it.
+    Primary {
+        /// The twin's disks, if it has any that are replicated.
+        disks: Option<StandbyDisks>,
+        /// The control stream.
+        link: Link,
+        /// The connection, for bulk streams.
+        connection: quinn::Connection,
+        /// What the primary's streams carry.
+        session: Session,
+        /// Bound on staged bytes.
+        staging: u64,
+    },
+    /// A former life of this agent kept it while it waited for its fence, and the twin has its memory.
+    Kept {
+        /// The twin's disks, if it has any that are replicated.
+        disks: Option<DiskThreads>,
+        /// The device state.
+        device: DeviceState,
+        /// This life's.
+        grant: Generation,
+        /// As of which it is.
+        epoch: Epoch,
+        /// The other host is dead, as was confirmed.
+        forced: bool,
+        /// The life in which that is heard now.
+        life: Option<Incarnation>,
+    },
+}
+
 impl std::fmt::Debug for Setup {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Setup").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
+type StopReply = oneshot::Sender<Result<(), ErrorBody>>;
 type RehearsalReply = oneshot::Sender<Result<RehearsalReport, ErrorBody>>;
 
 struct Task {
     name: String,
     core: Standby,
-    link: Link,
+    /// Of a copy that a primary sends.
+    link: Option<Link>,
     asker: Asker,
     durable: Durable,
     view: Arc<View>,
@@ -92,11 +124,18 @@ struct Task {
     rehearsal_replies: Vec<RehearsalReply>,
     /// Of replicated disks.
     committer: Option<Committer>,
-    intake: AbortHandle,
+    intake: Option<AbortHandle>,
+    described: Described,
+    /// Why the copy could not be kept when that was tried last.
+    unkept: Option<String>,
+    /// Who stops this agent, and waits until it is.
+    stopping: Option<StopReply>,
     /// Its disks, if they come to run here.
     images: Vec<DiskImage>,
     /// By the mark.
     granted: Generation,
+    /// Nothing more is to come in.
+    closed: bool,
     activating: bool,
     died: bool,
     gone: bool,
@@ -116,8 +155,7 @@ struct Task {
 
 /// Runs a standby to its end: its twin was released as the survivor, which is returned, or destroyed.
 pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) -> Option<Survivor> {
-    let Setup { name, config, twin, disks, link, connection, session, staging, asker, mut beats, .. } = setup;
-    let Setup { heartbeats, fencer, durable, view, .. } = setup;
+    let Setup { name, config, twin, described, origin, asker, mut beats, heartbeats, fencer, durable, view } = setup;
     let (asker, mut answers) = asker;
     let (fenced, mut fence_words) = mpsc::unbounded_channel();
     let fence = twin.fence();
@@ -126,25 +164,37 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     // Without disks the intake's epochs come straight here; else when their disk writes are held.
     let (mut direct, mut held, mut threads, mut committer) = (None, None, None, None);
     let mut started = Ok(());
-    let images = disks.as_ref().map(StandbyDisks::as_images).unwrap_or_default();
-    match disks {
-        None => direct = Some(staged_out),
-        Some(mut disks) => {
-            tokio::spawn(intake::tell_known(connection.clone(), disks.take_known()));
-            match disks.start(staged_out, view.metrics().clone()) {
-                Ok((running, commits, passed_on)) => {
-                    (threads, committer, held) = (Some(running), Some(commits), Some(passed_on));
+    let (mut own_link, mut intake, mut given, mut device) = (None, None, None, DeviceState::default());
+    let images = match &origin {
+        Origin::Primary { disks, .. } => disks.as_ref().map(StandbyDisks::as_images),
+        Origin::Kept { disks, .. } => disks.as_ref().map(DiskThreads::as_images),
+    };
+    match origin {
+        Origin::Primary { disks, link, connection, session, staging } => {
+            match disks {
+                None => direct = Some(staged_out),
+                Some(mut disks) => {
+                    tokio::spawn(intake::tell_known(connection.clone(), disks.take_known()));
+                    match disks.start(staged_out, view.metrics().clone()) {
+                        Ok((running, commits, passed_on)) => {
+                            (threads, committer, held) = (Some(running), Some(commits), Some(passed_on));
+                        }
+                        Err(error) => started = Err(error),
+                    }
                 }
-                Err(error) => started = Err(error),
             }
+            (own_link, intake) = (Some(link), Some(tokio::spawn(intake::run(connection, session, staging, staged_in))));
+        }
+        Origin::Kept { disks, device: kept, grant, epoch, forced, life } => {
+            (threads, device) = (disks, kept);
+            given = Some((Standby::resume(config, clock::now(), grant, epoch, forced), life));
         }
     }
-    let mut intake: JoinHandle<IntakeEnd> = tokio::spawn(intake::run(connection, session, staging, staged_in));
-    let mut intake_runs = true;
+    let (core, life) = given.unwrap_or_else(|| (Standby::new(config), None));
     let mut task = Task {
         name,
-        core: Standby::new(config),
-        link,
+        core,
+        link: own_link,
         asker,
         durable,
         view,
@@ -154,9 +204,13 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
         rehearsing: None,
         rehearsal_replies: Vec::new(),
         committer,
-        intake: intake.abort_handle(),
-        images,
+        intake: intake.as_ref().map(JoinHandle::abort_handle),
+        described,
+        unkept: None,
+        stopping: None,
+        images: images.unwrap_or_default(),
         granted: Generation::default(),
+        closed: false,
         activating: false,
         died: false,
         gone: false,
@@ -170,7 +224,11 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
         fenced,
         unconfirmed: None,
     };
-    match started.and_then(|()| TwinThread::start(twin, threads, reports)) {
+    // It may have been heard before this was there to be told.
+    if life > Some(config.primary.incarnation) {
+        task.core.handle_suspected(clock::now(), Suspicion::Restarted);
+    }
+    match started.and_then(|()| TwinThread::start(twin, threads, device, reports)) {
         Ok(thread) => {
             task.twin = Some(thread);
             task.core.handle_prepared(clock::now());
@@ -189,7 +247,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
         let deadline = task.core.poll_timeout();
         tokio::select! {
             biased;
-            received = task.link.next() => task.received(received),
+            received = next_received(&mut task.link) => task.received(received),
             Some(report) = twin_reports.recv() => task.twin_report(report),
             Some(answer) = answers.recv() => task.answer(&answer),
             epoch = next_of(&mut direct) => task.stage(epoch),
@@ -197,12 +255,11 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
             Some(beat) = beats.recv() => task.beat(beat),
             Some(word) = fence_words.recv() => task.fence_ended(word),
             Some(request) = requests.recv() => task.request(request),
-            ended = &mut intake, if intake_runs => {
-                intake_runs = false;
-                if task.leaving || task.activating {
+            ended = end_of(&mut intake) => {
+                if task.leaving || task.closed {
                     continue;
                 }
-                task.intake_ended(ended.unwrap_or(IntakeEnd { code: None, reason: "the intake failed".into() }));
+                task.intake_ended(ended);
             }
             () = wait_until(deadline) => task.core.handle_timeout(clock::now()),
             _ = look.tick() => {
@@ -212,7 +269,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
             }
         }
     }
-    intake.abort();
+    task.end_intake();
     tracing::info!(vm = task.name, "the standby's part has ended");
     task.survivor
 }
@@ -250,7 +307,7 @@ impl Task {
                     self.command(Command::Rehearse);
                 }
                 Output::Ask(request) => self.asker.ask(request),
-                Output::Peer(message) => self.link.send(message),
+                Output::Peer(message) => self.send(message),
                 Output::PersistGeneration(generation) => self.persist(generation),
                 Output::Mark { generation, epoch } => self.mark(generation, epoch),
                 Output::Activate { epoch } => {
@@ -266,6 +323,7 @@ impl Task {
                     let fencer = self.fencer.as_ref().expect("what requires it names the command");
                     fencer.start(self.fenced.clone());
                 }
+                Output::Keep { generation, epoch } => self.keep(generation, epoch),
                 Output::Release => {
                     self.leaving = true;
                     self.command(Command::Release);
@@ -276,7 +334,7 @@ impl Task {
                     self.end_intake();
                     self.command(Command::Destroy);
                 }
-                Output::Close(code) => self.link.close(code, ""),
+                Output::Close(code) => self.close(code, ""),
                 Output::State { state, reason } => {
                     self.said = Some((api_state(state), reason));
                     // Who must make room is told of that as long as it is so.
@@ -294,12 +352,27 @@ impl Task {
 
     /// Nothing more comes in; what waits for the disks is dropped with it.
     fn end_intake(&mut self) {
-        self.intake.abort();
+        self.closed = true;
+        if let Some(intake) = self.intake.take() {
+            intake.abort();
+        }
         self.committer = None;
     }
 
+    fn send(&self, message: PeerMessage) {
+        if let Some(link) = &self.link {
+            link.send(message);
+        }
+    }
+
+    fn close(&self, code: CloseCode, reason: &str) {
+        if let Some(link) = &self.link {
+            link.close(code, reason);
+        }
+    }
+
     fn acknowledge(&mut self, generation: Generation, incarnation: Incarnation, epoch: Epoch) {
-        self.link.send(PeerMessage::Acknowledge { generation, incarnation, epoch });
+        self.send(PeerMessage::Acknowledge { generation, incarnation, epoch });
         self.view.set(|status| status.epoch_current = epoch.0.saturating_add(1));
     }
 
@@ -324,7 +397,12 @@ impl Task {
 
     fn write_mark(&mut self, generation: Generation, epoch: Epoch) {
         match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }, self.images.clone()) {
-            Ok(()) => self.core.handle_marked(clock::now(), generation),
+            Ok(()) => {
+                // What was kept is noted no more: the guest is about to change what it is a copy of.
+                let copies = self.durable.copies();
+                drop(tokio::task::spawn_blocking(move || kept::forget(&copies)));
+                self.core.handle_marked(clock::now(), generation);
+            }
             Err(error) => {
                 self.owed.mark = Some((generation, epoch));
                 self.disk_failed(&error);
@@ -341,46 +419,6 @@ impl Task {
             self.advise_fencing();
         } else {
             self.advise(failing_over);
-        }
-    }
-
-    /// Says what can be done while nothing confirms that the primary's host is off.
-    fn advise_fencing(&self) {
-        let (peer, name) = (self.view.peer(), &self.name);
-        let advice = format!(
-            "the VM stands, and nothing is lost. See to the fence device; or switch {peer} off by hand, then `understudy failover {name} --force --confirm-dead {peer}`; or, if {peer} is well, `understudy failover {name} --give-back`"
-        );
-        self.view.set(|status| status.advice = advice);
-    }
-
-    /// The fence command has ended.
-    fn fence_ended(&mut self, word: Result<(), ErrorBody>) {
-        let result = match word {
-            Ok(()) => {
-                let off = format!("the fence command confirmed that {} is off", self.view.peer());
-                tracing::warn!(vm = self.name, off, "fenced");
-                self.view.note_ownership(&off);
-                SwitchedOff::Confirmed
-            }
-            Err(error) => {
-                tracing::error!(vm = self.name, error = error.message, "not fenced: the VM does not run here yet");
-                self.unconfirmed = Some(Instant::now());
-                SwitchedOff::unconfirmed(clip(&error.message))
-            }
-        };
-        self.core.handle_switched_off(clock::now(), result);
-    }
-
-    /// A primary that could not be switched off may be well, and never have been silent: then it is heard since.
-    fn look_at_the_primary(&mut self) {
-        let Some(since) = self.unconfirmed.filter(|_| self.core.is_fencing()) else { return };
-        let (node, since) = (self.core.config().primary.node, since.elapsed());
-        // Whatever was still under way when it was found to be silent or lost has arrived by then.
-        let heard = self.heartbeats.stats().iter().any(|path| {
-            path.node == node && !path.suspected && path.silence.is_some_and(|silence| silence + LOOK < since)
-        });
-        if heard {
-            self.core.handle_peer_heard(clock::now());
         }
     }
 
@@ -471,7 +509,7 @@ impl Task {
             if self.core.acknowledged().is_some() {
                 // It would change a copy that is whole without an epoch's commit.
                 tracing::error!(vm = self.name, "the primary sent a part of an initial sync after its end");
-                self.link.close(OUT_OF_TURN, "the initial sync is over");
+                self.close(OUT_OF_TURN, "the initial sync is over");
                 return;
             }
             self.command(Command::Apply(Box::new(staged)));
@@ -497,7 +535,7 @@ impl Task {
     fn intake_ended(&mut self, end: IntakeEnd) {
         tracing::warn!(vm = self.name, reason = end.reason, "nothing more is received");
         if let Some(code) = end.code {
-            self.link.close(code, &end.reason);
+            self.close(code, &end.reason);
         }
         self.core.handle_suspected(clock::now(), Suspicion::ConnectionLost);
     }
@@ -506,6 +544,7 @@ impl Task {
         let now = clock::now();
         match report {
             twin::Report::Rehearsed(result) => self.rehearsed(now, result),
+            twin::Report::Kept(grant, written) => self.kept(grant, written),
             twin::Report::Activated(Ok(activation)) => {
                 self.view.activated(activation);
                 let runs = ActivationResult::Runs { load: activation.load, resume: activation.resume };
@@ -639,7 +678,8 @@ impl Task {
                 let _ = reply.send(answer.map_err(refused));
             }
             Request::Failover { planned: true, reply } => drop(reply.send(Err(wrong_side(&self.name)))),
-            Request::Unprotect(reply) | Request::Stop(reply) => match self.core.handle_operator_discard(now) {
+            Request::Stop(reply) => self.stop(reply),
+            Request::Unprotect(reply) => match self.core.handle_operator_discard(now) {
                 Ok(()) => drop(reply.send(Ok(()))),
                 Err(why) => drop(reply.send(Err(refused(why)))),
             },
@@ -663,6 +703,22 @@ async fn next_of<T>(queue: &mut Option<mpsc::UnboundedReceiver<T>>) -> T {
         return next;
     }
     std::future::pending().await
+}
+
+/// What comes next of a primary, if there is one.
+async fn next_received(link: &mut Option<Link>) -> Received {
+    match link {
+        Some(link) => link.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The end of an intake, once.
+async fn end_of(intake: &mut Option<JoinHandle<IntakeEnd>>) -> IntakeEnd {
+    let Some(running) = intake else { return std::future::pending().await };
+    let ended = running.await;
+    *intake = None;
+    ended.unwrap_or(IntakeEnd { code: None, reason: "the intake failed".into() })
 }
 
 /// Tells a primary that its VM cannot stand by here, and closes.

@@ -42,6 +42,10 @@ fn restart(before: Option<Record>, here: Here) -> (Vec<Output>, Option<Record>) 
                 }
                 Output::PersistGeneration(generation) => machine.handle_generation_persisted(now, generation),
                 Output::State { .. } => {}
+                Output::Keep(grant) => {
+                    machine.handle_kept(now, grant);
+                    done.push(Output::Keep(grant));
+                }
                 output => done.push(output),
             }
         }
@@ -111,6 +115,66 @@ fn a_grant_that_nobody_ran_by_is_given_back_and_no_other() {
     assert_eq!(restart(won, Here::Gone), left, "it was heard");
     let ran = record(&[Owner::Paired { primary: b, standby: a }, solo(a, false, Some(b)), solo(a, true, Some(b))]);
     assert_eq!(restart(ran, Here::Copy { marked: None }), ([Output::Finished(End::Theirs)].into(), ran));
+}
+
+/// P62: a copy that was kept is gone on with by the grant that it was kept of, or by what a later life of this node made of that, and nobody else's since.
+#[test]
+fn a_kept_copy_is_gone_on_with_by_its_own_grant_alone() {
+    let (a, a1, b, c) = (party(1, 0), party(1, 1), party(2, 1), party(3, 1));
+    let won = [Owner::Paired { primary: b, standby: a }, solo(a, false, Some(b))];
+    let kept = |grant, marked: Option<u64>| Here::Kept { grant: Generation(grant), marked: marked.map(Generation) };
+    let goes_on = |grant| Output::Finished(End::Kept { grant: Generation(grant), forced: false });
+    let (done, after) = restart(record(&won), kept(2, Some(1)));
+    assert_eq!(done, [goes_on(3)]);
+    assert_eq!(after.expect("a record").owner, solo(party(1, 2), false, Some(b)), "by a grant of this life's");
+
+    // A life before this one had made the record its own, and nothing more.
+    let taken_over = [won.as_slice(), &[solo(a1, false, Some(b))]].concat();
+    assert_eq!(restart(record(&taken_over), kept(2, None)).0, [Output::Keep(Generation(3)), goes_on(4)]);
+    assert_eq!(restart(record(&taken_over), kept(3, None)).0, [goes_on(4)]);
+
+    // It was given back, and came here once more; or this node won it again, with another copy.
+    let returned = [won.as_slice(), &[solo(b, false, Some(a)), solo(a, false, Some(b))]].concat();
+    let again = [won.as_slice(), &[solo(b, false, Some(a)), won[0], won[1]]].concat();
+    for later in [&returned, &again] {
+        let (done, after) = restart(record(later), kept(2, None));
+        assert_eq!(done, [Output::Finished(End::GaveBack)]);
+        assert_eq!(after.expect("a record").owner, solo(b, false, Some(party(1, 2))));
+    }
+    // Somebody may have run by it; or does elsewhere; or is about to.
+    let ran = [won.as_slice(), &[solo(a, true, Some(b))]].concat();
+    let theirs = [won.as_slice(), &[solo(b, false, Some(a))]].concat();
+    let others = [theirs.as_slice(), &[Owner::Paired { primary: b, standby: c }]].concat();
+    for (later, marked) in [(&won.to_vec(), Some(2)), (&ran, None), (&theirs, None), (&others, None)] {
+        let before = record(later);
+        assert_eq!(restart(before, kept(2, marked)), ([Output::Finished(End::Theirs)].into(), before), "{later:?}");
+    }
+}
+
+/// P13: without the store only what was kept of the newest grant that this node knows of.
+#[test]
+fn a_kept_copy_may_be_forced_unless_more_was_seen() {
+    let me = party(1, 2);
+    for (seen, marked, may) in [(2, None, true), (3, None, true), (4, None, false), (2, Some(Generation(2)), false)] {
+        let config = OwnershipConfig { generation: Generation(seen), ..OwnershipConfig::new(VM, me) };
+        let mut machine = Restart::new(config, Here::Kept { grant: Generation(2), marked });
+        machine.handle_start(Time::ZERO);
+        assert_eq!(machine.may_be_forced().is_ok(), may, "{seen} {marked:?}");
+        let store = StoreId([4; 16]);
+        machine.handle_forced(Time::ZERO, store);
+        let asked = core::iter::from_fn(|| machine.poll_output()).filter_map(|output| match output {
+            Output::Ask(request) => Some(request.id),
+            _ => None,
+        });
+        let id = asked.last().expect("it asks");
+        let forced = Record { store, ..record(&[solo(me, false, None)]).expect("a record") };
+        let forced = Record { generation: Generation(100), ..forced };
+        let answer = StoreAnswer { id, vm: VM, store, record: Some(forced), applied: false };
+        machine.handle_answer(Time::ZERO, &answer);
+        machine.handle_generation_persisted(Time::ZERO, Generation(100));
+        let end = Output::Finished(End::Kept { grant: Generation(100), forced: true });
+        assert_eq!(core::iter::from_fn(|| machine.poll_output()).any(|output| output == end), may);
+    }
 }
 
 #[test]

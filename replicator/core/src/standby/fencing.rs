@@ -2,17 +2,18 @@
 //!
 //! Promise: a standby that requires it outputs no mark, and so no activation, before the fence command confirmed that the primary's host is
 //! off, an operator said so, or the primary itself said that its guest stands for good. It never takes the place of the grant.
-//! Nothing of it is durable: before the mark, a new life of the agent holds no copy and gives the grant back.
+//! Meanwhile the copy is kept for a new life of the agent, which goes on waiting with it ([`Standby::resume`]); if it could not be kept that life gives
+//! the grant back. What was confirmed is not kept: it is asked for anew.
 
 use alloc::format;
 use alloc::string::String;
 use core::time::Duration;
 
-use heartbeat_core::ids::Generation;
+use heartbeat_core::ids::{Epoch, Generation};
 use heartbeat_core::ownership::Want;
 use heartbeat_core::time::Time;
 
-use super::{Output, Phase, Standby, SwitchedOff};
+use super::{Output, Phase, Standby, StandbyConfig, SwitchedOff};
 use crate::state::ProtectionState;
 
 /// The first wait before something is tried again. It doubles with each try that fails.
@@ -35,7 +36,45 @@ pub(super) enum Safe {
     HostIsOff,
 }
 
+/// Whether the copy would outlive this life of the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Kept {
+    No,
+    /// It is being written, to be noted with this grant.
+    UnderWay(Generation),
+    Durable,
+}
+
 impl Standby {
+    /// A machine that goes on with the copy that a former life of this agent kept: [`crate::restart::End::Kept`], of that grant. It waits for the
+    /// primary's host to be off, as that life did. `config` is the session's that the copy came by, but for who asks.
+    ///
+    /// # Panics
+    /// If the primary is this node.
+    #[must_use]
+    pub fn resume(config: StandbyConfig, now: Time, grant: Generation, epoch: Epoch, forced: bool) -> Self {
+        let mut standby = Self::new(config);
+        (standby.connected, standby.lost_at, standby.asked) = (false, Some(now), true);
+        (standby.binding, standby.acknowledged, standby.kept) = (Some(epoch), Some(epoch), Kept::Durable);
+        standby.safe = forced.then_some(Safe::HostIsOff);
+        standby.fence_or_mark(grant, epoch);
+        standby
+    }
+
+    /// Whether the [`Output::Keep`] of this grant was done.
+    pub fn handle_kept(&mut self, now: Time, grant: Generation, kept: bool) {
+        if self.kept == Kept::UnderWay(grant) {
+            self.kept = if kept { Kept::Durable } else { Kept::No };
+        }
+        self.advance(now);
+    }
+
+    /// Whether this life may end while it waits for the primary's host to be off, and the copy is not lost by it. `None`: that is being seen to.
+    #[must_use]
+    pub fn is_kept(&self) -> Option<bool> {
+        (!matches!(self.kept, Kept::UnderWay(_))).then_some(self.kept == Kept::Durable)
+    }
+
     /// What came of [`Output::SwitchOff`].
     pub fn handle_switched_off(&mut self, now: Time, result: SwitchedOff) {
         // Whatever the phase: a host that is off is off.
@@ -123,6 +162,11 @@ impl Standby {
             ProtectionState::FailingOver,
             "the VM is this host's; the other host is switched off before it runs here",
         );
+        // One that found no room finds some later.
+        if let (Kept::No, Some(epoch)) = (self.kept, self.acknowledged) {
+            self.kept = Kept::UnderWay(generation);
+            self.outputs.push_back(Output::Keep { generation, epoch });
+        }
         self.outputs.push_back(Output::SwitchOff);
     }
 
@@ -134,7 +178,7 @@ impl Standby {
 
     /// The primary goes on alone, or may.
     pub(super) fn primary_goes_on(&mut self) {
-        (self.safe, self.heard_since_grant, self.tries) = (None, false, 0);
+        (self.safe, self.heard_since_grant, self.tries, self.kept) = (None, false, 0, Kept::No);
     }
 
     /// The primary's node is heard, in the life that the session is with, though it was silent: it may have the VM back rather than

@@ -78,6 +78,14 @@ pub enum Output {
     },
     /// Have the primary's host switched off, in the background; then [`Standby::handle_switched_off`].
     SwitchOff,
+    /// Make the copy as of this epoch durable and note it with this grant, in the background; then [`Standby::handle_kept`]. Whatever comes
+    /// of it, and whenever, is safe: who finds it goes by the record ([`crate::restart::Here::Kept`]).
+    Keep {
+        /// The grant's.
+        generation: Generation,
+        /// The last epoch that was acknowledged.
+        epoch: Epoch,
+    },
     /// Let the running twin go on as an ordinary guest.
     Release,
     /// Destroy the twin and everything staged.

@@ -21,7 +21,7 @@ use heartbeat_core::time::Time;
 
 pub use self::io::{ActivationResult, Output, StandbyConfig, Suspicion, SwitchedOff};
 
-use self::fencing::{Again, Safe};
+use self::fencing::{Again, Kept, Safe};
 
 use crate::message::{CloseCode, PeerMessage, RehearsalResult, clip};
 use crate::state::ProtectionState;
@@ -89,6 +89,8 @@ pub struct Standby {
     heard_since_grant: bool,
     /// What is tried again and again failed so often.
     tries: u32,
+    /// Whether the copy would be there for another life of this agent.
+    kept: Kept,
     /// The primary said that its protection ends.
     told_unprotect: bool,
     /// This host can hold no further epoch.
@@ -118,8 +120,8 @@ impl Hash for Standby {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let Self { config, ownership, phase, binding, acknowledged, connected, lost_at, silent, .. } = self;
         (config, ownership, phase, binding, acknowledged, connected, lost_at, silent).hash(state);
-        let Self { safe, restarted, heard_since_grant, tries, .. } = self;
-        (safe, restarted, heard_since_grant, tries).hash(state);
+        let Self { safe, restarted, heard_since_grant, tries, kept, .. } = self;
+        (safe, restarted, heard_since_grant, tries, kept).hash(state);
         let Self { told_unprotect, failed, asked, finished, rehearsing, rehearsed, outputs, over, .. } = self;
         (told_unprotect, failed, asked, finished, rehearsing, rehearsed, outputs, over).hash(state);
     }
@@ -146,6 +148,7 @@ impl Standby {
             restarted: false,
             heard_since_grant: false,
             tries: 0,
+            kept: Kept::No,
             told_unprotect: false,
             failed: false,
             asked: false,
@@ -671,6 +674,10 @@ impl Standby {
     fn granted(&mut self, now: Time, generation: Generation) {
         let Some(epoch) = self.acknowledged else { return };
         self.ownership.want(now, Want::Nothing);
+        self.fence_or_mark(generation, epoch);
+    }
+
+    fn fence_or_mark(&mut self, generation: Generation, epoch: Epoch) {
         if self.config.fence_required && self.safe.is_none() {
             self.fence(generation);
         } else {

@@ -27,6 +27,11 @@ fn solo(node: u8, activated: bool) -> Owner {
     Owner::Solo { node: party(node), activated, other: Some(party(3 - node)) }
 }
 
+/// The copy as of epoch 3, by this grant.
+fn keep(grant: u64) -> Output {
+    Output::Keep { generation: Generation(grant), epoch: Epoch(3) }
+}
+
 struct Bench {
     now: Time,
     standby: Standby,
@@ -74,7 +79,7 @@ impl Bench {
         bench.standby.handle_suspected(bench.now, Suspicion::Silent);
         bench.collect();
         bench.answer();
-        assert_eq!(bench.take(), [Output::SwitchOff], "the grant alone lets nothing run");
+        assert_eq!(bench.take(), [keep(2), Output::SwitchOff], "the grant alone lets nothing run");
         assert_eq!(bench.record.map(|record| record.owner), Some(solo(2, false)));
         bench
     }
@@ -317,7 +322,68 @@ fn a_winner_that_cannot_fence_gives_back_to_a_primary_that_lives() {
     bench.becomes(solo(2, false));
     bench.wait(Duration::from_secs(2));
     bench.answer();
+    assert_eq!(bench.take(), [keep(4), Output::SwitchOff], "what was kept is of a grant that was given back");
+}
+
+/// P15: what waits for the fence is kept, and tried again if there was no room; what an earlier grant's try says is of no worth.
+#[test]
+fn a_copy_that_waits_for_the_fence_is_kept() {
+    let mut bench = Bench::fencing();
+    assert_eq!(bench.standby.is_kept(), None, "it is being written");
+    for (grant, kept, is) in [(7, true, None), (2, false, Some(false))] {
+        bench.standby.handle_kept(bench.now, Generation(grant), kept);
+        assert_eq!(bench.standby.is_kept(), is, "{grant}");
+    }
+    bench.fence_fails();
+    bench.wait(Duration::from_secs(1));
+    assert_eq!(bench.take(), [keep(2), Output::SwitchOff]);
+    bench.standby.handle_kept(bench.now, Generation(2), true);
+    assert_eq!(bench.standby.is_kept(), Some(true));
+    bench.fence_fails();
+    bench.wait(Duration::from_secs(2));
     assert_eq!(bench.take(), [Output::SwitchOff]);
+}
+
+/// P15: another life goes on waiting, with the copy as it was kept and by its own grant; and gives back as the one before.
+#[test]
+fn another_life_waits_for_the_fence_with_the_copy_that_was_kept() {
+    for (required, forced) in [(true, false), (true, true), (false, false)] {
+        let me = Party { incarnation: Incarnation(2), ..party(2) };
+        let config = StandbyConfig::new(VM, me, party(1), Generation(1));
+        let config = StandbyConfig { fence_required: required, ..config };
+        let mut bench = Bench::new();
+        bench.take();
+        bench.becomes(pair());
+        bench.becomes(Owner::Solo { node: me, activated: false, other: Some(party(1)) });
+        bench.standby = Standby::resume(config, bench.now, Generation(2), Epoch(9), forced);
+        if required && !forced {
+            assert_eq!(bench.take(), [Output::SwitchOff]);
+            assert_eq!(bench.standby.is_kept(), Some(true));
+            bench.fence_fails();
+            bench.standby.handle_switched_off(bench.now, SwitchedOff::Confirmed);
+        }
+        assert_eq!(bench.take(), [Output::Mark { generation: Generation(2), epoch: Epoch(9) }]);
+        bench.standby.handle_marked(bench.now, Generation(2));
+        assert_eq!(bench.take(), [Output::Activate { epoch: Epoch(9) }]);
+        let runs = ActivationResult::Runs { load: Duration::ZERO, resume: Duration::ZERO };
+        bench.standby.handle_activated(bench.now, runs);
+        bench.answer();
+        assert_eq!(bench.take(), [Output::Release, Output::Finished]);
+        let runs = Owner::Solo { node: me, activated: true, other: Some(party(1)) };
+        assert_eq!(bench.record.map(|record| record.owner), Some(runs));
+        if !required {
+            continue;
+        }
+        bench.record = None;
+        bench.becomes(pair());
+        bench.becomes(Owner::Solo { node: me, activated: false, other: Some(party(1)) });
+        bench.standby = Standby::resume(config, bench.now, Generation(2), Epoch(9), false);
+        bench.fence_fails();
+        bench.standby.handle_peer_heard(bench.now);
+        bench.answer();
+        let back = Owner::Solo { node: party(1), activated: false, other: Some(me) };
+        assert_eq!(bench.record.map(|record| record.owner), Some(back));
+    }
 }
 
 /// P5, P15: who is off has no copy any more, and is given nothing back.
