@@ -13,6 +13,7 @@
 //! | `failover` | its parts |
 //! | `costs` | a guest that computes, the initial sync, memory |
 //! | `disks` | a guest's disk: alone, mirrored, protected |
+//! | `kvm`, `kvm_pause` | the microVM: a client's latency and throughput, its failover; its pause, its epochs |
 //! | `growth` | pause and commit against memory and dirty pages |
 
 mod costs;
@@ -20,6 +21,8 @@ mod disks;
 mod ends;
 mod failover;
 mod growth;
+mod kvm;
+mod kvm_pause;
 mod monitor;
 mod pages;
 mod path;
@@ -78,6 +81,9 @@ struct RunArgs {
     /// Directory of the database's disk, built by `cargo xtask demo --workload postgres`
     #[arg(long, value_name = "DIR", default_value = "target/guest-postgres")]
     database: PathBuf,
+    /// The pilot's image, built by `cargo xtask setup`
+    #[arg(long, value_name = "FILE", default_value = "target/pilot/pilot")]
+    pilot: PathBuf,
     /// The product, in its release build
     #[arg(long, value_name = "FILE", default_value = "target/release/understudy")]
     understudy: PathBuf,
@@ -92,6 +98,9 @@ enum Part {
     Failover,
     Disks,
     Growth,
+    KvmPause,
+    KvmClients,
+    KvmFailover,
 }
 
 #[derive(Debug, Subcommand)]
@@ -203,6 +212,7 @@ fn measure_all(args: &RunArgs, dir: &Path, report: &mut Report) -> Result<()> {
     let means = Means {
         guest: absolute(&args.guest)?,
         understudy: absolute(&args.understudy)?,
+        pilot: args.pilot.clone(),
         database: args.database.join("disk.raw").is_file().then(|| absolute(&args.database)).transpose()?,
         dir: absolute(dir)?,
         quick: args.quick,
@@ -280,6 +290,21 @@ async fn parts(args: &RunArgs, means: &Means, report: &mut Report) -> Result<()>
     if wanted(Part::Growth) {
         growth::with_memory(means, report).await.context("growth with memory")?;
         growth::with_pages(means, report).await.context("growth with dirty pages")?;
+    }
+    if [Part::KvmPause, Part::KvmClients, Part::KvmFailover].into_iter().any(wanted) {
+        if let Some(reason) = kvm::lacking(means) {
+            report.skip("the microVM", reason);
+            return Ok(());
+        }
+        if wanted(Part::KvmPause) {
+            kvm::pause(means, report).await.context("a microVM's pause")?;
+        }
+        if wanted(Part::KvmClients) {
+            kvm::clients(means, report).await.context("a microVM's clients")?;
+        }
+        if wanted(Part::KvmFailover) {
+            kvm::failover(means, report).await.context("a microVM's failover")?;
+        }
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use replicator::control::api::{EpochSummary, VmStatus};
-use replicator::demo::lab::{COMMAND, Host, Lab, Machine, REDIS, VM};
+use replicator::demo::lab::{COMMAND, Host, Lab, Machine, Microvm, REDIS, VM};
 use replicator::demo::process::{Daemon, log_tails, outcome};
 use replicator::demo::wait::{ms_between, now_ns};
 use replicator::demo::worker::Loaded;
@@ -27,6 +27,8 @@ pub(crate) struct Means {
     pub(crate) understudy: PathBuf,
     /// The database's disk, if it was built.
     pub(crate) database: Option<PathBuf>,
+    /// The microVM's pilot, which may not be built.
+    pub(crate) pilot: PathBuf,
     /// Where each laboratory gets a directory.
     pub(crate) dir: PathBuf,
     pub(crate) quick: bool,
@@ -64,6 +66,22 @@ impl Stage {
         Ok(stage)
     }
 
+    /// A laboratory with a microVM in place of QEMU, without a disk, and all else.
+    pub(crate) async fn microvm(means: &Means, name: &str) -> Result<Self> {
+        let dir = means.dir.join(name);
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let lab = Lab::build(&dir, &means.guest, &means.understudy)?;
+        let mut stage = Self { lab, dir, understudy: means.understudy.clone() };
+        let started = async {
+            stage.lab.start_daemons().await?;
+            stage.lab.pair().await?;
+            stage.lab.run_microvm(&Microvm { disk_mib: None, ..Microvm::new(&means.pilot) }).await
+        };
+        let started = started.await;
+        stage.explained(started).await?;
+        Ok(stage)
+    }
+
     /// What the logs say is shown with an error.
     pub(crate) async fn explained<T>(&self, result: Result<T>) -> Result<T> {
         if result.is_err() {
@@ -74,7 +92,7 @@ impl Stage {
 
     /// Protects the VM. Returns how long that took.
     pub(crate) async fn protect(&self, epoch: &str) -> Result<Duration> {
-        let pid = self.lab.vm_pid()?.to_string();
+        let pid = if self.lab.is_microvm() { VM.to_owned() } else { self.lab.vm_pid()?.to_string() };
         let begun = now_ns();
         self.lab.understudy(Host::A, &["protect", &pid, "--to", Host::B.name(), "--epoch", epoch], PROTECT).await?;
         let took = Duration::from_nanos(now_ns() - begun);
@@ -102,8 +120,15 @@ impl Stage {
 
     /// SET throughput over `connections` for `seconds`.
     pub(crate) async fn load(&self, connections: u32, seconds: u64) -> Result<Loaded> {
-        let (to, connections, text) = (REDIS.to_string(), connections.to_string(), seconds.to_string());
-        let args = ["load", "--to", &to, "--connections", &connections, "--seconds", &text];
+        self.pipelined(connections, 1, seconds).await
+    }
+
+    /// The same with so many requests in flight on each connection.
+    pub(crate) async fn pipelined(&self, connections: u32, pipeline: u32, seconds: u64) -> Result<Loaded> {
+        let [connections, pipeline, text] = [connections.into(), pipeline.into(), seconds].map(|n: u64| n.to_string());
+        let to = REDIS.to_string();
+        let mut args = vec!["load", "--to", &to, "--connections", &connections, "--seconds", &text];
+        args.extend(["--pipeline", &pipeline]);
         let mut helper = self.lab.helper("the throughput measurement", &args)?;
         helper.answer(Duration::from_secs(seconds) + SLACK).await
     }

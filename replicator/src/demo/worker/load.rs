@@ -1,4 +1,4 @@
-//! SET throughput: many connections, one request in flight on each, as `redis-benchmark -t set` does it.
+//! SET throughput: many connections, one request in flight on each or several, as `redis-benchmark -t set -P` does it.
 
 use std::cell::RefCell;
 use std::net::SocketAddr;
@@ -25,7 +25,7 @@ const ANSWER: Duration = Duration::from_secs(10);
 pub struct Loaded {
     /// Acknowledged SETs per second.
     pub ops_per_s: f64,
-    /// From sending a SET to its answer, median.
+    /// From sending a SET, or those that go together, to the last answer, median.
     pub p50_ms: f64,
     /// The same, 99th percentile.
     pub p99_ms: f64,
@@ -35,7 +35,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// If a connection fails or Redis refuses a SET.
-pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> Result<()> {
+pub(super) async fn run(to: SocketAddr, connections: u32, pipeline: u32, length: Duration) -> Result<()> {
     let done = Rc::new(RefCell::new(Vec::<Duration>::new()));
     let opened = {
         let mut all = Vec::new();
@@ -55,13 +55,20 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
                 let mut number = seed.wrapping_mul(7_919);
                 let mut bytes = Vec::new();
                 loop {
-                    number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                     bytes.clear();
-                    request(&mut bytes, &[b"SET", format!("key:{:012}", (number >> 33) % KEYS).as_bytes(), b"xyz"]);
+                    for _ in 0..pipeline {
+                        number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                        request(&mut bytes, &[b"SET", format!("key:{:012}", (number >> 33) % KEYS).as_bytes(), b"xyz"]);
+                    }
                     let asked = Instant::now();
-                    let reply = timeout(ANSWER, connection.ask(&bytes)).await.context("no answer in time")??;
-                    if reply != Reply::Simple("OK".to_owned()) {
-                        bail!("Redis answered {reply:?} to SET");
+                    let mut reply = timeout(ANSWER, connection.ask(&bytes)).await.context("no answer in time")??;
+                    for more in (0..pipeline).rev() {
+                        if reply != Reply::Simple("OK".to_owned()) {
+                            bail!("Redis answered {reply:?} to SET");
+                        }
+                        if more > 0 {
+                            reply = timeout(ANSWER, connection.reply()).await.context("no answer in time")??;
+                        }
                     }
                     let now = Instant::now();
                     if now >= end {
@@ -85,7 +92,7 @@ pub(super) async fn run(to: SocketAddr, connections: u32, length: Duration) -> R
     let mut took = done.take();
     took.sort_unstable();
     #[expect(clippy::cast_precision_loss, reason = "a count of seconds' worth of requests is far below 2^52")]
-    let ops_per_s = took.len() as f64 / length.as_secs_f64();
+    let ops_per_s = took.len() as f64 * f64::from(pipeline) / length.as_secs_f64();
     let ms = |percent| percentile(&took, percent).as_secs_f64() * 1e3;
     say(&Loaded { ops_per_s, p50_ms: ms(50), p99_ms: ms(99) })
 }

@@ -44,9 +44,12 @@ pub enum Worker {
         /// Redis.
         #[arg(long)]
         to: SocketAddr,
-        /// Connections, one request in flight on each.
+        /// Connections.
         #[arg(long)]
         connections: u32,
+        /// Requests in flight on each.
+        #[arg(long, default_value_t = 1)]
+        pipeline: u32,
         /// How long.
         #[arg(long)]
         seconds: u64,
@@ -101,7 +104,9 @@ pub(super) fn run(worker: Worker) -> Result<()> {
     runtime.block_on(async {
         match worker {
             Worker::Ping { to, seconds } => ping(to, Duration::from_secs(seconds)).await,
-            Worker::Load { to, connections, seconds } => load::run(to, connections, Duration::from_secs(seconds)).await,
+            Worker::Load { to, connections, pipeline, seconds } => {
+                load::run(to, connections, pipeline, Duration::from_secs(seconds)).await
+            }
             Worker::Clock { to, seconds } => clock::run(to, Duration::from_secs(seconds)).await,
             Worker::Write { to, tag } => write::run(to, &tag).await,
             Worker::Check { to, tag, acked } => check::run(to, &tag, acked).await,

@@ -85,7 +85,11 @@ impl Connection {
         Ok(Some(value))
     }
 
-    async fn reply(&mut self) -> Result<Reply> {
+    /// Reads one more reply, to a request that was sent together with another one.
+    ///
+    /// # Errors
+    /// As [`Connection::ask`].
+    pub(super) async fn reply(&mut self) -> Result<Reply> {
         let (kind, rest) = self.line().await?;
         Ok(match kind {
             b'+' => Reply::Simple(rest),
