@@ -69,6 +69,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use vmm_hooks::guest::TwinHost;
 use vmm_hooks::qemu::{QemuTwinHost, TwinHostOptions};
+use vmm_hooks::sys::sched::{Urgency, realtime};
 
 use self::beats::Beats;
 use self::microvm::{Microvms, Twins};
@@ -268,7 +269,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
     let options =
         BeatOptions { paths: config.heartbeat_listen.clone(), detector, starved_after: config.heartbeat.interval * 5 };
     let (beat, events) = Beat::start(Arc::clone(&identity), Arc::clone(&peers), options, || {
-        if let Err(error) = vmm_hooks::sys::sched::realtime() {
+        if let Err(error) = realtime(Urgency::Heartbeat) {
             tracing::warn!(%error, "heartbeats run without real-time priority");
         }
     })?;

@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use vmm_hooks::disk::{DiskChange, DiskWrite};
 use vmm_hooks::guest::{self, Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, PauseParts};
 use vmm_hooks::layout::PAGE_SIZE;
+use vmm_hooks::sys::sched::{Urgency, realtime};
 
 use super::asker::Asker;
 use super::beats::Beat;
@@ -184,6 +185,9 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     let started = jobs.and_then(|jobs| {
         let body = move || {
             if let Ok(thread) = take.recv() {
+                if let Err(error) = realtime(Urgency::Pause) {
+                    tracing::warn!(%error, "a VM's pauses have no real-time priority: a busy host may make them longer");
+                }
                 thread.run();
             }
         };

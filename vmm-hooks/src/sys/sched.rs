@@ -4,15 +4,23 @@
 
 use std::io;
 
-/// The priority asked for: the lowest real-time one, above every ordinary thread and below every other real-time one.
-const PRIORITY: libc::c_int = 1;
+/// What cannot wait until an ordinary thread has used up its time: the lowest real-time priorities, above every ordinary thread and below every other
+/// real-time one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Urgency {
+    /// A guest stands until it is done.
+    Pause = 1,
+    /// Others take this host for dead if it is late.
+    Heartbeat = 2,
+}
 
-/// Gives the calling thread the lowest real-time priority (round robin). Threads that it starts do not inherit it.
+/// Gives the calling thread a real-time priority (round robin). Threads that it starts do not inherit it.
 ///
 /// # Errors
 /// If this process may not; the thread goes on as it was.
-pub fn realtime() -> io::Result<()> {
-    let wanted = libc::sched_param { sched_priority: PRIORITY };
+pub fn realtime(urgency: Urgency) -> io::Result<()> {
+    let wanted = libc::sched_param { sched_priority: urgency as libc::c_int };
     // SAFETY: `sched_setscheduler` reads one `sched_param` through the pointer, which points to `wanted`, alive and
     // initialised for the whole call; pid 0 is the calling thread.
     let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const wanted) };
@@ -40,7 +48,7 @@ mod tests {
             unsafe { libc::sched_getscheduler(0) }
         };
         let before = policy();
-        let thread = std::thread::spawn(move || match realtime() {
+        let thread = std::thread::spawn(move || match realtime(Urgency::Pause) {
             Ok(()) => assert_eq!(policy() & !libc::SCHED_RESET_ON_FORK, libc::SCHED_RR),
             // Not root: the thread goes on as it was.
             Err(error) => {
