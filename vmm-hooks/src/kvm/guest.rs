@@ -8,16 +8,20 @@ use serde::{Deserialize, Serialize};
 
 use super::cpuid::Leaf;
 use super::machine::{Machine, Spec};
+use super::state::StateError;
 use super::track;
 use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Block, Layout, PAGE_SIZE, PageSet};
+use crate::sys::copy::{Copier, by_runs};
 use crate::track::{DirtyLedger, TrackError, Tracker};
 
 /// The back end's name in recipes.
 pub const BACKEND: &str = "kvm";
 /// The name of the only memory block.
 const RAM: &str = "ram";
+/// With so many dirty pages a second thread helps to copy them: waking it costs as much as copying some dozens.
+const HELPED: usize = 128;
 
 /// The body of a recipe.
 #[derive(Debug, Serialize, Deserialize)]
@@ -45,6 +49,8 @@ pub struct KvmGuest {
     ledger: DirtyLedger<Box<dyn Tracker>>,
     /// The pages of one capture. Kept to be used again.
     dirty: PageSet,
+    /// `None`: this host has one processor, or no thread to spare.
+    copier: Option<Copier>,
     /// How much had happened in it when it was last asked whether it is idle.
     looked: u64,
     /// Whether this side has paused it.
@@ -71,7 +77,9 @@ pub fn attach(machine: &Machine) -> Result<KvmGuest, GuestError> {
     }
     let ledger = DirtyLedger::new(track::tracker(&machine.0), layout.pages());
     let dirty = PageSet::empty(layout.pages());
-    Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, looked: 0, paused: false })
+    let several = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
+    let copier = several.then(|| Copier::new(Arc::clone(machine.0.vm.ram())).ok()).flatten();
+    Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, copier, looked: 0, paused: false })
 }
 
 fn failed(error: TrackError) -> GuestError {
@@ -93,31 +101,27 @@ impl KvmGuest {
         assert!(self.paused, "{call} of a guest that was not paused");
     }
 
-    /// Copies pages to `bytes`, which has their length, run by run.
-    fn copy(&self, pages: &[u64], bytes: &mut [u8]) {
-        let ram = self.machine.0.vm.ram();
-        let (mut pages, mut bytes) = (pages, bytes);
-        while let Some(&first) = pages.first() {
-            let run = pages.iter().zip(first..).take_while(|&(&page, expected)| page == expected).count();
-            let (now, later) = bytes.split_at_mut(run * PAGE_SIZE);
-            ram.read_pages(first, now);
-            (pages, bytes) = (&pages[run..], later);
-        }
-    }
-
     /// Saves and copies what was harvested.
-    fn take(&self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
+    fn take(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
         let start = Instant::now();
-        self.machine.save(&mut into.device).map_err(|error| {
+        // Without clearing: what is overwritten below need not be zeroed first.
+        into.bytes.resize(into.pages.len() * PAGE_SIZE, 0);
+        let machine = &self.machine;
+        let mut save = || {
+            let start = Instant::now();
+            machine.save(&mut into.device)?;
+            parts.device = start.elapsed();
+            Ok(())
+        };
+        let saved = match &mut self.copier {
+            Some(copier) if into.pages.len() >= HELPED => copier.copy(&into.pages, &mut into.bytes, save),
+            _ => save().map(|()| by_runs(machine.0.vm.ram(), &into.pages, &mut into.bytes)),
+        };
+        saved.map_err(|error: StateError| {
             GuestError::new(GuestErrorKind::Failed, format!("the microVM's state could not be read: {error}"))
                 .because(error)
         })?;
-        let saved = Instant::now();
-        parts.device = saved - start;
-        // Without clearing: what is overwritten below need not be zeroed first.
-        into.bytes.resize(into.pages.len() * PAGE_SIZE, 0);
-        self.copy(&into.pages, &mut into.bytes);
-        parts.copy = saved.elapsed();
+        parts.copy = start.elapsed() - parts.device;
         if self.machine.0.log.capture(&mut into.disk) { Ok(()) } else { Err(not_whole()) }
     }
 }
@@ -180,7 +184,7 @@ impl Guest for KvmGuest {
             return Err(GuestError::new(GuestErrorKind::Failed, format!("the guest has no page {page}")));
         }
         bytes.resize(pages.len() * PAGE_SIZE, 0);
-        self.copy(pages, bytes);
+        by_runs(self.machine.0.vm.ram(), pages, bytes);
         Ok(())
     }
 

@@ -10,11 +10,13 @@
 //! | [`inject`] | a userfaultfd in another process, which is unharmed whenever we die |
 //! | [`kvm`] | a virtual machine of ours and its memory, a vCPU and its kick |
 //! | [`ring`] | a vCPU's ring of dirty pages |
+//! | [`copy`] | guest pages copied by two threads |
 //! | [`tap`] | a tap interface as a descriptor |
 //! | [`fdpass`] | descriptors sent over a Unix socket |
 //! | [`sched`] | a thread that is scheduled before ordinary ones |
 #![allow(unsafe_code)]
 
+pub mod copy;
 pub mod fdpass;
 pub mod inject;
 pub mod kvm;
