@@ -164,6 +164,14 @@ pub trait Guest: Send {
         false
     }
 
+    /// Waits until the guest is [`Guest::idle`], for at most so long; whether it is. A back end that is not told looks once more at the end.
+    fn wait_idle(&mut self, most: Duration) -> bool {
+        self.idle() || {
+            std::thread::sleep(most);
+            self.idle()
+        }
+    }
+
     /// Starts tracking, while paused: from now on every written page is found by the next harvest.
     /// The caller must send all memory once after this.
     ///

@@ -9,7 +9,9 @@
 //! several clients that comes close together should fall into one epoch: the gather time grows while epochs hold many frames, up to
 //! the length of a pause (waiting longer would cost each client more than the saved pause), and falls to nothing
 //! while they hold one. A guest that has nothing to do while its output waits loses nothing by a pause: then a larger
-//! share is allowed.
+//! share is allowed. One that has is let run for [`SHORTEST_BUSY`] at least: each epoch costs it more than its pause, for every page that it
+//! writes again is found anew, and who waits behind others does not see two milliseconds. The same holds, with [`SHORTEST_MANY`], for one that has nothing
+//! to do between the requests of several clients.
 //!
 //! Shares are those of a *typical* pause: the mean of the last pauses, in which none counts for more than twice their median. A
 //! pause that was long because the host was busy elsewhere would otherwise make every client wait for many epochs, and
@@ -21,6 +23,10 @@ use heartbeat_core::time::Time;
 
 /// Bound on an epoch, whatever the pauses are: the capture must come while the standby still waits for it.
 pub const LONGEST_IDLE: Duration = Duration::from_secs(1);
+/// The shortest epoch under [`Pacing::Auto`] of a guest that has something to do.
+pub const SHORTEST_BUSY: Duration = Duration::from_millis(2);
+/// The shortest epoch of a guest that has nothing to do, but several clients.
+pub const SHORTEST_MANY: Duration = Duration::from_micros(500);
 /// Bound on the share of time spent paused under [`Pacing::Fixed`], in percent.
 pub const FIXED_SHARE: u8 = 50;
 /// An epoch that holds more frames than this has the output of several clients.
@@ -157,8 +163,9 @@ impl Pacer {
                 Window { earliest: at, latest: at, on_output: None }
             }
             Pacing::Auto(auto) => {
-                let earliest = run_for(self.pause, auto.busy_share).min(LONGEST_IDLE);
-                let waiting = run_for(self.pause, auto.waiting_share).min(earliest);
+                let earliest = run_for(self.pause, auto.busy_share).clamp(SHORTEST_BUSY, LONGEST_IDLE);
+                let shortest = if self.gather.is_zero() { Duration::ZERO } else { SHORTEST_MANY };
+                let waiting = run_for(self.pause, auto.waiting_share).max(shortest).min(earliest);
                 let idle = run_for(self.pause, auto.idle_share).clamp(auto.longest, auto.longest.max(LONGEST_IDLE));
                 Window {
                     earliest: resumed + earliest,
@@ -247,6 +254,20 @@ mod tests {
             pacer.captured(2 * MS, 1);
         }
         assert_eq!(gather(&pacer), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn short_pauses_do_not_make_short_epochs_of_a_busy_guest_but_of_one_that_waits() {
+        let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
+        for (frames, least) in [(1, MS * 3 / 40), (50, SHORTEST_MANY)] {
+            for _ in 0..RECENT {
+                pacer.captured(MS / 20, frames);
+            }
+            let window = pacer.window(Time::ZERO);
+            assert_eq!(window.earliest, Time::ZERO + SHORTEST_BUSY);
+            let sooner = window.on_output.expect("auto").sooner;
+            assert_eq!(window.earliest - Time::ZERO - sooner, least, "{frames} frames in an epoch");
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::disk::known::Known;
 
 /// The longest this thread waits without looking at its commands and at the guest.
 const SLICE: Duration = Duration::from_millis(5);
-/// How often it looks whether the guest has nothing to do, while its output waits.
+/// How long it waits for the guest to have nothing to do, while its output waits, before it looks at its commands.
 const LOOK: Duration = Duration::from_micros(150);
 /// Pages of one chunk of the initial sync: 1 MiB.
 const CHUNK_PAGES: usize = 256;
@@ -324,9 +324,15 @@ impl PauseThread {
                 return self.commands.recv_timeout((early - on_output.sooner).min(SLICE));
             }
             // A guest that has nothing to do, and output that waits: running on would gain nothing.
-            let waits = self.gate.wait_output(Instant::now()).is_some_and(|first| first.elapsed() >= on_output.gather);
-            if !waits || !self.guest.idle() {
-                return self.commands.recv_timeout(early.min(LOOK));
+            let Some(first) = self.gate.wait_output(Instant::now() + early.min(SLICE)) else {
+                return Err(RecvTimeoutError::Timeout);
+            };
+            let missing = on_output.gather.saturating_sub(first.elapsed());
+            if !missing.is_zero() {
+                return self.commands.recv_timeout(early.min(missing).min(SLICE));
+            }
+            if !self.guest.wait_idle(early.min(LOOK)) {
+                return Err(RecvTimeoutError::Timeout);
             }
             self.order = None;
             self.capture(order);

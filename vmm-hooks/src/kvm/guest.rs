@@ -51,8 +51,6 @@ pub struct KvmGuest {
     dirty: PageSet,
     /// `None`: this host has one processor, or no thread to spare.
     copier: Option<Copier>,
-    /// How much had happened in it when it was last asked whether it is idle.
-    looked: u64,
     /// Whether this side has paused it.
     paused: bool,
 }
@@ -79,7 +77,7 @@ pub fn attach(machine: &Machine) -> Result<KvmGuest, GuestError> {
     let dirty = PageSet::empty(layout.pages());
     let several = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
     let copier = several.then(|| Copier::new(Arc::clone(machine.0.vm.ram())).ok()).flatten();
-    Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, copier, looked: 0, paused: false })
+    Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, copier, paused: false })
 }
 
 fn failed(error: TrackError) -> GuestError {
@@ -154,11 +152,11 @@ impl Guest for KvmGuest {
     }
 
     fn idle(&mut self) -> bool {
-        let slots = &self.machine.0.slots;
-        let happened = slots.iter().map(|slot| slot.wake.happened()).sum();
-        let quiet = happened == self.looked;
-        self.looked = happened;
-        quiet && slots.iter().all(|slot| slot.wake.waits())
+        self.wait_idle(Duration::ZERO)
+    }
+
+    fn wait_idle(&mut self, most: Duration) -> bool {
+        self.machine.wait_idle(most)
     }
 
     fn arm(&mut self) -> Result<(), GuestError> {

@@ -126,6 +126,8 @@ struct Run {
     /// How it ended.
     end: Option<GuestEvent>,
     events: Vec<GuestEvent>,
+    /// Somebody waits for vCPUs to stand that may run.
+    watched: bool,
 }
 
 /// One vCPU and what belongs to it.
@@ -373,6 +375,7 @@ impl Machine {
                 off: false,
                 end: None,
                 events: Vec::new(),
+                watched: false,
             }),
             go: Condvar::new(),
             stood: Condvar::new(),
@@ -516,6 +519,19 @@ impl Machine {
             net.run(true);
         }
         Ok(())
+    }
+
+    /// Waits until every vCPU of a machine that runs waits for something to happen, for at most so long; whether they do.
+    pub(super) fn wait_idle(&self, most: Duration) -> bool {
+        let inner = &self.0;
+        let mut run = inner.run();
+        run.watched = true;
+        // One that stands and was woken will stand again: then it is looked at again.
+        let idle = |run: &Run| !run.standing.contains(&false) && inner.slots.iter().all(|slot| slot.wake.quiet());
+        let waited = inner.stood.wait_timeout_while(run, most, |run| !idle(run) && run.end.is_none());
+        run = waited.expect("nobody panics while it holds the machine").0;
+        run.watched = false;
+        idle(&run)
     }
 
     /// Ends it; `event` is told of it, if it is news. Does not wait for its threads.
@@ -701,7 +717,7 @@ impl Inner {
         let slot = &self.slots[number];
         let mut run = self.run();
         run.standing[number] = true;
-        if run.want == Want::Stand {
+        if run.want == Want::Stand || run.watched {
             self.stood.notify_all();
         }
         if let Some(most) = rest {
