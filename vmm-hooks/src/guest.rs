@@ -172,6 +172,11 @@ pub trait Guest: Send {
         }
     }
 
+    /// Whether a pause is the work of the thread that asks for it alone. If not, others do most of it, and it gains nothing by going before them.
+    fn pauses_alone(&self) -> bool {
+        false
+    }
+
     /// Starts tracking, while paused: from now on every written page is found by the next harvest.
     /// The caller must send all memory once after this.
     ///

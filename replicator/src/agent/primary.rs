@@ -183,9 +183,10 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     // The guest is handed over once the thread runs, so that it is still here to be left if there is none.
     let (hand, take) = channel::<PauseThread>();
     let started = jobs.and_then(|jobs| {
+        let alone = guest.pauses_alone();
         let body = move || {
             if let Ok(thread) = take.recv() {
-                if let Err(error) = realtime(Urgency::Pause) {
+                if alone && let Err(error) = realtime(Urgency::Pause) {
                     tracing::warn!(%error, "a VM's pauses have no real-time priority: a busy host may make them longer");
                 }
                 thread.run();

@@ -159,6 +159,10 @@ impl Guest for KvmGuest {
         self.machine.wait_idle(most)
     }
 
+    fn pauses_alone(&self) -> bool {
+        true
+    }
+
     fn arm(&mut self) -> Result<(), GuestError> {
         self.must_stand("arming");
         self.ledger.arm().map_err(failed)
