@@ -99,6 +99,9 @@ impl World {
         }
         let state = &mut self.hosts[host];
         (state.alive, state.guest, state.capture) = (false, None, None);
+        if let Some(kept) = &mut state.kept {
+            kept.off_since = true;
+        }
         (state.primary, state.standby, state.restart, state.activating) = (None, None, None, None);
         (state.fencing, state.keeping) = (false, None);
         (state.muted, state.lost_by_fault) = (true, true);
@@ -197,9 +200,9 @@ impl World {
             (Some(_), ..) => Here::Guest,
             (None, Memory::Guest, _) => Here::Gone,
             (None, Memory::Standby, Some(kept)) if self.wiring == Wiring::KeptIsEnough => {
-                Here::Kept { grant: found.unwrap_or(kept.grant), marked: None }
+                Here::Kept { grant: found.unwrap_or(kept.grant), marked: None, off_since: false }
             }
-            (None, Memory::Standby, Some(kept)) => Here::Kept { grant: kept.grant, marked },
+            (None, Memory::Standby, Some(kept)) => Here::Kept { grant: kept.grant, marked, off_since: kept.off_since },
             (None, Memory::Standby, None) => Here::Copy { marked },
             (None, Memory::Nothing, _) => return,
         };
@@ -227,7 +230,8 @@ impl World {
             Output::Fence => self.fence(host),
             Output::Keep(grant) => {
                 let state = &mut self.hosts[host];
-                state.kept.as_mut().expect("it was found").grant = grant;
+                let kept = state.kept.as_mut().expect("it was found");
+                (kept.grant, kept.off_since) = (grant, false);
                 state.restart.as_mut().expect("it said so").handle_kept(now, grant);
             }
             Output::State { .. } => {}
@@ -252,7 +256,7 @@ impl World {
         assert_eq!(copy.epoch, epoch, "another epoch than the last acknowledged one is kept");
         let config = state.standby.as_ref().expect("it said so").config();
         let (session, primary) = (config.generation, config.primary);
-        state.keeping = Some(Kept { grant, epoch, state: copy.state, session, primary });
+        state.keeping = Some(Kept { grant, epoch, state: copy.state, session, primary, off_since: false });
     }
 
     /// It is.

@@ -126,6 +126,8 @@ pub(crate) struct Kept {
     /// Of the session that it came by.
     pub(crate) session: Generation,
     pub(crate) primary: Party,
+    /// The host was off since it was noted.
+    pub(crate) off_since: bool,
 }
 
 #[derive(Clone, Debug, Hash)]

@@ -40,7 +40,8 @@ impl World {
     pub(super) fn keep(&mut self, host: usize, grant: Generation, epoch: Epoch) {
         let state = self.hosts[host].staged[&epoch];
         let config = self.hosts[host].standby.as_ref().expect("it said so").config();
-        let kept = Kept { grant, epoch, state, session: config.generation, primary: config.primary };
+        let (session, primary, boot) = (config.generation, config.primary, self.hosts[host].boots);
+        let kept = Kept { grant, epoch, state, session, primary, boot };
         // All of its memory is written; and there may be no room for it.
         let wait = self.rng.micros(1_000, 400_000);
         let durable = !self.rng.chance(100);
@@ -59,7 +60,9 @@ impl World {
     }
 
     pub(super) fn kept_noted(&mut self, host: usize, grant: Generation) {
-        self.hosts[host].kept.as_mut().expect("it was found").grant = grant;
+        let boot = self.hosts[host].boots;
+        let kept = self.hosts[host].kept.as_mut().expect("it was found");
+        (kept.grant, kept.boot) = (grant, boot);
         let now = self.now;
         if let Some(restart) = &mut self.hosts[host].restart {
             restart.handle_kept(now, grant);

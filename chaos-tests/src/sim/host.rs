@@ -68,11 +68,15 @@ pub(super) struct Kept {
     /// Of the session that it came by.
     pub(super) session: Generation,
     pub(super) primary: Party,
+    /// When it was noted, by [`Host::boots`].
+    pub(super) boot: u64,
 }
 
 #[derive(Debug)]
 pub(super) struct Host {
     pub(super) alive: bool,
+    /// How often it was off.
+    pub(super) boots: u64,
     pub(super) incarnation: Incarnation,
     /// The whole host stands still until then.
     pub(super) frozen_until: Time,
@@ -125,6 +129,7 @@ impl Host {
     pub(super) fn new(guest: Option<Guest>) -> Self {
         Self {
             alive: true,
+            boots: 0,
             incarnation: Incarnation(1),
             frozen_until: Time::ZERO,
             agent_frozen_until: Time::ZERO,

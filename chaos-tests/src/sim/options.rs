@@ -49,6 +49,8 @@ pub enum Wiring {
     ShowWhileFencing,
     /// A new life goes on with a copy that a former one kept while it waited for its fence, whatever grant it is of and whoever ran by that.
     KeptIsEnough,
+    /// A host may force the other one out with a copy that it kept before it was off, and may have been forced out itself then.
+    ForceAfterOff,
 }
 
 /// What goes wrong, or is asked for.

@@ -190,7 +190,7 @@ impl World {
         if !self.hosts[host].alive {
             return;
         }
-        self.hosts[host].alive = false;
+        (self.hosts[host].alive, self.hosts[host].boots) = (false, self.hosts[host].boots + 1);
         self.end_guest(host);
         self.hosts[host].gate = super::host::Gate::default();
         // What was being activated runs nowhere, and is not heard when the power is back.

@@ -155,3 +155,12 @@ fn finds_a_host_that_tells_the_one_that_it_has_fenced_that_nobody_forces_it_out(
 fn finds_a_new_life_that_does_not_ask_whose_grant_it_kept_a_copy_of() {
     found(Wiring::KeptIsEnough, "");
 }
+
+/// One host was forced out while it was off; then it forced the other one out with what it had kept before. Two records of the same generation named two
+/// owners.
+#[test]
+fn seed_47184_a_host_that_was_off_does_not_force_the_other_one_out_with_what_it_kept() {
+    let mistaken = run(47184, Wiring::ForceAfterOff, false);
+    assert!(mistaken.violation.is_some_and(|violation| violation.starts_with("output before commit")));
+    assert_eq!(run(47184, Wiring::Faithful, false).violation, None);
+}

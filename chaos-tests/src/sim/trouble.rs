@@ -274,10 +274,15 @@ impl World {
         let here = match (state.guest.is_some(), state.had_guest, state.kept) {
             (true, ..) => Here::Guest,
             (false, true, _) => Here::Gone,
-            (false, false, Some(kept)) if self.wiring == Wiring::KeptIsEnough => {
-                Here::Kept { grant: found.map_or(kept.grant, |record| record.generation), marked: None }
+            (false, false, Some(kept)) if self.wiring == Wiring::KeptIsEnough => Here::Kept {
+                grant: found.map_or(kept.grant, |record| record.generation),
+                marked: None,
+                off_since: false,
+            },
+            (false, false, Some(kept)) => {
+                let off_since = kept.boot != state.boots && self.wiring != Wiring::ForceAfterOff;
+                Here::Kept { grant: kept.grant, marked, off_since }
             }
-            (false, false, Some(kept)) => Here::Kept { grant: kept.grant, marked },
             (false, false, None) => Here::Copy { marked },
         };
         let mut config = OwnershipConfig::new(VM, super::host::party(host, state.incarnation));

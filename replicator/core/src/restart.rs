@@ -42,6 +42,8 @@ pub enum Here {
         grant: Generation,
         /// As for [`Here::Copy`].
         marked: Option<Generation>,
+        /// This host may have been off since it was noted: the other one may have forced it out meanwhile, and nobody was here to be told.
+        off_since: bool,
     },
 }
 
@@ -144,10 +146,11 @@ impl Restart {
 
     /// The kept copy is noted with a grant that was output.
     pub fn handle_kept(&mut self, now: Time, noted: Generation) {
-        if let Here::Kept { grant, .. } = &mut self.here
+        if let Here::Kept { grant, off_since, .. } = &mut self.here
             && self.noting.take_if(|noting| *noting == noted).is_some()
         {
-            *grant = noted;
+            // The record was read in this life, and named this node.
+            (*grant, *off_since) = (noted, false);
         }
         self.advance(now);
     }
@@ -168,7 +171,12 @@ impl Restart {
         match self.here {
             Here::Guest => {}
             // Whatever was seen of the record since may have let the other host go on with it, and this one come after that.
-            Here::Kept { grant, marked }
+            Here::Kept { off_since: true, .. } => {
+                return Err(
+                    "this host was off since its copy was kept, and the other one may have been told meanwhile to go on alone",
+                );
+            }
+            Here::Kept { grant, marked, .. }
                 if marked < Some(grant) && self.ownership.config().generation <= grant.next() => {}
             Here::Kept { .. } => return Err("the copy that was kept here is of an earlier time"),
             Here::Gone | Here::Copy { .. } => return Err("no guest of it is here"),
@@ -342,7 +350,7 @@ impl Restart {
     /// The record names this node by the grant that the copy is noted with, or by what a life of this node made of that alone, and nobody ran by either. Had
     /// it been anybody else's since, if only for a moment, its generation would be higher: whoever had it may have been heard.
     fn is_kept(&self, found: Generation) -> bool {
-        let Here::Kept { grant, marked } = self.here else { return false };
+        let Here::Kept { grant, marked, .. } = self.here else { return false };
         let owner = self.ownership.record().map(|record| record.owner);
         let of_it = found == grant || found == grant.next();
         of_it && marked < Some(grant) && matches!(owner, Some(Owner::Solo { activated: false, .. }))

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use heartbeat::files;
-use heartbeat_core::ids::{NodeId, StoreId, VmId};
+use heartbeat_core::ids::{Generation, NodeId, StoreId, VmId};
 use serde::{Deserialize, Serialize};
 use vmm_hooks::disk::DiskImage;
 
@@ -133,6 +133,25 @@ pub(super) struct KeptAt {
     pub(super) grant: u64,
     /// Where.
     pub(super) dir: PathBuf,
+    /// Since when the host was on as this was noted, as the kernel names it.
+    boot: String,
+}
+
+impl KeptAt {
+    /// A note of now.
+    pub(super) fn now(grant: Generation, dir: PathBuf) -> Self {
+        Self { grant: grant.0, dir, boot: boot() }
+    }
+
+    /// Whether the host may have been off since. (What the kernel does not say is as good as that.)
+    pub(super) fn off_since(&self) -> bool {
+        self.boot.is_empty() || self.boot != boot()
+    }
+}
+
+/// The kernel's name of the time since it was started (`Documentation/admin-guide/sysctl/kernel.rst`, random).
+fn boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
 }
 
 impl Text {
@@ -504,7 +523,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let mut memory = Durable::open(dir.path(), "a/1", VmId([1; 16])).expect("opens");
         assert_eq!(memory.copies(), dir.path().join("copies/a%2f1"));
-        let kept = |grant| KeptAt { grant, dir: dir.path().join("copies/a%2f1/7") };
+        let kept = |grant| KeptAt::now(Generation(grant), dir.path().join("copies/a%2f1/7"));
+        assert!(!kept(7).off_since());
+        assert!(KeptAt { boot: "another".into(), ..kept(7) }.off_since());
         memory.set_kept(Some(kept(7))).expect("writes");
         memory.set_kept(Some(kept(8))).expect("another life has it");
         let on_disk = || Durable::open(dir.path(), "a/1", VmId([2; 16])).expect("opens");

@@ -79,8 +79,10 @@ impl Agent {
         let (here, process) = match process {
             None => {
                 let marked = durable.mark().filter(|_| !never_ran).map(|mark| Generation(mark.generation));
-                let kept = durable.kept().filter(|kept| is_there(&name, kept)).map(|kept| Generation(kept.grant));
-                (kept.map_or(Here::Copy { marked }, |grant| Here::Kept { grant, marked }), None)
+                let kept = durable.kept().filter(|kept| is_there(&name, kept));
+                let here =
+                    kept.map(|kept| Here::Kept { grant: Generation(kept.grant), marked, off_since: kept.off_since() });
+                (here.unwrap_or(Here::Copy { marked }), None)
             }
             // It ended with the former life.
             _ if at.as_ref().is_some_and(|at| at.microvm) => (Here::Gone, None),
@@ -178,7 +180,7 @@ impl Found {
                 }
             }
             Output::Keep(grant) => {
-                let noted = self.durable.kept().cloned().map(|kept| KeptAt { grant: grant.0, ..kept });
+                let noted = self.durable.kept().map(|kept| KeptAt::now(grant, kept.dir.clone()));
                 self.durable.set_kept(noted).map_err(|error| {
                     ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
                 })?;

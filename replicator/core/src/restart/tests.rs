@@ -122,7 +122,11 @@ fn a_grant_that_nobody_ran_by_is_given_back_and_no_other() {
 fn a_kept_copy_is_gone_on_with_by_its_own_grant_alone() {
     let (a, a1, b, c) = (party(1, 0), party(1, 1), party(2, 1), party(3, 1));
     let won = [Owner::Paired { primary: b, standby: a }, solo(a, false, Some(b))];
-    let kept = |grant, marked: Option<u64>| Here::Kept { grant: Generation(grant), marked: marked.map(Generation) };
+    let kept = |grant, marked: Option<u64>| Here::Kept {
+        grant: Generation(grant),
+        marked: marked.map(Generation),
+        off_since: true,
+    };
     let goes_on = |grant| Output::Finished(End::Kept { grant: Generation(grant), forced: false });
     let (done, after) = restart(record(&won), kept(2, Some(1)));
     assert_eq!(done, [goes_on(3)]);
@@ -155,9 +159,16 @@ fn a_kept_copy_is_gone_on_with_by_its_own_grant_alone() {
 #[test]
 fn a_kept_copy_may_be_forced_unless_more_was_seen() {
     let me = party(1, 2);
-    for (seen, marked, may) in [(2, None, true), (3, None, true), (4, None, false), (2, Some(Generation(2)), false)] {
+    let ran = Some(Generation(2));
+    for (seen, marked, off_since, may) in [
+        (2, None, false, true),
+        (3, None, false, true),
+        (4, None, false, false),
+        (2, ran, false, false),
+        (2, None, true, false),
+    ] {
         let config = OwnershipConfig { generation: Generation(seen), ..OwnershipConfig::new(VM, me) };
-        let mut machine = Restart::new(config, Here::Kept { grant: Generation(2), marked });
+        let mut machine = Restart::new(config, Here::Kept { grant: Generation(2), marked, off_since });
         machine.handle_start(Time::ZERO);
         assert_eq!(machine.may_be_forced().is_ok(), may, "{seen} {marked:?}");
         let store = StoreId([4; 16]);

@@ -49,7 +49,7 @@ impl Task {
     pub(super) fn kept(&mut self, grant: Generation, written: Result<PathBuf, String>) {
         let noted = match written {
             Ok(dir) if self.core.is_fencing() => {
-                let noted = self.durable.set_kept(Some(KeptAt { grant: grant.0, dir: dir.clone() }));
+                let noted = self.durable.set_kept(Some(KeptAt::now(grant, dir.clone())));
                 noted.map(|()| dir).map_err(|error| {
                     self.disk_failed(&error);
                     error.to_string()
