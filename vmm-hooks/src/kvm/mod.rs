@@ -14,6 +14,7 @@
 //! | `state` | device state: saved and loaded in KVM's order, every step with its error |
 //! | [`cpuid`] | what the guest is told of its processor; what another host lacks of it |
 //! | `track` | dirty pages by KVM's bitmap or its rings |
+//! | `hot` | which of them are written all the time, and stay writable |
 //! | [`ring`] | the rings: read, given back, and tried before they are relied on |
 //! | [`guest`] | a machine as a [`crate::guest::Guest`] |
 //! | [`twin`] | a standby's twins |
@@ -37,6 +38,7 @@ pub(crate) mod fuzzing {
 }
 pub mod gate;
 pub mod guest;
+mod hot;
 pub mod linux;
 pub mod machine;
 mod orders;

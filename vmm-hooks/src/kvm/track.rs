@@ -1,10 +1,11 @@
 //! Dirty pages by KVM's bitmap or by its rings, joined with what the VMM itself wrote.
 //!
 //! With manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) reading the log changes nothing, and a harvest takes two system calls:
-//! a page is in the harvest before its mark is cleared. A harvest of rings takes one, and as long as there are dirty pages, not pages.
+//! a page is in the harvest before its mark is cleared. Marks of pages that are written all the time are not cleared each time ([`super::hot`]). A harvest of rings takes one, and as long as there are dirty pages, not pages.
 
 use std::sync::Arc;
 
+use super::hot::Hot;
 use super::machine::Inner;
 use super::ram::add_word;
 use super::ring::Rings;
@@ -28,12 +29,14 @@ struct BitmapTracker {
     armed: bool,
     /// The log as it was read last.
     bits: Vec<u64>,
+    hot: Hot,
 }
 
 impl BitmapTracker {
     fn new(vm: Arc<Vm>) -> Self {
         let bits = vec![0; vm.log_words()];
-        Self { vm, armed: false, bits }
+        let hot = Hot::new(bits.len());
+        Self { vm, armed: false, bits, hot }
     }
 
     fn read(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
@@ -58,6 +61,7 @@ impl Tracker for BitmapTracker {
             self.disarm()?;
         }
         self.vm.ram().forget_own_writes();
+        self.hot.forget();
         self.vm.log(true)?;
         self.armed = true;
         Ok(())
@@ -65,7 +69,11 @@ impl Tracker for BitmapTracker {
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
         self.read(dirty)?;
-        self.vm.clear_dirty(&self.bits)?;
+        self.hot.keep(&mut self.bits);
+        if let Err(error) = self.vm.clear_dirty(&self.bits) {
+            self.hot.forget();
+            return Err(error.into());
+        }
         self.vm.ram().own_writes(dirty, true);
         Ok(())
     }
