@@ -196,6 +196,10 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
         Ok(guest) => outcome(demo_lane(&guest, if all { "20" } else { "1" })),
         Err(why) => Outcome::Skipped(why),
     });
+    lane("demo on a microVM", &|| match means.microvm() {
+        Ok(pilot) => outcome(microvm_lane(&pilot, if all { "20" } else { "1" })),
+        Err(why) => Outcome::Skipped(why),
+    });
     lane("chaos on a real VM", &|| match means.demo() {
         // What each seed does is the same in every run, as far as a real machine lets it.
         Ok(guest) if all => outcome(shell::run(chaos_command(&guest).args(["--rounds", "100"]))),
@@ -327,12 +331,21 @@ fn with_newer(guest: &Path, newer: &setup::newer::Newer) -> Result<()> {
 
 /// The demo of the build that was just tested, with its assertions on, and short throughput measurements.
 fn demo_lane(guest: &Path, rounds: &str) -> Result<()> {
+    tested_demo(rounds, |command| command.arg("--guest").arg(guest))
+}
+
+/// The same with a microVM in place of QEMU.
+fn microvm_lane(pilot: &Path, rounds: &str) -> Result<()> {
+    tested_demo(rounds, |command| command.args(["--backend", "kvm"]).arg("--pilot").arg(pilot))
+}
+
+fn tested_demo(rounds: &str, with: impl FnOnce(&mut Command) -> &mut Command) -> Result<()> {
     let program = shell::target().join("debug/understudy");
     if !program.exists() {
         bail!("the tests have not built {}", program.display());
     }
     let mut command = Command::new(program);
-    command.arg("demo").arg("--guest").arg(guest);
+    with(command.arg("demo"));
     command.args(["--rounds", rounds, "--load-seconds", "3"]);
     shell::run(command.stdin(Stdio::null()))
 }

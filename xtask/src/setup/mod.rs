@@ -10,6 +10,7 @@ pub(crate) mod newer;
 mod pilot;
 pub(crate) mod postgres;
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -57,6 +58,25 @@ impl Means {
             Err(reason) => reasons.push(reason.clone()),
         }
         Err(reasons.join("; "))
+    }
+
+    /// The pilot's image if a demo with a microVM can run here, or all reasons why not.
+    pub(crate) fn microvm(&self) -> Result<PathBuf, String> {
+        let mut reasons = Vec::new();
+        if !shell::is_root() {
+            reasons.push("network namespaces need the superuser".to_owned());
+        }
+        if shell::find("ip").is_none() {
+            reasons.push("ip (Debian package iproute2) is missing".to_owned());
+        }
+        if let Err(error) = File::options().read(true).write(true).open("/dev/kvm") {
+            reasons.push(format!("/dev/kvm cannot be used: {error}"));
+        }
+        let pilot = shell::target().join("pilot/pilot");
+        if !pilot.is_file() {
+            reasons.push(format!("{} was not built", pilot.display()));
+        }
+        if reasons.is_empty() { Ok(pilot) } else { Err(reasons.join("; ")) }
     }
 
     /// Says what will run here.
