@@ -254,7 +254,7 @@ pub const LARGE: [Scenario; 19] = [
     faithful(
         "fence, more lives",
         Start::Protected,
-        Bounds { steps: 1, breaks: 1, restarts: 2, returns: 1, ticks: [0, 1], fences: 2, keeps: 1, ..NONE },
+        Bounds { steps: 1, breaks: 1, restarts: 2, fences: 1, keeps: 1, ..NONE },
     ),
     // Found that a late ask of an earlier life made a node destroy its own guest.
     faithful("second life", Start::Pairing, Bounds { steps: 1, captures: 4, restarts: 1, protects: 1, ..NONE }),

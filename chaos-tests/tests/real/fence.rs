@@ -8,7 +8,7 @@ use replicator::control::api::{ProtectionState, Role, VmStatus};
 use replicator::demo::lab::{COMMAND, Host, VM};
 use replicator::demo::wait::until;
 
-use crate::stage::{SOON, Stage, play, play_long};
+use crate::stage::{SOON, Stage, play, play_long, play_microvm_long};
 
 /// What the fence device of host A is asked by host B's agent, and what it says.
 struct Switch {
@@ -148,6 +148,26 @@ fn a_vm_with_a_disk_that_waits_for_its_fence_outlives_the_agent() {
         stage.until_survivor().await?;
         stage.stands_by_again(&mut client).await?;
         stage.goes_home(&mut client).await?;
+        stage.nothing_lost(client).await.map(drop)
+    });
+}
+
+#[test]
+fn a_microvm_that_waits_for_its_fence_outlives_the_agent() {
+    play_microvm_long("a required fence, a microVM, and agent B killed", async |stage| {
+        let switch = Switch::stuck(stage, 1)?;
+        stage.set_microvm().await?;
+        stage.protect_for_good().await?;
+        let mut client = stage.writer("v").await?;
+        stage.lab.kill_host_a().await?;
+        switch.until_asked(2).await?;
+        until_kept(stage).await?;
+        stage.lab.kill_agent(Host::B).await?;
+        stage.lab.start_agent(Host::B).await?;
+        switch.until_asked(3).await?;
+        fs::write(&switch.off, "")?;
+        client.goes_on().await?;
+        stage.until_survivor().await?;
         stage.nothing_lost(client).await.map(drop)
     });
 }

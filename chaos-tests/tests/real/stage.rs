@@ -38,11 +38,28 @@ const LONG: &str = "UNDERSTUDY_LONG";
 /// # Panics
 /// See [`play`].
 pub(crate) fn play_long(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) {
-    if env::var_os(LONG).is_none() {
-        println!("skipped: {name}: takes long, set {LONG}=1");
-        return;
+    if takes_time(name) {
+        play(name, scenario);
     }
-    play(name, scenario);
+}
+
+/// The same with a microVM.
+///
+/// # Panics
+/// See [`play`].
+pub(crate) fn play_microvm_long(name: &str, scenario: impl AsyncFnOnce(&mut Stage) -> Result<()>) {
+    if takes_time(name) {
+        play_microvm(name, scenario);
+    }
+}
+
+/// Whether scenarios that take long were asked for; says so if not.
+fn takes_time(name: &str) -> bool {
+    let asked = env::var_os(LONG).is_some();
+    if !asked {
+        println!("skipped: {name}: takes long, set {LONG}=1");
+    }
+    asked
 }
 
 /// Plays one scenario. Skips it, and says so, where it cannot be played.

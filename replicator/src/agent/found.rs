@@ -356,7 +356,7 @@ impl Found {
         let epoch = Epoch(about.epoch);
         let (described, session) = (about.of.clone(), Generation(about.session));
         let made = blocking(move || ready(&*twins, &called, &from, &about, metrics)).await?;
-        let (twin, disks, device) = made.map_err(|error| unusable(error.into()))?;
+        let Ready { twin, disks, device } = made.map_err(|error| unusable(error.into()))?;
         let numbers = durable.begin_session().map_err(|error| {
             ErrorBody::new(ErrorKind::Failed, "this host cannot write its state directory").because(&error)
         })?;
@@ -403,14 +403,17 @@ fn is_there(name: &str, kept: &KeptAt) -> bool {
     !gone
 }
 
-/// A twin that has the memory of a copy that was kept, its disks, and its device state. On error nothing is left of the twin.
-fn ready(
-    twins: &dyn TwinHost,
-    name: &str,
-    dir: &Path,
-    about: &About,
-    metrics: VmMetrics,
-) -> Result<(Box<dyn Twin>, Option<DiskThreads>, DeviceState), GuestError> {
+/// A copy that was kept, as it is gone on with.
+struct Ready {
+    /// It has the memory.
+    twin: Box<dyn Twin>,
+    /// The twin's disks, if it has any that are replicated.
+    disks: Option<DiskThreads>,
+    device: DeviceState,
+}
+
+/// Makes one ready. On error nothing is left of the twin.
+fn ready(twins: &dyn TwinHost, name: &str, dir: &Path, about: &About, metrics: VmMetrics) -> Result<Ready, GuestError> {
     let of = &about.of;
     let found = |place: &PathBuf| {
         DiskThreads::found(place.clone(), &of.recipe.disks, durability(of.durability), about.epoch, metrics)
@@ -420,7 +423,7 @@ fn ready(
     let images: Vec<PathBuf> = images.into_iter().map(|image| image.path).collect();
     let twin = twins.prepare(name, &of.recipe, &of.layout, &images)?;
     match kept::load(dir, about, &*twin.memory()) {
-        Ok(device) => Ok((twin, disks, Arc::new(device))),
+        Ok(device) => Ok(Ready { twin, disks, device: Arc::new(device) }),
         Err(error) => {
             if let Err(error) = twin.destroy() {
                 tracing::error!(%error, "a twin that is not needed could not be removed");

@@ -75,7 +75,7 @@ use self::beats::Beats;
 use self::microvm::{Microvms, Twins};
 use self::view::View;
 use crate::cli::config::AgentConfig;
-use crate::control::api::{ErrorBody, ErrorKind, RehearsalReport, WithoutWitness};
+use crate::control::api::{ErrorBody, ErrorKind, ProtectionState, RehearsalReport, Role as VmRole, WithoutWitness};
 use crate::control::server::serve_agent;
 use crate::control::socket::ControlSocket;
 use crate::control::window::PairingWindow;
@@ -165,11 +165,10 @@ struct Vm {
 }
 
 impl Vm {
-    /// Whether it is this host's, and does not run before another one is off.
-    async fn waits_for_a_fence(&self) -> bool {
-        let (reply, answer) = oneshot::channel();
-        self.requests.send(Request::MayForce(reply)).await.is_ok()
-            && matches!(tokio::time::timeout(STOP_WITHIN, answer).await, Ok(Ok(Ok(Forceable { fencing: true, .. }))))
+    /// Whether it may be this host's and wait for its fence, with its copy being written down.
+    fn may_keep(&self) -> bool {
+        let status = self.view.status();
+        status.role == VmRole::Standby && status.state == ProtectionState::FailingOver
     }
 }
 
@@ -442,7 +441,7 @@ impl Agent {
                 vm.task.abort();
                 continue;
             }
-            let within = if vm.waits_for_a_fence().await { KEEP_WITHIN } else { STOP_WITHIN };
+            let within = if vm.may_keep() { KEEP_WITHIN } else { STOP_WITHIN };
             let (reply, answer) = oneshot::channel();
             if vm.requests.send(Request::Stop(reply)).await.is_ok() {
                 match tokio::time::timeout(within, answer).await {

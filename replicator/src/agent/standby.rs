@@ -73,7 +73,7 @@ pub(super) enum Origin {
     /// A primary sends it.
     Primary {
         /// The twin's disks, if it has any that are replicated.
-        disks: Option<StandbyDisks>,
+        disks: Option<Box<StandbyDisks>>,
         /// The control stream.
         link: Link,
         /// The connection, for bulk streams.
@@ -166,7 +166,7 @@ pub(super) async fn run(setup: Setup, requests: &mut mpsc::Receiver<Request>) ->
     let mut started = Ok(());
     let (mut own_link, mut intake, mut given, mut device) = (None, None, None, DeviceState::default());
     let images = match &origin {
-        Origin::Primary { disks, .. } => disks.as_ref().map(StandbyDisks::as_images),
+        Origin::Primary { disks, .. } => disks.as_ref().map(|disks| disks.as_images()),
         Origin::Kept { disks, .. } => disks.as_ref().map(DiskThreads::as_images),
     };
     match origin {
