@@ -156,6 +156,13 @@ fn finds_a_new_life_that_does_not_ask_whose_grant_it_kept_a_copy_of() {
     found(Wiring::KeptIsEnough, "");
 }
 
+/// A host that was confirmed dead was back, with a copy that it had kept, before it was forced out; the store that was about to do that answered it, and gave
+/// it the grant.
+#[test]
+fn seed_48840_a_host_that_is_forced_out_is_answered_nothing() {
+    assert_eq!(run(48840, Wiring::Faithful, false).violation, None);
+}
+
 /// One host was forced out while it was off; then it forced the other one out with what it had kept before. Two records of the same generation named two
 /// owners.
 #[test]

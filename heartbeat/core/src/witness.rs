@@ -97,6 +97,8 @@ struct Slot {
 pub struct Witness {
     store: StoreId,
     slots: BTreeMap<VmId, Slot>,
+    /// The host of the pair that keeps it, if no third one does.
+    me: Option<NodeId>,
     /// Kept by a host of the pair, and the other one did not say yet that it was not forced out of it.
     unconfirmed: BTreeSet<VmId>,
     /// Kept by a host of the pair, which is having the other one confirmed dead, to force it out.
@@ -109,8 +111,8 @@ pub struct Witness {
 /// What decides how it goes on; counters are left out. For checkers that explore states.
 impl Hash for Witness {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        let Self { store, slots, unconfirmed, forcing, outputs, next_token, stats: _ } = self;
-        (store, slots, unconfirmed, forcing, outputs, next_token).hash(state);
+        let Self { store, me, slots, unconfirmed, forcing, outputs, next_token, stats: _ } = self;
+        (store, me, slots, unconfirmed, forcing, outputs, next_token).hash(state);
     }
 }
 
@@ -120,6 +122,7 @@ impl Witness {
         let slot = |record| Slot { durable: Some(record), disk: Disk::Idle, waiting: VecDeque::new() };
         Self {
             store,
+            me: None,
             slots: records.into_iter().map(|(vm, record)| (vm, slot(record))).collect(),
             unconfirmed: BTreeSet::new(),
             forcing: BTreeSet::new(),
@@ -132,7 +135,7 @@ impl Witness {
     /// A witness in a new life of the agent of `me`, which may be a host of the VMs themselves. Of each VM that another host may have a
     /// copy of it answers nothing before [`Witness::handle_others_record`]: this host may have been forced out meanwhile.
     pub fn of_pair(store: StoreId, records: impl IntoIterator<Item = (VmId, Record)>, me: NodeId) -> Self {
-        let mut witness = Self::new(store, records);
+        let mut witness = Self { me: Some(me), ..Self::new(store, records) };
         let names_another = |owner: &Owner| match *owner {
             Owner::Paired { .. } => true,
             Owner::Solo { node, other, .. } => node.node != me || other.is_some(),
@@ -180,7 +183,7 @@ impl Witness {
     }
 
     /// Somebody is about to have the other host of this VM confirmed dead, to force it out. From before that is asked for until
-    /// [`Witness::handle_force_over`] that host is shown nothing: whichever life of it was shown anything is dead then.
+    /// [`Witness::handle_force_over`] that host is shown nothing, and answered nothing: whichever life of it was is dead then.
     ///
     /// `false`: somebody else is.
     pub fn handle_forcing(&mut self, vm: VmId) -> bool {
@@ -243,7 +246,9 @@ impl Witness {
 
     /// A request from `from`, as the connection proved it. `tag` names where the answer goes.
     pub fn handle_request(&mut self, from: NodeId, tag: u64, request: StoreRequest) {
-        if request.asker.node != from || self.unconfirmed.contains(&request.vm) {
+        // A life of the other host that began after it was confirmed dead may have a copy that an earlier one kept.
+        let forced = self.forcing.contains(&request.vm) && self.me != Some(from);
+        if request.asker.node != from || self.unconfirmed.contains(&request.vm) || forced {
             self.stats.dropped += 1;
             return;
         }

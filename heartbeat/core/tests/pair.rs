@@ -73,6 +73,10 @@ fn a_host_that_was_forced_out_learns_it_and_says_so() {
     assert_eq!(theirs.shown(VM), Some(None));
     assert!(theirs.handle_forcing(VM) && !theirs.handle_forcing(VM), "one at a time");
     assert_eq!(theirs.shown(VM), None, "that host may be back before it is forced out");
+    let owner = Owner::Paired { primary: me, standby: other };
+    assert_eq!(ask(&mut theirs, me, StoreOp::Read), [], "nor is it answered");
+    assert_eq!(ask(&mut theirs, me, StoreOp::Change { expect: None, owner }), []);
+    assert_eq!(answer(&ask(&mut theirs, other, StoreOp::Read)).record, None, "who forces it out is");
     assert!(theirs.handle_force(VM, other, Generation(2)));
     assert!(!theirs.handle_force(VM, other, Generation(2)), "one at a time");
     assert_eq!(theirs.record(VM), None, "it counts when it is durable");
