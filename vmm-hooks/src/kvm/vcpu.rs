@@ -124,7 +124,7 @@ impl Inner {
             VcpuExit::MmioWrite(address, data) => self.mmio_write(address, data),
             VcpuExit::Intr => {}
             VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
-                let emptied = self.rings.as_ref().map_or(Err(RingError::Broken), |rings| rings.full());
+                let emptied = self.rings.as_ref().map_or(Err(RingError::Broken), |rings| rings.full(cpu));
                 if let Err(error) = emptied {
                     return Some(died(format!(
                         "vCPU {cpu} cannot go on: {error}; start it anew with `--dirty bitmap`"

@@ -126,7 +126,7 @@ impl Trial {
                     if full > END {
                         return Err("it says without end that a ring is full".to_owned());
                     }
-                    self.rings.as_ref().ok_or("there is no ring")?.full().map_err(|error| words(&error))?;
+                    self.rings.as_ref().ok_or("there is no ring")?.full(0).map_err(|error| words(&error))?;
                 }
                 Ok(exit) => return Err(format!("a vCPU left the guest in a way that was not asked for: {exit:?}")),
                 Err(error) if error.errno() == libc::EINTR => return Err("a vCPU did not come to its end".to_owned()),

@@ -62,11 +62,16 @@ struct State {
     /// What was found since the last harvest.
     found: PageSet,
     broken: bool,
+    /// How often entries were collected.
+    rounds: u64,
+    /// For each vCPU: at which round it last stopped at a full ring that was found empty.
+    vain: Vec<Option<u64>>,
 }
 
 impl State {
     fn new(rings: usize, pages: u64) -> Self {
-        Self { next: vec![0; rings], found: PageSet::empty(pages), broken: false }
+        let (next, vain) = (vec![0; rings], vec![None; rings]);
+        Self { next, found: PageSet::empty(pages), broken: false, rounds: 0, vain }
     }
 
     /// Reads what `rings` hold, and has it taken back by `reset`, which says how many entries it took. How many there were.
@@ -81,7 +86,19 @@ impl State {
         let collected = self.read(rings).and_then(|harvested| take_back(harvested, reset).map(|()| harvested));
         // What is not known or not tracked any more cannot become known.
         self.broken = collected.is_err();
+        self.rounds += u64::from(matches!(collected, Ok(1..)));
         collected
+    }
+
+    /// vCPU `cpu` stopped because its ring was full, and so many entries were collected then.
+    fn emptied(&mut self, cpu: usize, collected: usize) -> Result<(), RingError> {
+        // Another one that stopped at the same moment emptied all rings before: this one goes on.
+        if collected > 0 || self.vain[cpu].replace(self.rounds) != Some(self.rounds) {
+            return Ok(());
+        }
+        // KVM counts entries that are not there, and would stop this vCPU again at once, for ever.
+        self.broken = true;
+        Err(RingError::Broken)
     }
 
     fn read<R: AsRef<[Entry]>>(&mut self, rings: &[R]) -> Result<usize, RingError> {
@@ -170,17 +187,13 @@ impl Rings {
         self.filled.load(Ordering::Relaxed)
     }
 
-    /// For a vCPU that KVM does not let go on before its ring is emptied. While other vCPUs run this is as good as while they stand: a page is
+    /// For vCPU `cpu`, which KVM does not let go on before its ring is emptied. While other vCPUs run this is as good as while they stand: a page is
     /// found, and is read only when all of them stand; whoever writes it again meanwhile makes a new entry.
-    pub(super) fn full(&self) -> Result<(), RingError> {
+    pub(super) fn full(&self, cpu: usize) -> Result<(), RingError> {
         self.filled.fetch_add(1, Ordering::Relaxed);
         let mut state = self.lock();
-        if state.collect(&self.rings, || self.vm.reset_rings())? > 0 {
-            return Ok(());
-        }
-        // KVM counts entries that are not there, and would stop this vCPU again at once, for ever.
-        state.broken = true;
-        Err(RingError::Broken)
+        let collected = state.collect(&self.rings, || self.vm.reset_rings())?;
+        state.emptied(cpu, collected)
     }
 }
 
