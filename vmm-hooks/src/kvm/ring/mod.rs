@@ -304,6 +304,23 @@ mod tests {
         assert!(matches!(state.collect(&[&kernel], refused), Err(RingError::Kvm(_))));
     }
 
+    #[test]
+    fn two_that_are_full_at_once_go_on_and_one_that_is_full_of_nothing_does_not() {
+        let (mut state, kernels) = (State::new(2, PAGES), [Kernel::new(), Kernel::new()]);
+        for round in 0..3 {
+            (0..SOFT).for_each(|page| kernels.iter().for_each(|kernel| kernel.push((round + page) as u64)));
+            // The first one empties both.
+            let collected = collect(&mut state, &kernels, SHORT).expect("emptied in time");
+            assert_eq!(collected, 2 * SOFT);
+            state.emptied(0, collected).expect("it was full");
+            let collected = collect(&mut state, &kernels, SHORT).expect("emptied in time");
+            assert_eq!(collected, 0);
+            state.emptied(1, collected).expect("it was full, until the first one emptied it");
+        }
+        assert!(matches!(state.emptied(1, 0), Err(RingError::Broken)), "nothing happened since");
+        assert!(matches!(collect(&mut state, &kernels, SHORT), Err(RingError::Broken)));
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Write { cpu: usize, page: u64 },
