@@ -16,6 +16,9 @@ use serde_json::{Map, Value, json};
 
 use crate::sys::fdpass::send_with_fds;
 
+/// Events that may come before the greeting.
+const EARLY_EVENTS_MAX: u32 = 100;
+
 /// How long a monitor may take to greet.
 pub(super) const GREETING_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -111,8 +114,14 @@ impl Qmp {
             version: String::new(),
         };
         let deadline = Instant::now() + GREETING_TIMEOUT;
+        let mut early = 0;
         let greeting = loop {
             if let Some(message) = qmp.lines.next_message()? {
+                // Until QEMU has noticed who is connected it takes this for the connection before, and sends events (the end of that one's jobs).
+                if message.get("event").is_some() && early < EARLY_EVENTS_MAX {
+                    early += 1;
+                    continue;
+                }
                 break message;
             }
             if !qmp.read_more(Some(deadline))? {
@@ -120,7 +129,8 @@ impl Qmp {
             }
         };
         let Some(hello) = greeting.get("QMP") else {
-            return Err(QmpError::Malformed { what: "no QMP greeting".to_owned() });
+            let begins: String = greeting.to_string().chars().take(80).collect();
+            return Err(QmpError::Malformed { what: format!("no QMP greeting, but {begins}") });
         };
         let part = |name: &str| hello.pointer(&format!("/version/qemu/{name}")).and_then(Value::as_u64);
         let package = hello.pointer("/version/package").and_then(Value::as_str).unwrap_or_default();
@@ -408,6 +418,24 @@ mod tests {
             io::Result::Ok(())
         });
         ours
+    }
+
+    #[test]
+    fn events_of_the_connection_before_may_come_first_but_not_for_ever() {
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+        let event = json!({"event": "BLOCK_JOB_ERROR", "data": {}}).to_string() + "\n";
+        (&theirs).write_all(event.as_bytes()).expect("room");
+        thread::spawn(move || {
+            let mut real = fake(|_| Vec::new());
+            let mut copy = (real.try_clone().expect("a handle"), theirs.try_clone().expect("a handle"));
+            thread::spawn(move || io::copy(&mut copy.1, &mut copy.0));
+            io::copy(&mut real, &mut &theirs)
+        });
+        assert_eq!(Qmp::over(ours).expect("greets").version, "7.2.22 x");
+
+        let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
+        thread::spawn(move || while theirs.write_all(event.as_bytes()).is_ok() {});
+        assert!(matches!(Qmp::over(ours), Err(QmpError::Malformed { .. })));
     }
 
     #[test]
