@@ -263,6 +263,10 @@ impl Lab {
         let mut args: Vec<String> = [
             "-name",
             VM,
+            // One processor, translated as if another could be plugged in: else QEMU's TCG (7.2 at least) leaves out the barrier between the guest's
+            // making of a request and its look whether a notification is wanted. One that is lost so stops a virtio queue for good.
+            "-smp",
+            "1,maxcpus=2",
             "-m",
             &machine.memory_mib.to_string(),
             "-kernel",
