@@ -212,6 +212,31 @@ pub trait Guest: Send {
     /// See above.
     fn capture(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError>;
 
+    /// Pauses, seals the epoch's output (`begin`: holds output from now on), so that what is emitted later is of epoch `next`, and captures: a back end
+    /// that has a way to its guest goes it once. Fills `parts` but for `resume` and `total`. How many frames the sealed epoch holds.
+    ///
+    /// # Errors
+    /// As for [`Guest::pause`] and [`Guest::capture`]; the guest may stand then, and is to be resumed.
+    fn capture_epoch(
+        &mut self,
+        begin: bool,
+        next: u64,
+        into: &mut Capture,
+        parts: &mut PauseParts,
+    ) -> Result<u64, GuestError> {
+        let start = Instant::now();
+        self.pause()?;
+        parts.stop = start.elapsed();
+        let held = if begin {
+            self.hold_output(next)?;
+            0
+        } else {
+            self.gate().seal(next)
+        };
+        self.capture(into, parts)?;
+        Ok(held)
+    }
+
     /// While paused: from now on output is held, tagged with `epoch`, until the gate releases it.
     ///
     /// # Errors

@@ -163,6 +163,11 @@ impl PageSet {
         self.pages
     }
 
+    /// The set as a bitmap, the first page in the lowest bit.
+    pub(crate) fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// How many pages are in the set.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -1,8 +1,6 @@
 //! Putting the pilot into a new machine, and its vCPUs to its first instruction, at CPL 3 with IOPL 3.
 
-use std::fs::File;
 use std::net::Ipv4Addr;
-use std::path::Path;
 
 use kvm_bindings::{kvm_regs, kvm_segment};
 use linux_loader::loader::{Elf, KernelLoader};
@@ -10,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::pilot::{abi, abi::param};
 use super::ram::Memory;
+use super::start::Image;
 use crate::guest::{GuestError, GuestErrorKind};
 use crate::layout::PAGE_SIZE;
 use crate::sys::kvm::{KvmError, Vcpu, failed};
@@ -53,23 +52,24 @@ const RFLAGS: u64 = 0x3002;
 /// Interrupts off.
 const RFLAGS_KERNEL: u64 = 2;
 
-fn refused(path: &Path, error: &dyn std::fmt::Display) -> GuestError {
-    GuestError::new(GuestErrorKind::Refused, format!("{} cannot be started as a pilot guest: {error}", path.display()))
+fn refused(image: &Image, error: &dyn std::fmt::Display) -> GuestError {
+    let path = image.path.display();
+    GuestError::new(GuestErrorKind::Refused, format!("{path} cannot be started as a pilot guest: {error}"))
         .advise("build the pilot with cargo xtask setup")
 }
 
 /// Writes image, page tables and parameters. The address of the first instruction.
 pub(super) fn load(
     memory: &Memory,
-    image: &Path,
+    image: &mut Image,
     options: &PilotOptions,
     cpus: u64,
     net: Option<u64>,
     disks: &[u64],
 ) -> Result<u64, GuestError> {
+    let loaded = Elf::load(memory, None, &mut image.file, Some(GuestAddress(abi::IMAGE)));
     let fail = |error: &dyn std::fmt::Display| refused(image, error);
-    let mut file = File::open(image).map_err(|error| fail(&error))?;
-    let loaded = Elf::load(memory, None, &mut file, Some(GuestAddress(abi::IMAGE))).map_err(|error| fail(&error))?;
+    let loaded = loaded.map_err(|error| fail(&error))?;
     if loaded.kernel_end > abi::IMAGE_END {
         return Err(fail(&"it is too large"));
     }

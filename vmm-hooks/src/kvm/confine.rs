@@ -3,14 +3,18 @@
 //! A guest that broke out of a device would be in a vCPU's thread, or in the one that receives frames. Promises: such a thread opens
 //! nothing, starts nothing, connects to nothing, maps nothing that can be executed, and has no capability; of KVM it may ask to run the guest,
 //! to move an interrupt line and to empty dirty rings. What it may not is answered with `EPERM` and not done. It stays a thread of its process, whose
-//! memory and open files it can reach: this is a fence around mistakes, not a process of its own (docs/decisions.md 33).
+//! memory and open files it can reach. The process of a microVM is therefore confined as a whole before it makes its machine ([`confine_process`]): the same,
+//! and what a machine is made of: threads, KVM's other questions, messages.
 //!
 //! Sources: Documentation/userspace-api/seccomp_filter.rst, and capabilities(7): both belong to a thread, not to its process.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use rustix::process::{Gid, Signal, Uid, set_parent_process_death_signal};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, set_capabilities, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
@@ -62,14 +66,80 @@ const CALLS: [libc::c_long; 38] = [
 /// `KVM_RUN`, `KVM_IRQ_LINE` and, by a vCPU whose ring is full, `KVM_RESET_DIRTY_RINGS` of linux/kvm.h.
 const IOCTLS: [u64; 3] = [0xae80, 0x4008_ae61, 0xaec7];
 
+/// What the process of a machine needs beside [`CALLS`]: messages, threads, anonymous memory, the states of what is open, and its end.
+const PROCESS_CALLS: [libc::c_long; 26] = [
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_eventfd2,
+    libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fcntl,
+    libc::SYS_dup,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_newfstatat,
+    // Answered by `no_clone3` first.
+    libc::SYS_clone3,
+    libc::SYS_set_tid_address,
+    libc::SYS_prctl,
+    libc::SYS_seccomp,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_rt_sigaction,
+    libc::SYS_prlimit64,
+    libc::SYS_exit_group,
+    libc::SYS_geteuid,
+    libc::SYS_getuid,
+    libc::SYS_getppid,
+    libc::SYS_readlink,
+    libc::SYS_uname,
+    libc::SYS_sysinfo,
+];
+
+/// All of KVM's: the type of its numbers.
+const KVM_TYPE: u64 = 0xae00;
+const TYPE: u64 = 0xff00;
+const FIONBIO: u64 = 0x5421;
+
+/// Nobody, and no group.
+const NOBODY: u32 = 65534;
+
 /// Made once: the filter depends on nothing but the process.
 static FILTER: LazyLock<Result<BpfProgram, String>> = LazyLock::new(|| filter().map_err(|error| error.to_string()));
 
 fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let word = |argument, test, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, test, value);
-    let mut calls: BTreeMap<_, _> = CALLS.into_iter().map(|call| (call, Vec::new())).collect();
     let asks = IOCTLS.into_iter().map(|ask| SeccompRule::new(vec![word(1, SeccompCmpOp::Eq, ask)?]));
-    calls.insert(libc::SYS_ioctl, asks.collect::<Result<_, _>>()?);
+    allow(CALLS.into_iter(), asks.collect::<Result<_, _>>()?, Vec::new())
+}
+
+fn process_filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    let word = |argument, test, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, test, value);
+    let asks = [(SeccompCmpOp::MaskedEq(TYPE), KVM_TYPE), (SeccompCmpOp::Eq, FIONBIO)];
+    let asks = asks.map(|(test, value)| SeccompRule::new(vec![word(1, test, value)?]));
+    let thread = u64::try_from(libc::CLONE_THREAD).expect("a flag");
+    let threads = SeccompRule::new(vec![word(0, SeccompCmpOp::MaskedEq(thread), thread)?])?;
+    let calls = CALLS.into_iter().chain(PROCESS_CALLS);
+    allow(calls, asks.into_iter().collect::<Result<_, _>>()?, vec![(libc::SYS_clone, vec![threads])])
+}
+
+/// The flags of `clone3` are in memory, where no filter looks: the C library is told that there is no such call, and takes `clone`.
+fn no_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    let calls = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let none = SeccompAction::Errno(u32::try_from(libc::ENOSYS).expect("an error's number"));
+    SeccompFilter::new(calls, SeccompAction::Allow, none, TargetArch::x86_64)?.try_into()
+}
+
+/// Allows `calls` with any argument, `asks` of `ioctl`, `more`, signals within the process, and memory that holds data.
+fn allow(
+    calls: impl Iterator<Item = libc::c_long>,
+    asks: Vec<SeccompRule>,
+    more: Vec<(libc::c_long, Vec<SeccompRule>)>,
+) -> Result<BpfProgram, seccompiler::BackendError> {
+    let word = |argument, test, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, test, value);
+    let mut calls: BTreeMap<_, _> = calls.map(|call| (call, Vec::new())).chain(more).collect();
+    calls.insert(libc::SYS_ioctl, asks);
     // One vCPU kicks the others of its machine, and nobody else.
     let own = u64::from(rustix::process::getpid().as_raw_nonzero().get().unsigned_abs());
     calls.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![word(0, SeccompCmpOp::Eq, own)?])?]);
@@ -97,6 +167,41 @@ pub(super) fn confine() -> Result<(), GuestError> {
     set_capabilities(None, sets).map_err(|error| failed(&error))?;
     let filter = FILTER.as_ref().map_err(|error| failed(error))?;
     seccompiler::apply_filter(filter).map_err(|error| failed(&error))
+}
+
+/// Confines this process, which has one thread, for good: those that it starts inherit all of it. What could not be had of that which not every
+/// host lets a process have, in words.
+///
+/// # Errors
+/// As for [`confine`].
+pub(super) fn confine_process() -> Result<Vec<String>, GuestError> {
+    let failed = |why: &dyn std::fmt::Display| {
+        GuestError::new(GuestErrorKind::Failed, format!("the microVM's process cannot be confined: {why}"))
+            .advise("nothing was started; the host's kernel must have seccomp filters (CONFIG_SECCOMP_FILTER)")
+    };
+    let mut missing = Vec::new();
+    if let Err(error) = crate::sys::isolate::empty_root() {
+        missing.push(format!("an empty root: {error}"));
+    }
+    if rustix::process::geteuid().is_root() {
+        let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+        let left = set_thread_groups(&[])
+            .and_then(|()| set_thread_res_gid(group, group, group))
+            .and_then(|()| set_thread_res_uid(user, user, user));
+        if let Err(error) = left {
+            missing.push(format!("a user without rights: {error}"));
+        }
+    }
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_capabilities(None, sets).map_err(|error| failed(&error))?;
+    // After the user: a change of that takes it away again. Who started this process lives until its end.
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| failed(&error))?;
+    for filter in [process_filter(), no_clone3()] {
+        let filter = filter.map_err(|error| failed(&error))?;
+        seccompiler::apply_filter(&filter).map_err(|error| failed(&error))?;
+    }
+    Ok(missing)
 }
 
 #[cfg(test)]

@@ -7,9 +7,10 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::process::board::{Board, Shown, nanos};
 use crate::guest::{Gate, Held};
 
 /// What a frame costs beside its bytes.
@@ -67,6 +68,15 @@ pub struct KvmGate {
     state: Mutex<State>,
     came: Condvar,
     bounds: GateBounds,
+    /// If somebody in another process looks: where it is shown, and what is rung when the first frame of an epoch came.
+    shown: OnceLock<(Arc<Board>, OwnedFd)>,
+}
+
+impl State {
+    /// The first frame of the epoch that is not sealed.
+    fn first(&self) -> Option<&Frame> {
+        self.held.get(self.held.partition_point(|frame| frame.epoch < self.epoch))
+    }
 }
 
 impl KvmGate {
@@ -81,11 +91,43 @@ impl KvmGate {
             dropped: 0,
             spare: Vec::new(),
         };
-        Self { wire, state: Mutex::new(state), came: Condvar::new(), bounds }
+        Self { wire, state: Mutex::new(state), came: Condvar::new(), bounds, shown: OnceLock::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("nobody panics while it holds the gate")
+    }
+
+    /// Shows itself there from now on, and rings `bell`, an eventfd.
+    pub(super) fn show_on(&self, board: Arc<Board>, bell: OwnedFd) {
+        let state = self.lock();
+        // Once for a machine.
+        let _ = self.shown.set((board, bell));
+        self.show(&state);
+    }
+
+    /// To be called after each change.
+    fn show(&self, state: &State) {
+        let Some((board, bell)) = self.shown.get() else { return };
+        let now = nanos();
+        let emitted = |frame: &Frame| {
+            let ago = u64::try_from(frame.emitted.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            now.saturating_sub(ago).max(1)
+        };
+        let frames = state.held.len();
+        board.show(Shown::Closed, u64::from(state.mode != Mode::Open));
+        board.show(Shown::HeldFrames, frames as u64);
+        board.show(Shown::HeldBytes, (state.bytes - frames * FRAME_OVERHEAD) as u64);
+        board.show(Shown::HeldSince, state.held.front().map_or(0, emitted));
+        board.show(Shown::Released, state.released);
+        board.show(Shown::Dropped, state.dropped);
+        let first = state.first();
+        let came = first.is_some() && board.shown(Shown::First) == 0;
+        board.show(Shown::First, first.map_or(0, emitted));
+        if came {
+            // Fails only if it was rung without end.
+            let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
+        }
     }
 
     /// Whether the network took it. A full queue drops, as networks may.
@@ -122,6 +164,7 @@ impl KvmGate {
             }
             Mode::Holding | Mode::Shut => state.dropped += 1,
         }
+        self.show(&state);
     }
 
     /// Emits a frame that is not the guest's, past what is held; not if the gate is shut.
@@ -138,6 +181,7 @@ impl KvmGate {
             state.mode = Mode::Holding;
         }
         state.epoch = epoch;
+        self.show(&state);
     }
 
     /// Releases everything and lets frames pass. A gate that was shut stays shut.
@@ -147,6 +191,7 @@ impl KvmGate {
         if state.mode == Mode::Holding {
             state.mode = Mode::Open;
         }
+        self.show(&state);
     }
 
     /// The machine has ended: nothing more comes. What is held may still be released.
@@ -162,10 +207,14 @@ impl KvmGate {
     fn release_locked(&self, state: &mut State, through: u64) {
         while let Some(frame) = state.held.pop_front_if(|frame| frame.epoch <= through) {
             state.bytes -= frame.bytes.len() + FRAME_OVERHEAD;
-            if frame.emitted.elapsed() <= self.bounds.age && self.transmit(&frame.bytes) {
-                state.released += 1;
-            } else {
+            let fresh = frame.emitted.elapsed() <= self.bounds.age;
+            // Counted before it is heard: who hears it finds it counted.
+            *(if fresh { &mut state.released } else { &mut state.dropped }) += 1;
+            self.show(state);
+            if fresh && !self.transmit(&frame.bytes) {
+                state.released -= 1;
                 state.dropped += 1;
+                self.show(state);
             }
             if state.spare.len() < SPARE_MAX {
                 let mut bytes = frame.bytes;
@@ -181,6 +230,7 @@ impl Gate for KvmGate {
         let mut state = self.lock();
         let sealed = state.epoch;
         state.epoch = next;
+        self.show(&state);
         state.held.iter().rev().take_while(|frame| frame.epoch == sealed).count() as u64
     }
 
@@ -194,6 +244,7 @@ impl Gate for KvmGate {
         state.dropped += state.held.len() as u64;
         state.held.clear();
         state.bytes = 0;
+        self.show(&state);
         self.came.notify_all();
     }
 
@@ -212,8 +263,7 @@ impl Gate for KvmGate {
     fn wait_output(&self, deadline: Instant) -> Option<Instant> {
         let mut state = self.lock();
         loop {
-            let first = state.held.partition_point(|frame| frame.epoch < state.epoch);
-            if let Some(frame) = state.held.get(first) {
+            if let Some(frame) = state.first() {
                 return Some(frame.emitted);
             }
             let left = deadline.checked_duration_since(Instant::now())?;

@@ -80,7 +80,7 @@ pub fn attach(machine: &Machine) -> Result<KvmGuest, GuestError> {
     Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, copier, paused: false })
 }
 
-fn failed(error: TrackError) -> GuestError {
+pub(super) fn failed(error: TrackError) -> GuestError {
     let ring = matches!(error, TrackError::Ring(_));
     let failed = GuestError::new(GuestErrorKind::Failed, "the guest's dirty pages could not be found").because(error);
     if !ring {
@@ -89,7 +89,7 @@ fn failed(error: TrackError) -> GuestError {
     failed.advise("the guest runs on, unprotected; to protect it again, start it anew with `--dirty bitmap`")
 }
 
-fn not_whole() -> GuestError {
+pub(super) fn not_whole() -> GuestError {
     GuestError::new(GuestErrorKind::Failed, "the mirror of the guest's disks is not whole")
         .advise("nothing of this epoch is committed; wait for the first copy, or begin to mirror anew")
 }

@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::acpi;
 use super::machine::refused;
 use super::ram::Memory;
+use super::start::{Image, Kernel};
 use crate::guest::GuestError;
 use crate::layout::PAGE_SIZE;
 use crate::sys::kvm::{KvmError, Vcpu, failed};
@@ -98,18 +99,13 @@ pub fn is_bzimage(path: &Path) -> bool {
 }
 
 /// Writes all that a kernel is started with. The address of its first instruction.
-pub(super) fn load(
-    memory: &Memory,
-    options: &LinuxOptions,
-    cpus: u8,
-    devices: &[(u64, u32)],
-) -> Result<u64, GuestError> {
-    let kernel = &options.kernel;
+pub(super) fn load(memory: &Memory, options: &mut Kernel, cpus: u8, devices: &[(u64, u32)]) -> Result<u64, GuestError> {
+    let Image { file, path: kernel } = &mut options.image;
     let bytes = memory.last_addr().0 + 1;
     if bytes < MEMORY_MIN {
         return Err(fail(kernel, &format!("it needs at least {MEMORY_MIN} bytes of memory")));
     }
-    let (loaded, entry) = load_kernel(memory, kernel).map_err(|error| fail(kernel, &error))?;
+    let (loaded, entry) = load_kernel(memory, file).map_err(|error| fail(kernel, &error))?;
     let mut header = loaded.setup_header.unwrap_or(setup_header {
         header: HDRS,
         boot_flag: BOOT_FLAG,
@@ -131,7 +127,7 @@ pub(super) fn load(
     if kernel_end > bytes {
         return Err(fail(kernel, &format!("it needs more than {bytes} bytes of memory")));
     }
-    if let Some(initrd) = &options.initrd {
+    if let Some(initrd) = &mut options.initrd {
         let most = if header.initrd_addr_max == 0 { INITRD_MAX } else { header.initrd_addr_max.into() };
         let (at, length) = load_initrd(memory, initrd, kernel_end, most.min(bytes - 1) + 1)?;
         (header.ramdisk_image, header.ramdisk_size) = (at, length);
@@ -150,19 +146,18 @@ pub(super) fn load(
 }
 
 /// Loads either kind of kernel; where it is entered.
-fn load_kernel(memory: &Memory, path: &Path) -> Result<(KernelLoaderResult, u64), String> {
+fn load_kernel(memory: &Memory, file: &mut File) -> Result<(KernelLoaderResult, u64), String> {
     let words = |error: &dyn std::fmt::Display| error.to_string();
-    let mut file = File::open(path).map_err(|error| words(&error))?;
     let mut magic = [0; 4];
     file.read_exact(&mut magic).map_err(|error| words(&error))?;
     file.rewind().map_err(|error| words(&error))?;
     let high = Some(GuestAddress(HIGH));
     if magic == ELF {
-        let loaded = Elf::load(memory, None, &mut file, high).map_err(|error| words(&error))?;
+        let loaded = Elf::load(memory, None, file, high).map_err(|error| words(&error))?;
         let entry = loaded.kernel_load.0;
         return Ok((loaded, entry));
     }
-    let loaded = BzImage::load(memory, None, &mut file, high).map_err(|error| words(&error))?;
+    let loaded = BzImage::load(memory, None, file, high).map_err(|error| words(&error))?;
     let flags = loaded.setup_header.map_or(0, |header| header.xloadflags);
     if flags & HAS_ENTRY_64 == 0 {
         return Err("it is no 64-bit kernel".to_owned());
@@ -172,13 +167,13 @@ fn load_kernel(memory: &Memory, path: &Path) -> Result<(KernelLoaderResult, u64)
 }
 
 /// Puts the initramfs as high as it may be; where, and its length.
-fn load_initrd(memory: &Memory, path: &Path, low: u64, high: u64) -> Result<(u32, u32), GuestError> {
-    let mut file = File::open(path).map_err(|error| fail(path, &error))?;
+fn load_initrd(memory: &Memory, image: &mut Image, low: u64, high: u64) -> Result<(u32, u32), GuestError> {
+    let Image { file, path } = image;
     let length = file.metadata().map_err(|error| fail(path, &error))?.len();
     let at = high.checked_sub(length).map(|at| at / PAGE_SIZE as u64 * PAGE_SIZE as u64).filter(|&at| at >= low);
     let Some(at) = at else { return Err(fail(path, &"it does not fit into the machine's memory beside the kernel")) };
     let size = usize::try_from(length).expect("it fits memory");
-    memory.read_exact_volatile_from(GuestAddress(at), &mut file, size).map_err(|error| fail(path, &error))?;
+    memory.read_exact_volatile_from(GuestAddress(at), file, size).map_err(|error| fail(path, &error))?;
     let narrow = |value: u64| u32::try_from(value).expect("memory of a machine is below four gigabytes");
     Ok((narrow(at), narrow(length)))
 }
@@ -273,9 +268,10 @@ mod tests {
         let shared = SharedMemory::new("linux-test", 64 << 20).expect("sparse");
         let ram = Ram::map(&shared, false).expect("it can be mapped");
         let memory = ram.memory();
+        let open = |options: &LinuxOptions| Kernel::open(options).expect("they are there");
         let kernel = file("vmlinuz", &image(HAS_ENTRY_64));
         let initrd = file("initrd", &[7; 5000]);
-        let entry = load(memory, &options(kernel.clone(), Some(initrd)), 1, &[]).expect("it fits");
+        let entry = load(memory, &mut open(&options(kernel.clone(), Some(initrd))), 1, &[]).expect("it fits");
         assert_eq!(entry, 0x10_0200);
         let params: boot_params = memory.read_obj(GuestAddress(PARAMS)).expect("inside");
         let (at, length) = (params.hdr.ramdisk_image, params.hdr.ramdisk_size);
@@ -288,7 +284,8 @@ mod tests {
         assert_eq!((params.e820_entries, { high.addr } + { high.size }), (2, 64 << 20));
         assert!(is_bzimage(&kernel));
 
-        let refusal = |options: &LinuxOptions| load(memory, options, 1, &[]).expect_err("it does not fit").message;
+        let refusal =
+            |options: &LinuxOptions| load(memory, &mut open(options), 1, &[]).expect_err("it does not fit").message;
         let large = file("large", &vec![0; 40 << 20]);
         assert!(refusal(&options(kernel.clone(), Some(large))).contains("does not fit"));
         let old = file("old", &image(0));

@@ -9,20 +9,19 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
-use super::boot::{self, PilotOptions, Privilege};
 use super::chips::{self, Chips, Line};
 use super::confine::confine;
 use super::cpuid::{self, Leaf};
 use super::gate::{GateBounds, KvmGate};
-use super::linux::{self, LinuxOptions};
 use super::orders::{Clock, Orders};
 use super::pilot::abi;
+use super::process::board::{Board, OVER, RUNS, Shown};
 use super::ram::Ram;
 use super::ring::{self, Rings, check::Code};
 use super::state::machine::Parts;
@@ -42,8 +41,6 @@ use crate::sys::memory::SharedMemory;
 const STAND_MAX: Duration = Duration::from_secs(10);
 /// Serial output that is kept.
 const SERIAL_MAX: usize = 64 << 10;
-/// Most vCPUs under a kernel.
-const CPUS_MAX: u8 = 64;
 /// What an operator is told who asked for rings that this host cannot have; why follows.
 const NO_RINGS: &str = "its dirty pages are found by the bitmap, which loses none, and not by the ring";
 
@@ -106,6 +103,19 @@ pub struct Spec {
     pub dirty: Dirty,
 }
 
+/// What a machine is made of beside its description.
+#[derive(Debug)]
+pub(super) struct Means<'a> {
+    pub(super) memory: &'a SharedMemory,
+    /// What it writes to its memory stays with it.
+    pub(super) private: bool,
+    /// Takes and gives one frame a call; there if the machine has a card.
+    pub(super) wire: Option<OwnedFd>,
+    /// The images of its disks, in their order.
+    pub(super) disks: Vec<File>,
+    pub(super) bounds: GateBounds,
+}
+
 /// Whether vCPUs run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Want {
@@ -144,7 +154,7 @@ pub(super) struct Slot {
 /// Everything of a machine.
 #[derive(Debug)]
 pub(super) struct Inner {
-    spec: Spec,
+    pub(super) spec: Spec,
     cpuid: Vec<Leaf>,
     pub(super) vm: Arc<Vm>,
     /// If its dirty pages are kept in rings.
@@ -172,6 +182,8 @@ pub(super) struct Inner {
     go: Condvar,
     /// For whom waits for vCPUs.
     stood: Condvar,
+    /// If somebody in another process looks: where it is shown.
+    shown: OnceLock<Arc<Board>>,
 }
 
 /// A machine. Clones are the same one; it runs on until it is ended, also if nobody has one.
@@ -182,10 +194,19 @@ pub(super) fn refused(message: impl Into<String>) -> GuestError {
     GuestError::new(GuestErrorKind::Refused, message)
 }
 
-/// Opens a disk's image; its size.
-fn open_disk(path: &Path) -> Result<(File, u64), GuestError> {
-    let fail = |why: String| refused(format!("the disk {} cannot be used: {why}", path.display()));
-    let file = OpenOptions::new().read(true).write(true).open(path).map_err(|error| fail(error.to_string()))?;
+fn no_disk(path: &Path, why: &dyn std::fmt::Display) -> GuestError {
+    refused(format!("the disk {} cannot be used: {why}", path.display()))
+}
+
+/// Opens the images of a machine's disks.
+pub(super) fn open_disks(spec: &Spec) -> Result<Vec<File>, GuestError> {
+    let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+    spec.disks.iter().map(|disk| open(&disk.path).map_err(|error| no_disk(&disk.path, &error))).collect()
+}
+
+/// A disk's image with its size.
+fn sized(file: File, path: &Path) -> Result<(File, u64), GuestError> {
+    let fail = |why: String| no_disk(path, &why);
     let bytes = file.metadata().map_err(|error| fail(error.to_string()))?.len();
     if bytes == 0 || !bytes.is_multiple_of(512) {
         return Err(fail(format!("its size is {bytes} bytes, not a number of sectors of 512 bytes")));
@@ -194,95 +215,16 @@ fn open_disk(path: &Path) -> Result<(File, u64), GuestError> {
 }
 
 impl Machine {
-    /// Makes a machine that boots the pilot from `image`. It stands. `wire` takes and gives one frame a call, and is there if the machine has
-    /// a card.
-    ///
-    /// # Errors
-    /// If this host cannot have it; nothing is left behind.
-    pub fn pilot(
-        kvm: &Arc<Kvm>,
-        spec: Spec,
-        image: &Path,
-        options: &PilotOptions,
-        wire: Option<OwnedFd>,
-        bounds: GateBounds,
-    ) -> Result<Self, GuestError> {
-        if spec.memory < abi::MEMORY_MIN || spec.cpus > abi::CPUS_MAX {
-            return Err(refused(format!(
-                "a pilot has at least {} bytes of memory and at most {} vCPUs",
-                abi::MEMORY_MIN,
-                abi::CPUS_MAX
-            )));
-        }
-        let memory = SharedMemory::new(&format!("{}/ram", spec.name), spec.memory)
-            .map_err(|error| refused("there is no memory for the microVM").because(error))?;
-        let cpuid = cpuid::supported(kvm).map_err(|error| refused(error.to_string()).because(error))?;
-        let machine = Self::make(kvm, spec, &cpuid, false, &memory, false, wire, bounds)?;
-        let inner = &machine.0;
-        let net = inner.net.is_some().then_some(abi::MMIO);
-        let disks: Vec<u64> = (0..inner.blocks.len()).map(|index| inner.block_address(index)).collect();
-        let start = || -> Result<(), GuestError> {
-            let cpus = inner.spec.cpus;
-            let entry = boot::load(inner.vm.ram().memory(), image, options, cpus, net, &disks)?;
-            for (number, slot) in (0..).zip(&inner.slots) {
-                let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
-                boot::enter(&vcpu, number, entry, Privilege::User)
-                    .map_err(|error| refused(error.to_string()).because(error))?;
-            }
-            Ok(())
-        };
-        start().inspect_err(|_| machine.end(None))?;
-        Ok(machine)
-    }
-
-    /// Makes a machine that boots a Linux kernel. It stands. `wire`: as for [`Machine::pilot`].
-    ///
-    /// # Errors
-    /// If this host cannot have it; nothing is left behind.
-    pub fn linux(
-        kvm: &Arc<Kvm>,
-        spec: Spec,
-        options: &LinuxOptions,
-        wire: Option<OwnedFd>,
-        bounds: GateBounds,
-    ) -> Result<Self, GuestError> {
-        let cpus = u8::try_from(spec.cpus).ok().filter(|&cpus| cpus <= CPUS_MAX);
-        let cpus = cpus.ok_or_else(|| refused(format!("a microVM has at most {CPUS_MAX} vCPUs")))?;
-        let memory = SharedMemory::new(&format!("{}/ram", spec.name), spec.memory)
-            .map_err(|error| refused("there is no memory for the microVM").because(error))?;
-        let cpuid = cpuid::for_kernel(kvm, cpus).map_err(|error| refused(error.to_string()).because(error))?;
-        let machine = Self::make(kvm, spec, &cpuid, true, &memory, false, wire, bounds)?;
-        let inner = &machine.0;
-        let start = || -> Result<(), GuestError> {
-            let devices = usize::from(inner.net.is_some()) + inner.blocks.len();
-            let address = |place: usize| abi::MMIO + abi::MMIO_STRIDE * place as u64;
-            let devices: Vec<_> =
-                (0..devices).map(|place| (address(place), chips::line_of(place).expect("joined"))).collect();
-            let entry = linux::load(inner.vm.ram().memory(), options, cpus, &devices)?;
-            for (number, slot) in (0..).zip(&inner.slots) {
-                let vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
-                linux::enter(&vcpu, number, entry).map_err(|error| {
-                    refused(format!("the microVM cannot be made: {error}: {}", error.source)).because(error)
-                })?;
-            }
-            Ok(())
-        };
-        start().inspect_err(|_| machine.end(None))?;
-        Ok(machine)
-    }
-
-    /// Makes a machine of `spec` around `memory` without anything in it, with what a kernel needs if `chips`. It stands.
-    #[expect(clippy::too_many_arguments, reason = "what two callers have in common")]
+    /// Makes a machine of `spec` of these means, without anything in it, with what a kernel needs if `chips`. It stands.
     pub(super) fn make(
         kvm: &Arc<Kvm>,
         spec: Spec,
         cpuid: &[Leaf],
         chips: bool,
-        memory: &SharedMemory,
-        private: bool,
-        wire: Option<OwnedFd>,
-        bounds: GateBounds,
+        means: Means<'_>,
     ) -> Result<Self, GuestError> {
+        let Means { memory, private, wire, disks, bounds } = means;
+        assert_eq!(disks.len(), spec.disks.len(), "an opened image for each disk");
         if spec.cpus == 0 || spec.disks.len() > MAX_DISKS {
             return Err(refused(format!("a microVM has at least one vCPU and at most {MAX_DISKS} disks")));
         }
@@ -322,7 +264,8 @@ impl Machine {
             Rings::new(&vm, vcpus).map(Arc::new)
         });
         let rings = rings.transpose().map_err(kvm_failed)?;
-        let disks = spec.disks.iter().map(|disk| open_disk(&disk.path)).collect::<Result<Vec<_>, _>>()?;
+        let sized = disks.into_iter().zip(&spec.disks).map(|(file, disk)| sized(file, &disk.path));
+        let disks = sized.collect::<Result<Vec<_>, _>>()?;
         let log = Arc::new(DiskLog::new(disks.iter().map(|&(_, bytes)| bytes).collect()));
         let halt = Arc::new(AtomicBool::new(true));
         let mut blocks = Vec::new();
@@ -379,6 +322,7 @@ impl Machine {
             }),
             go: Condvar::new(),
             stood: Condvar::new(),
+            shown: OnceLock::new(),
             spec,
         });
         let machine = Self(inner);
@@ -444,6 +388,18 @@ impl Machine {
         self.0.rings.as_ref().map_or(0, |rings| rings.filled())
     }
 
+    /// Shows itself on `board` from now on, and rings `bell`, an eventfd, when output waits.
+    pub(super) fn show_on(&self, board: &Arc<Board>, bell: OwnedFd) {
+        for (number, slot) in self.0.slots.iter().enumerate() {
+            slot.wake.show_on(Arc::clone(board), number);
+        }
+        self.0.gate.show_on(Arc::clone(board), bell);
+        let run = self.0.run();
+        // Once for a machine.
+        let _ = self.0.shown.set(Arc::clone(board));
+        self.0.show(&run);
+    }
+
     /// Whether its vCPUs run.
     #[must_use]
     pub fn is_running(&self) -> bool {
@@ -468,6 +424,7 @@ impl Machine {
             return Err(inner.gone(&run));
         }
         run.want = Want::Stand;
+        inner.show(&run);
         inner.halt();
         for (slot, _) in inner.slots.iter().zip(&run.standing).filter(|&(_, standing)| !standing) {
             slot.kick.kick();
@@ -509,6 +466,7 @@ impl Machine {
         inner.log.stop(false);
         inner.clock.start();
         run.want = Want::Run;
+        inner.show(&run);
         drop(run);
         inner.go.notify_all();
         if inner.look.load(Ordering::SeqCst) {
@@ -636,13 +594,24 @@ impl Machine {
 
     /// What happened since the last call.
     pub(super) fn take_events(&self) -> Vec<GuestEvent> {
-        std::mem::take(&mut self.0.run().events)
+        let mut run = self.0.run();
+        let events = std::mem::take(&mut run.events);
+        self.0.show(&run);
+        events
     }
 }
 
 impl Inner {
     fn run(&self) -> MutexGuard<'_, Run> {
         self.run.lock().expect("nobody panics while it holds the machine")
+    }
+
+    /// To be called after each change.
+    fn show(&self, run: &Run) {
+        let Some(board) = self.shown.get() else { return };
+        let over = run.off || run.end.is_some();
+        board.show(Shown::Run, if run.want == Want::Run { RUNS } else { 0 } | if over { OVER } else { 0 });
+        board.show(Shown::Events, if run.events.is_empty() { 0 } else { 1 });
     }
 
     /// Where disk `index` is.
@@ -685,6 +654,7 @@ impl Inner {
             run.want = Want::Stand;
             run.events.push(GuestEvent::Shutdown);
         }
+        self.show(&run);
         drop(run);
         self.orders.end();
         // The caller's vCPU, too: it finishes its instruction and stands.
@@ -701,6 +671,7 @@ impl Inner {
             }
             run.end = Some(event.unwrap_or(GuestEvent::Died { how: "it was ended from outside".to_owned() }));
         }
+        self.show(&run);
         drop(run);
         self.interrupt();
         self.orders.end();

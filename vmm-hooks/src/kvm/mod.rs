@@ -1,7 +1,7 @@
-//! Back end: our own microVM on KVM, run by threads of this process.
+//! Back end: our own microVM on KVM, in a process of its own or run by threads of this one.
 //!
 //! A small machine on the rust-vmm crates: memory in a memfd, vCPUs that leave the guest when they are kicked, virtio-mmio net and block, a
-//! serial port. Who protects it is in the same process, so a pause costs microseconds, not a monitor's milliseconds.
+//! serial port. Who protects it has its memory mapped, so a pause costs microseconds, not a monitor's milliseconds.
 //!
 //! | module | promise |
 //! | --- | --- |
@@ -18,6 +18,8 @@
 //! | [`ring`] | the rings: read, given back, and tried before they are relied on |
 //! | [`guest`] | a machine as a [`crate::guest::Guest`] |
 //! | [`twin`] | a standby's twins |
+//! | [`process`] | a machine in a process of its own, with the same `Guest` and twins |
+//! | `start` | new machines that boot something |
 //! | [`boot`] | starting the pilot guest |
 //! | [`linux`] | starting a Linux kernel; `acpi`: what it is told of its machine |
 //! | `chips` | interrupt controllers, timer, serial port, and ports to switch off by: for a kernel |
@@ -33,6 +35,7 @@ pub mod cpuid;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing {
     //! Targets of the fuzzer: see `qemu::fuzzing`.
+    pub(crate) use super::process::fuzzing::run as process;
     pub(crate) use super::state::fuzzing::run as snapshot;
     pub(crate) use super::virtio::fuzzing::run as virtio;
 }
@@ -43,8 +46,10 @@ pub mod linux;
 pub mod machine;
 mod orders;
 pub mod pilot;
+pub mod process;
 pub mod ram;
 pub mod ring;
+mod start;
 mod state;
 mod track;
 pub mod twin;

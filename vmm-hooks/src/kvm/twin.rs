@@ -13,7 +13,7 @@ use std::time::Instant;
 use super::cpuid;
 use super::gate::GateBounds;
 use super::guest::{BACKEND, Body, layout};
-use super::machine::{Machine, NetCard, Spec, refused};
+use super::machine::{Machine, Means, NetCard, Spec, open_disks, refused};
 use crate::guest::{
     Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
 };
@@ -87,15 +87,53 @@ impl KvmTwinHost {
         twins.remove(name);
         Some(machine)
     }
+}
 
+impl TwinHostOptions {
     /// Sees to the tap of a twin's card; what was made for it, and the bridge that it is on here.
-    fn make_tap(&self, spec: &mut Spec) -> Result<Option<Tap>, GuestError> {
-        let (Some(card), Some(bridges)) = (&mut spec.net, &self.options.bridges) else { return Ok(None) };
+    pub(super) fn make_tap(&self, spec: &mut Spec) -> Result<Option<Tap>, GuestError> {
+        let (Some(card), Some(bridges)) = (&mut spec.net, &self.bridges) else { return Ok(None) };
         if let Some(here) = card.bridge.as_ref().and_then(|bridge| bridges.get(bridge)) {
             card.bridge = Some(here.clone());
         }
         Tap::ensure(&card.tap, card.bridge.as_deref(), None)
     }
+}
+
+/// What a recipe describes, as it is to be on this host, if this host can have it.
+pub(super) fn described(
+    kvm: &kvm_ioctls::Kvm,
+    name: &str,
+    recipe: &Recipe,
+    wanted: &Layout,
+    images: &[PathBuf],
+) -> Result<Body, GuestError> {
+    if recipe.backend != BACKEND {
+        return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
+    }
+    let Body { mut spec, cpuid, chips } = serde_json::from_str(&recipe.body)
+        .map_err(|error| refused("the description of the microVM cannot be read").because(error))?;
+    if layout(spec.memory).as_ref() != Some(wanted) {
+        return Err(refused("the microVM's memory is not what its description says"));
+    }
+    if images.len() != spec.disks.len() {
+        let error = format!("the microVM has {} disks, and {} images are there for it", spec.disks.len(), images.len());
+        return Err(refused(error));
+    }
+    let offered = cpuid::offered(kvm).map_err(|error| refused(error.to_string()).because(error))?;
+    let missing = cpuid::missing(&cpuid, &offered);
+    if !missing.is_empty() {
+        return Err(refused(format!(
+            "this host's processor lacks what the guest was promised: {}",
+            missing.join(", ")
+        ))
+        .advise("choose a standby with the same processor, or start the guest with fewer features"));
+    }
+    for (disk, image) in spec.disks.iter_mut().zip(images) {
+        disk.path.clone_from(image);
+    }
+    name.clone_into(&mut spec.name);
+    Ok(Body { spec, cpuid, chips })
 }
 
 impl TwinHost for KvmTwinHost {
@@ -106,40 +144,15 @@ impl TwinHost for KvmTwinHost {
         wanted: &Layout,
         images: &[PathBuf],
     ) -> Result<Box<dyn Twin>, GuestError> {
-        if recipe.backend != BACKEND {
-            return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
-        }
-        let Body { mut spec, cpuid, chips } = serde_json::from_str(&recipe.body)
-            .map_err(|error| refused("the description of the microVM cannot be read").because(error))?;
-        if layout(spec.memory).as_ref() != Some(wanted) {
-            return Err(refused("the microVM's memory is not what its description says"));
-        }
-        if images.len() != spec.disks.len() {
-            let error =
-                format!("the microVM has {} disks, and {} images are there for it", spec.disks.len(), images.len());
-            return Err(refused(error));
-        }
         let kvm = super::host()?;
-        let offered = cpuid::offered(&kvm).map_err(|error| refused(error.to_string()).because(error))?;
-        let missing = cpuid::missing(&cpuid, &offered);
-        if !missing.is_empty() {
-            return Err(refused(format!(
-                "this host's processor lacks what the guest was promised: {}",
-                missing.join(", ")
-            ))
-            .advise("choose a standby with the same processor, or start the guest with fewer features"));
-        }
-        for (disk, image) in spec.disks.iter_mut().zip(images) {
-            disk.path.clone_from(image);
-        }
-        name.clone_into(&mut spec.name);
+        let Body { mut spec, cpuid, chips } = described(&kvm, name, recipe, wanted, images)?;
         let memory = BlockMemory::new(name, wanted)
             .map_err(|error| refused("there is no memory for the twin").because(error))?;
         let mut twins = self.lock();
         if twins.contains_key(name) {
             return Err(refused(format!("there is a twin called {name} already")));
         }
-        let tap = self.make_tap(&mut spec)?;
+        let tap = self.options.make_tap(&mut spec)?;
         twins.insert(name.to_owned(), None);
         Ok(Box::new(KvmTwin {
             host: self.clone(),
@@ -207,7 +220,8 @@ impl KvmTwin {
         let memory = self.memory.block(0).expect("a machine has memory");
         let bounds = self.host.options.bounds;
         let spec = self.spec.clone();
-        let machine = Machine::make(&self.kvm, spec, &self.cpuid, self.chips, memory, private, wire, bounds)
+        let means = Means { memory, private, wire, disks: open_disks(&spec)?, bounds };
+        let machine = Machine::make(&self.kvm, spec, &self.cpuid, self.chips, means)
             .map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..error })?;
         machine.load(device).map_err(does_not_load).inspect_err(|_| machine.end(None))?;
         Ok(machine)

@@ -2,14 +2,18 @@
 //!
 //! Promise: what happens after the guest has last looked ends the wait that follows, also if it happens before that begins.
 
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
+
+use super::process::board::Board;
 
 /// Counts what happens, for one vCPU.
 #[derive(Debug, Default)]
 pub(super) struct Wake {
     state: Mutex<State>,
     changed: Condvar,
+    /// If somebody in another process looks: where it is shown, and as which vCPU.
+    shown: OnceLock<(Arc<Board>, usize)>,
 }
 
 #[derive(Debug, Default)]
@@ -25,10 +29,25 @@ impl Wake {
         self.state.lock().expect("nobody panics while it counts")
     }
 
+    /// Shows itself there from now on, as that of vCPU `number`.
+    pub(super) fn show_on(&self, board: Arc<Board>, number: usize) {
+        // Once for a machine.
+        let _ = self.shown.set((board, number));
+        self.show(&self.lock());
+    }
+
+    /// To be called after each change.
+    fn show(&self, state: &State) {
+        if let Some((board, number)) = self.shown.get() {
+            board.show_vcpu(*number, state.happened, state.waits && state.happened == state.seen);
+        }
+    }
+
     /// Something happened: who waits goes on, and who begins to wait now does not.
     pub(super) fn wake(&self) {
         let mut state = self.lock();
         state.happened += 1;
+        self.show(&state);
         if state.waits {
             self.changed.notify_all();
         }
@@ -45,6 +64,7 @@ impl Wake {
         let deadline = Instant::now() + most;
         let mut state = self.lock();
         state.waits = true;
+        self.show(&state);
         while state.happened == state.seen {
             let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 break;
@@ -53,6 +73,7 @@ impl Wake {
         }
         state.waits = false;
         state.seen = state.happened;
+        self.show(&state);
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -52,6 +52,13 @@ pub struct KvmError {
 /// Names a failure of kvm-ioctls.
 pub fn failed(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |error| KvmError { what, source: io::Error::from_raw_os_error(error.errno()) }
+}
+
+/// KVM, of a descriptor of `/dev/kvm` that somebody opened.
+#[must_use]
+pub fn of(fd: OwnedFd) -> Kvm {
+    // SAFETY: the descriptor is open and nobody else's: it was owned. One of something else is refused by the first call.
+    unsafe { Kvm::from_raw_fd(fd.into_raw_fd()) }
 }
 
 /// A virtual machine and its memory, which begins at address zero.

@@ -73,13 +73,32 @@ impl SharedMemory {
         rustix::fs::ftruncate(&fd, length).map_err(failed("size"))?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&fd, seals).map_err(failed("seal"))?;
-        // SAFETY: the kernel chooses the place of a new mapping (null hint, no MAP_FIXED), so no memory of ours changes.
-        let start = unsafe {
-            let protection = ProtFlags::READ | ProtFlags::WRITE;
-            rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, &fd, 0)
-        };
-        let start = NonNull::new(start.map_err(failed("map"))?.cast()).expect("a mapping is never at address zero");
+        let start = map(&fd, bytes).map_err(failed("map"))?;
         Ok(Self { fd, start, length: bytes })
+    }
+
+    /// Maps memory that another process made by [`SharedMemory::new`] and passed on.
+    ///
+    /// # Errors
+    /// If it is not such memory, or the kernel refuses.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+        let length = u64::try_from(rustix::fs::fstat(&fd)?.st_size).unwrap_or(0);
+        let sealed = rustix::fs::fcntl_get_seals(&fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        if !sealed || length == 0 || !length.is_multiple_of(PAGE_SIZE as u64) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this is no shared memory of a fixed length"));
+        }
+        let bytes = usize::try_from(length).expect("lengths are 64 bits wide");
+        let start = map(&fd, bytes)?;
+        Ok(Self { fd, start, length: bytes })
+    }
+
+    /// The word at place `index`, in words of eight bytes; all who have the memory see the same one.
+    ///
+    /// # Panics
+    /// If it is outside.
+    #[must_use]
+    pub fn word(&self, index: usize) -> &AtomicU64 {
+        &self.words()[index]
     }
 
     /// Its length in bytes.
@@ -183,6 +202,15 @@ impl SharedMemory {
     }
 }
 
+fn map(fd: &OwnedFd, bytes: usize) -> rustix::io::Result<NonNull<AtomicU64>> {
+    // SAFETY: the kernel chooses the place of a new mapping (null hint, no MAP_FIXED), so no memory of ours changes.
+    let start = unsafe {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        rustix::mm::mmap(std::ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0)
+    }?;
+    Ok(NonNull::new(start.cast()).expect("a mapping is never at address zero"))
+}
+
 /// Bytes that the kernel keeps of a memfd's name.
 const MAX_NAME: usize = 249;
 
@@ -192,7 +220,7 @@ fn punch() -> FallocateFlags {
 
 impl Drop for SharedMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` with this start and length, nobody else unmaps it, and no borrow of it is
+        // SAFETY: the mapping was made by `map` with this start and length, nobody else unmaps it, and no borrow of it is
         // left, for `self` is borrowed exclusively.
         let result = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.length) };
         debug_assert!(result.is_ok(), "a mapping of ours can be unmapped");
@@ -307,6 +335,15 @@ mod tests {
         assert_eq!(&bytes, b"still here");
         file.set_len(0).expect_err("it is sealed");
         file.set_len(1 << 20).expect_err("it is sealed");
+        let again = SharedMemory::from_fd(file.into()).expect("it is such memory");
+        again.read(77, &mut bytes[..5]);
+        assert_eq!(&bytes[..5], b"still");
+        again.word(1).store(u64::MAX, Ordering::Relaxed);
+        again.read(15, &mut bytes[..2]);
+        assert_eq!(bytes[..2], [0xff, 0]);
+        let other = tempfile::tempfile().expect("a file");
+        other.set_len(PAGE_SIZE as u64).expect("room");
+        SharedMemory::from_fd(other.into()).expect_err("who made this could cut it off below the mapping");
     }
 
     #[test]

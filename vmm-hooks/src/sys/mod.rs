@@ -13,12 +13,14 @@
 //! | [`copy`] | guest pages copied by two threads |
 //! | [`tap`] | a tap interface as a descriptor |
 //! | [`fdpass`] | descriptors sent over a Unix socket |
+//! | [`isolate`] | a process without files: an empty root |
 //! | [`sched`] | a thread that is scheduled before ordinary ones |
 #![allow(unsafe_code)]
 
 pub mod copy;
 pub mod fdpass;
 pub mod inject;
+pub mod isolate;
 pub mod kvm;
 pub mod memory;
 pub mod pagemap;

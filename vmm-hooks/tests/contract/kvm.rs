@@ -1,4 +1,4 @@
-//! The microVM under the contract, with the pilot guest in it, which does what it is ordered to.
+//! The microVM under the contract, in this process and in one of its own, with the pilot guest in it, which does what it is ordered to.
 
 use std::cell::RefCell;
 use std::fs;
@@ -7,8 +7,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vmm_hooks::guest::{Guest, GuestError, TwinHost};
+use vmm_hooks::guest::{Fence, Guest, GuestError, TwinHost};
 use vmm_hooks::kvm::pilot::abi;
+use vmm_hooks::kvm::process::guest::Boot;
+use vmm_hooks::kvm::process::{self, Microvm, ProcessTwinHost, Program};
 use vmm_hooks::kvm::ring::check;
 use vmm_hooks::kvm::twin::Join;
 use vmm_hooks::kvm::{
@@ -26,14 +28,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Where the number is in a frame that was emitted by order.
 const NUMBER: std::ops::Range<usize> = 14..22;
 
-/// With dirty pages found so.
-pub(crate) struct Kvm(pub(crate) Dirty);
+/// With dirty pages found so, by threads of this process or in one of its own.
+pub(crate) struct Kvm {
+    pub(crate) dirty: Dirty,
+    pub(crate) process: bool,
+}
+
+fn program() -> Program {
+    Program::new(env!("CARGO_BIN_EXE_microvm-process"), &[])
+}
 
 impl Fixture for Kvm {
     fn name(&self) -> &'static str {
-        match self.0 {
-            Dirty::Bitmap => "kvm",
-            Dirty::Ring => "kvm-ring",
+        match (self.dirty, self.process) {
+            (Dirty::Bitmap, false) => "kvm",
+            (Dirty::Ring, false) => "kvm-ring",
+            (Dirty::Bitmap, true) => "kvm-process",
+            (Dirty::Ring, true) => "kvm-process-ring",
         }
     }
 
@@ -42,7 +53,7 @@ impl Fixture for Kvm {
         if !Path::new(PILOT).exists() {
             return Err("the pilot guest is not built; cargo xtask setup".to_owned());
         }
-        if self.0 == Dirty::Ring {
+        if self.dirty == Dirty::Ring {
             check::of_host(&kvm, check::Code::User).map_err(|why| format!("its rings cannot be relied on: {why}"))?;
         }
         let directory = tempfile::Builder::new().prefix("kvm-contract-").tempdir().expect("a directory");
@@ -61,14 +72,22 @@ impl Fixture for Kvm {
             cpus: 2,
             net: network.then(|| NetCard { mac: [2, 0, 0, 0, 0, 7], tap: "none".to_owned(), bridge: None }),
             disks: disks.collect(),
-            dirty: self.0,
+            dirty: self.dirty,
         };
         let wire = network.then(|| ours.into());
         let options = PilotOptions::default();
-        let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, wire, GateBounds::default());
-        let machine = machine.expect("this host can");
-        assert_eq!(machine.dirty_note(), None);
-        machine.resume().expect("it is new");
+        let bounds = GateBounds::default();
+        let machine = if self.process {
+            let boot = Boot::Pilot(PILOT.into(), options);
+            let machine = Microvm::start(&program(), spec, &boot, wire, bounds).expect("this host can");
+            assert_eq!(machine.dirty_note(), None);
+            Vm::Process(machine)
+        } else {
+            let machine = Machine::pilot(&kvm, spec, Path::new(PILOT), &options, wire, bounds).expect("this host can");
+            assert_eq!(machine.dirty_note(), None);
+            Vm::Here(machine)
+        };
+        machine.resume();
         let others: Arc<Mutex<Vec<UnixDatagram>>> = Arc::default();
         let join: Join = {
             let others = Arc::clone(&others);
@@ -78,14 +97,68 @@ impl Fixture for Kvm {
                 Ok(ours.into())
             })
         };
-        let host = KvmTwinHost::new(TwinHostOptions { join, ..TwinHostOptions::default() });
+        let options = TwinHostOptions { join, ..TwinHostOptions::default() };
+        let host = if self.process {
+            Host::Process(ProcessTwinHost::new(program(), options))
+        } else {
+            Host::Here(KvmTwinHost::new(options))
+        };
         Ok(Box::new(KvmWorld { machine, host, wire: theirs, heard: RefCell::default(), directory }))
     }
 }
 
+enum Vm {
+    Here(Machine),
+    Process(Microvm),
+}
+
+impl Vm {
+    fn resume(&self) {
+        match self {
+            Self::Here(machine) => machine.resume(),
+            Self::Process(machine) => machine.resume(),
+        }
+        .expect("it stands");
+    }
+
+    fn pause(&self) {
+        match self {
+            Self::Here(machine) => machine.pause(),
+            Self::Process(machine) => machine.pause(),
+        }
+        .expect("it runs");
+    }
+
+    fn is_running(&self) -> bool {
+        match self {
+            Self::Here(machine) => machine.is_running(),
+            Self::Process(machine) => machine.is_running(),
+        }
+    }
+
+    fn fence(&self) -> Arc<dyn Fence> {
+        match self {
+            Self::Here(machine) => machine.fence(),
+            Self::Process(machine) => machine.fence(),
+        }
+    }
+
+    fn serial(&self) -> String {
+        match self {
+            Self::Here(machine) => machine.serial(),
+            Self::Process(machine) => machine.serial().unwrap_or_else(|error| error.to_string()),
+        }
+    }
+}
+
+enum Host {
+    Here(KvmTwinHost),
+    Process(ProcessTwinHost),
+}
+
 struct KvmWorld {
-    machine: Machine,
-    host: KvmTwinHost,
+    machine: Vm,
+    host: Host,
     /// The other end of the network.
     wire: UnixDatagram,
     heard: RefCell<Vec<Vec<u8>>>,
@@ -94,7 +167,11 @@ struct KvmWorld {
 
 impl KvmWorld {
     fn order(&self, words: &[u32]) {
-        self.machine.order(words, PATIENCE).unwrap_or_else(|error| panic!("{error}; {}", self.machine.serial()));
+        let carried_out = match &self.machine {
+            Vm::Here(machine) => machine.order(words, PATIENCE),
+            Vm::Process(machine) => machine.order(words, PATIENCE),
+        };
+        carried_out.unwrap_or_else(|error| panic!("{error}; {}", self.machine.serial()));
     }
 }
 
@@ -104,7 +181,10 @@ fn small(value: impl TryInto<u32>) -> u32 {
 
 impl World for KvmWorld {
     fn attach(&self) -> Result<Box<dyn Guest>, GuestError> {
-        Ok(Box::new(attach(&self.machine)?))
+        match &self.machine {
+            Vm::Here(machine) => Ok(Box::new(attach(machine)?)),
+            Vm::Process(machine) => Ok(Box::new(process::attach(machine)?)),
+        }
     }
 
     fn spare(&self, index: u64) -> u64 {
@@ -118,9 +198,9 @@ impl World for KvmWorld {
             return self.order(&order);
         }
         // Only a guest that runs carries out an order; nobody captures meanwhile.
-        self.machine.resume().expect("it stands");
+        self.machine.resume();
         self.order(&order);
-        self.machine.pause().expect("it runs");
+        self.machine.pause();
     }
 
     fn write_disk(&self, disk: usize, offset: usize, byte: u8, bytes: usize) {
@@ -141,7 +221,10 @@ impl World for KvmWorld {
     }
 
     fn traces(&self) -> Vec<String> {
-        self.machine.traces()
+        match &self.machine {
+            Vm::Here(machine) => machine.traces(),
+            Vm::Process(machine) => machine.traces(),
+        }
     }
 
     fn emit(&self) {
@@ -166,19 +249,28 @@ impl World for KvmWorld {
     }
 
     fn twins(&self) -> Box<dyn TwinHost> {
-        Box::new(self.host.clone())
+        match &self.host {
+            Host::Here(host) => Box::new(host.clone()),
+            Host::Process(host) => Box::new(host.clone()),
+        }
     }
 
     fn twin_traces(&self) -> Vec<String> {
-        self.host.twins()
+        match &self.host {
+            Host::Here(host) => host.twins(),
+            Host::Process(host) => host.twins(),
+        }
     }
 }
 
 impl Drop for KvmWorld {
     fn drop(&mut self) {
-        let twins = self.host.twins().into_iter().filter_map(|name| self.host.machine(&name));
-        for machine in twins.chain([self.machine.clone()]) {
-            machine.fence().fence().expect("it ends");
+        // Processes end with their handles.
+        if let Host::Here(host) = &self.host {
+            for machine in host.twins().into_iter().filter_map(|name| host.machine(&name)) {
+                machine.fence().fence().expect("it ends");
+            }
         }
+        self.machine.fence().fence().expect("it ends");
     }
 }

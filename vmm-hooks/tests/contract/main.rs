@@ -22,11 +22,15 @@ macro_rules! contract {
         }
         mod on_kvm {
             use vmm_hooks::kvm::Dirty;
-            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm(Dirty::Bitmap), super::fixture::Needs::$needs, super::$part::$name); })*
+            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm { dirty: Dirty::Bitmap, process: false }, super::fixture::Needs::$needs, super::$part::$name); })*
         }
         mod on_kvm_with_rings {
             use vmm_hooks::kvm::Dirty;
-            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm(Dirty::Ring), super::fixture::Needs::$needs, super::$part::$name); })*
+            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm { dirty: Dirty::Ring, process: false }, super::fixture::Needs::$needs, super::$part::$name); })*
+        }
+        mod on_kvm_in_a_process {
+            use vmm_hooks::kvm::Dirty;
+            $(#[test] fn $name() { super::fixture::hold(&super::kvm::Kvm { dirty: Dirty::Bitmap, process: true }, super::fixture::Needs::$needs, super::$part::$name); })*
         }
         mod on_qemu {
             $(#[test] fn $name() { super::fixture::hold(&super::qemu::Qemu, super::fixture::Needs::$needs, super::$part::$name); })*

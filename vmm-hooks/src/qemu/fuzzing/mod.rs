@@ -11,8 +11,9 @@ mod ram;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Every target of this crate.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 8] = [
     ("cmdline", super::cmdline::fuzzing::run),
+    ("microvm", crate::kvm::fuzzing::process),
     ("nbd", crate::nbd::fuzzing::run),
     ("network", network::run),
     ("qmp", qmp::run),

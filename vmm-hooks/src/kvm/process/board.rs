@@ -1,0 +1,312 @@
+//! The memory that a microVM's process and its protector both have: what the machine shows of itself, the pages that were found dirty, the
+//! device state of a capture, and disk writes on their way.
+//!
+//! Promise: each word is of one writer, or is joined by atomic operations; what a process that was broken into writes here can make its protector
+//! lose this guest's pages, and nothing else.
+//!
+//! Layout: a page of words, the bitmap, the state, the writes.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::disk::{DiskChange, DiskWrite};
+use crate::kvm::ram::add_word;
+use crate::layout::{PAGE_SIZE, PageSet};
+use crate::sys::memory::{MemoryError, SharedMemory};
+
+/// What is shown, each by one word.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::kvm) enum Shown {
+    /// Whether vCPUs run ([`RUNS`]), the guest has shut itself down or the machine has ended ([`OVER`]).
+    Run = 0,
+    /// 1: events wait to be taken.
+    Events,
+    /// Whether output is held or dropped.
+    Closed,
+    HeldFrames,
+    HeldBytes,
+    /// When the oldest held frame was emitted, by the monotonic clock; 0: there is none.
+    HeldSince,
+    Released,
+    Dropped,
+    /// When the first frame of the epoch that is not sealed was emitted; 0: there is none.
+    First,
+    /// What a protector has left: [`MIRRORED`], [`TRACKED`].
+    Left,
+}
+
+pub(in crate::kvm) const RUNS: u64 = 1;
+pub(in crate::kvm) const OVER: u64 = 2;
+pub(super) const MIRRORED: u64 = 1;
+pub(super) const TRACKED: u64 = 2;
+
+/// Two words for each vCPU: how much happened to it, and whether it waits and nothing did.
+const VCPUS: usize = 64;
+/// Most vCPUs.
+pub(super) const CPUS_MAX: u64 = 128;
+const WORD: usize = 8;
+/// Room for the state of devices, and of each vCPU.
+const STATE: u64 = 1 << 20;
+const STATE_OF_VCPU: u64 = 64 << 10;
+/// Room for writes: more than the longest and its head.
+const WRITES: usize = 8 << 20;
+const HEAD: usize = 24;
+
+/// Nanoseconds of the monotonic clock, which both processes have. Never 0.
+pub(in crate::kvm) fn nanos() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let whole = u64::try_from(now.tv_sec).unwrap_or(0).saturating_mul(1_000_000_000);
+    whole.saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0)).max(1)
+}
+
+/// When it was `nanos` of the monotonic clock; `None`: never, as 0 says.
+pub(super) fn instant(nanos: u64) -> Option<Instant> {
+    if nanos == 0 {
+        return None;
+    }
+    let ago = self::nanos().saturating_sub(nanos);
+    let now = Instant::now();
+    Some(now.checked_sub(Duration::from_nanos(ago)).unwrap_or(now))
+}
+
+/// The memory.
+#[derive(Debug)]
+pub(in crate::kvm) struct Board {
+    memory: SharedMemory,
+    bitmap: usize,
+    bitmap_words: usize,
+    state: u64,
+    state_max: usize,
+    writes: u64,
+}
+
+impl Board {
+    fn place(memory: SharedMemory, cpus: u64, pages: u64) -> Option<Self> {
+        let words = usize::try_from(pages.div_ceil(64)).ok()?;
+        let page = PAGE_SIZE as u64;
+        let bitmap = page;
+        let state = bitmap + (words as u64 * WORD as u64).next_multiple_of(page);
+        let state_max = STATE + cpus.min(CPUS_MAX) * STATE_OF_VCPU;
+        let writes = state + state_max;
+        (memory.length() == writes + WRITES as u64).then(|| Self {
+            memory,
+            bitmap: PAGE_SIZE / WORD,
+            bitmap_words: words,
+            state,
+            state_max: usize::try_from(state_max).expect("bounded"),
+            writes,
+        })
+    }
+
+    fn bytes(cpus: u64, pages: u64) -> u64 {
+        let bitmap = (pages.div_ceil(64) * WORD as u64).next_multiple_of(PAGE_SIZE as u64);
+        PAGE_SIZE as u64 + bitmap + STATE + cpus.min(CPUS_MAX) * STATE_OF_VCPU + WRITES as u64
+    }
+
+    /// One for a machine with so many vCPUs and pages.
+    pub(super) fn new(name: &str, cpus: u64, pages: u64) -> Result<Self, MemoryError> {
+        let memory = SharedMemory::new(&format!("{name}/board"), Self::bytes(cpus, pages))?;
+        Ok(Self::place(memory, cpus, pages).expect("made for it"))
+    }
+
+    /// The same one, from the other side. `None`: it is not for such a machine.
+    pub(super) fn of(memory: SharedMemory, cpus: u64, pages: u64) -> Option<Self> {
+        Self::place(memory, cpus, pages)
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.memory.fd()
+    }
+
+    pub(in crate::kvm) fn show(&self, what: Shown, value: u64) {
+        self.memory.word(what as usize).store(value, SeqCst);
+    }
+
+    pub(in crate::kvm) fn shown(&self, what: Shown) -> u64 {
+        self.memory.word(what as usize).load(SeqCst)
+    }
+
+    /// How much happened to vCPU `number`, and whether it waits and nothing did.
+    pub(in crate::kvm) fn show_vcpu(&self, number: usize, happened: u64, waits: bool) {
+        if (number as u64) < CPUS_MAX {
+            self.memory.word(VCPUS + 2 * number).store(happened, SeqCst);
+            self.memory.word(VCPUS + 2 * number + 1).store(waits.into(), SeqCst);
+        }
+    }
+
+    /// How much happened to the first `cpus` vCPUs, and whether all of them wait.
+    pub(super) fn vcpus(&self, cpus: u64) -> (u64, bool) {
+        let cpus = usize::try_from(cpus.min(CPUS_MAX)).expect("few");
+        let word = |place: usize| self.memory.word(VCPUS + place).load(SeqCst);
+        let happened = (0..cpus).fold(0, |sum: u64, number| sum.wrapping_add(word(2 * number)));
+        (happened, (0..cpus).all(|number| word(2 * number + 1) == 1))
+    }
+
+    /// Adds pages that were found.
+    pub(super) fn add_found(&self, dirty: &PageSet) {
+        for (index, &word) in dirty.words().iter().take(self.bitmap_words).enumerate().filter(|&(_, &word)| word != 0) {
+            self.memory.word(self.bitmap + index).fetch_or(word, SeqCst);
+        }
+    }
+
+    /// Moves the pages that were found to `dirty`.
+    pub(super) fn take_found(&self, dirty: &mut PageSet) {
+        for index in 0..self.bitmap_words {
+            let word = self.memory.word(self.bitmap + index);
+            if word.load(SeqCst) != 0 {
+                add_word(dirty, index, word.swap(0, SeqCst));
+            }
+        }
+    }
+
+    /// The same, and they stay.
+    pub(super) fn look_at_found(&self, dirty: &mut PageSet) {
+        for index in 0..self.bitmap_words {
+            add_word(dirty, index, self.memory.word(self.bitmap + index).load(SeqCst));
+        }
+    }
+
+    /// Puts a state there. False: it is too long.
+    pub(super) fn put_state(&self, bytes: &[u8]) -> bool {
+        if bytes.len() > self.state_max {
+            return false;
+        }
+        self.memory.write(self.state, bytes);
+        true
+    }
+
+    /// Reads a state of so many bytes into `into`, which is cleared. False: none is so long.
+    pub(super) fn read_state(&self, bytes: u64, into: &mut Vec<u8>) -> bool {
+        let Some(length) = usize::try_from(bytes).ok().filter(|&length| length <= self.state_max) else { return false };
+        into.resize(length, 0);
+        self.memory.read(self.state, into);
+        true
+    }
+
+    /// Puts as many of the writes there as there is room for, and takes them away; how many.
+    pub(super) fn put_writes(&self, writes: &mut std::collections::VecDeque<DiskWrite>) -> u32 {
+        let (mut at, mut count) = (0, 0);
+        while let Some(write) = writes.front() {
+            let data: &[u8] = if let DiskChange::Data(data) = &write.change { data } else { &[] };
+            if at + HEAD + data.len() > WRITES {
+                break;
+            }
+            let kind = u32::from(matches!(write.change, DiskChange::Data(_)));
+            let mut head = [0; HEAD];
+            head[..4].copy_from_slice(&write.disk.to_le_bytes());
+            head[4..8].copy_from_slice(&kind.to_le_bytes());
+            head[8..16].copy_from_slice(&write.offset.to_le_bytes());
+            head[16..].copy_from_slice(&write.bytes().to_le_bytes());
+            self.memory.write(self.writes + at as u64, &head);
+            self.memory.write(self.writes + (at + HEAD) as u64, data);
+            // Heads begin at whole words.
+            at = (at + HEAD + data.len()).next_multiple_of(WORD);
+            count += 1;
+            writes.pop_front();
+        }
+        count
+    }
+
+    /// Reads so many writes to disks of these sizes, to the end of `into`.
+    pub(super) fn read_writes(&self, count: u32, sizes: &[u64], into: &mut Vec<DiskWrite>) -> Result<(), &'static str> {
+        let mut at = 0;
+        for _ in 0..count {
+            let mut head = [0; HEAD];
+            if at + HEAD > WRITES {
+                return Err("more writes than there is room for");
+            }
+            self.memory.read(self.writes + at as u64, &mut head);
+            let number = |start: usize| u32::from_le_bytes(head[start..start + 4].try_into().expect("four"));
+            let long = |start: usize| u64::from_le_bytes(head[start..start + 8].try_into().expect("eight"));
+            let (disk, kind, offset, bytes) = (number(0), number(4), long(8), long(16));
+            let size = sizes.get(disk as usize).ok_or("a write to no disk")?;
+            if bytes == 0 || offset.checked_add(bytes).is_none_or(|end| end > *size) {
+                return Err("a write outside of its disk");
+            }
+            at += HEAD;
+            let change = if kind == 0 {
+                DiskChange::Zero(bytes)
+            } else {
+                let length = usize::try_from(bytes).ok().filter(|&length| at + length <= WRITES);
+                let length = length.ok_or("a write that is longer than there is room for")?;
+                let mut data = vec![0; length];
+                self.memory.read(self.writes + at as u64, &mut data);
+                at = (at + length).next_multiple_of(WORD);
+                DiskChange::Data(data)
+            };
+            into.push(DiskWrite { disk, offset, change });
+        }
+        Ok(())
+    }
+
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(super) fn put_raw_writes(&self, bytes: &[u8]) {
+        self.memory.write(self.writes, bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    #[test]
+    fn pages_are_found_until_they_are_taken_and_the_other_side_has_the_same() {
+        let ours = Board::new("test", 2, 130).expect("a small one");
+        let fd = ours.fd().try_clone_to_owned().expect("a descriptor");
+        let theirs = |cpus, pages| {
+            Board::of(SharedMemory::from_fd(fd.try_clone().expect("a descriptor")).expect("it is"), cpus, pages)
+        };
+        assert!(theirs(2, 1 << 20).is_none(), "for another machine");
+        let theirs = theirs(2, 130).expect("the same machine");
+        let mut dirty = PageSet::empty(130);
+        dirty.insert(3);
+        theirs.add_found(&dirty);
+        dirty.clear();
+        dirty.insert(129);
+        theirs.add_found(&dirty);
+        let mut found = PageSet::empty(130);
+        ours.look_at_found(&mut found);
+        assert_eq!(found.iter().collect::<Vec<_>>(), [3, 129]);
+        found.clear();
+        ours.take_found(&mut found);
+        assert_eq!(found.iter().collect::<Vec<_>>(), [3, 129]);
+        found.clear();
+        ours.take_found(&mut found);
+        assert!(found.is_empty(), "they come once");
+        theirs.show_vcpu(0, 5, true);
+        theirs.show_vcpu(1, 6, false);
+        assert_eq!(ours.vcpus(2), (11, false));
+        assert!(theirs.put_state(&[7; 1000]) && !theirs.put_state(&vec![0; 2 << 20]));
+        let mut state = vec![1; 5000];
+        assert!(ours.read_state(1000, &mut state) && state == [7; 1000] && !ours.read_state(2 << 20, &mut state));
+    }
+
+    #[test]
+    fn writes_come_in_their_order_in_as_many_parts_as_it_takes() {
+        let board = Board::new("test", 1, 64).expect("a small one");
+        let write = |number: u64| DiskWrite {
+            disk: 0,
+            offset: number * 512,
+            change: if number == 4 { DiskChange::Zero(512) } else { DiskChange::Data(vec![1; 3 << 20]) },
+        };
+        let all: Vec<DiskWrite> = (0..9).map(write).collect();
+        let mut waiting: VecDeque<DiskWrite> = all.iter().cloned().collect();
+        let (mut read, mut parts) = (Vec::new(), 0);
+        while !waiting.is_empty() {
+            let count = board.put_writes(&mut waiting);
+            assert!(count > 0, "one at least");
+            board.read_writes(count, &[16 << 20], &mut read).expect("they are inside");
+            parts += 1;
+        }
+        assert!(read == all && parts > 1, "{parts} parts");
+        let mut outside = VecDeque::from([write(1)]);
+        assert_eq!(board.put_writes(&mut outside), 1);
+        board.read_writes(1, &[1 << 20], &mut read).expect_err("the disk is smaller");
+        board.read_writes(1, &[], &mut read).expect_err("there is no disk");
+    }
+}

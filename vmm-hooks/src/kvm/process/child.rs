@@ -1,0 +1,375 @@
+//! The process of a microVM: makes one machine, and does what its protector asks until that is gone.
+//!
+//! Promises: it is confined before it looks at what the machine is to be. When its protector's socket is closed a gate that held output is shut, and
+//! the process ends. A page that was found is on the board before its question is answered, whatever the answer is.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::board::{Board, CPUS_MAX, MIRRORED, Shown, TRACKED};
+use super::link::{LinkError, receive, send};
+use super::wire::{
+    Answer, Captured, Event, GateRequest, MESSAGE_MAX, Request, Start, Started, VERSION, What, Writes, decode, encode,
+};
+use crate::disk::DiskWrite;
+use crate::guest::{Gate as _, GuestError, GuestErrorKind};
+use crate::kvm::boot::PilotOptions;
+use crate::kvm::confine::confine_process;
+use crate::kvm::gate::GateBounds;
+use crate::kvm::guest::Body;
+use crate::kvm::machine::{Machine, Means, Spec};
+use crate::kvm::start::{Boots, Image, Kernel};
+use crate::kvm::state::StateError;
+use crate::kvm::track;
+use crate::layout::{PAGE_SIZE, PageSet};
+use crate::sys::isolate::ignore_endings;
+use crate::sys::memory::SharedMemory;
+use crate::track::Tracker;
+
+/// The life of a microVM's process, whose standard input is the socket of its protector. To be called by a process with one thread.
+#[must_use]
+pub fn main() -> ExitCode {
+    // What is half dead must not go on.
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        std::process::abort();
+    }));
+    ignore_endings();
+    let socket = match io::stdin().as_fd().try_clone_to_owned() {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::error!(%error, "a microVM's process has no socket");
+            return ExitCode::FAILURE;
+        }
+    };
+    let confined = confine_process();
+    if let Ok(missing) = &confined
+        && !missing.is_empty()
+    {
+        tracing::warn!(missing = missing.join(", "), "a microVM's process could not be confined in all ways");
+    }
+    serve(socket, confined.err());
+    ExitCode::SUCCESS
+}
+
+/// Answers until the other end is closed. `unfit`: why no machine may be made here.
+fn serve(socket: OwnedFd, mut unfit: Option<GuestError>) {
+    let (mut inbox, mut out) = (vec![0; MESSAGE_MAX], vec![0; MESSAGE_MAX]);
+    let (mut fds, mut server) = (Vec::new(), None::<Server>);
+    loop {
+        let length = match receive(&socket, &mut inbox, &mut fds) {
+            Ok(length) => length,
+            Err(LinkError::Closed) => break,
+            Err(error) => {
+                tracing::error!(%error, "a microVM's process hears nothing any more");
+                break;
+            }
+        };
+        let Some((number, request)) = decode::<Request>(&inbox[..length]) else {
+            tracing::error!("a microVM's process was asked what it does not know");
+            break;
+        };
+        let answered = match (request, &mut server) {
+            (Request::Start(start), server @ None) => match unfit.take() {
+                Some(unfit) => Err(unfit),
+                None => begin(&start, std::mem::take(&mut fds)).map(|(made, answer)| {
+                    *server = made;
+                    answer
+                }),
+            },
+            (Request::Start(_), Some(_)) | (_, None) => {
+                Err(GuestError::new(GuestErrorKind::Failed, "this is asked before a machine was made, or after"))
+            }
+            (request, Some(server)) => {
+                let answered = server.answer(request);
+                server.show();
+                answered
+            }
+        };
+        if number == 0 {
+            continue;
+        }
+        let answer = answered.unwrap_or_else(|error| Answer::Failed(error.into()));
+        let too_long = || Answer::Failed(GuestError::new(GuestErrorKind::Failed, "the answer is too long").into());
+        let length = encode(number, &answer, &mut out).or_else(|| encode(number, &too_long(), &mut out));
+        let length = length.expect("an error is short");
+        if send(&socket, &out[..length], &[], true).is_err() {
+            break;
+        }
+    }
+    if let Some(server) = server
+        && server.machine.0.gate.closed()
+    {
+        server.machine.0.gate.shut();
+    }
+}
+
+fn refused(message: impl Into<String>) -> GuestError {
+    GuestError::new(GuestErrorKind::Refused, message)
+}
+
+fn does_not_load(error: StateError) -> GuestError {
+    GuestError::new(GuestErrorKind::Failed, format!("the microVM's state does not load here: {error}"))
+        .advise("the committed memory is unharmed")
+        .because(error)
+}
+
+/// Makes the machine; `None`: it was only to show that a state loads.
+fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), GuestError> {
+    if start.version != VERSION {
+        return Err(refused(format!("the microVM's process speaks version {VERSION}, not {}", start.version)));
+    }
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().ok_or_else(|| refused("a descriptor is missing"));
+    let kvm = Arc::new(crate::sys::kvm::of(next()?));
+    let unusable = |error: io::Error| refused("the memory that was passed on cannot be used").because(error);
+    let memory = SharedMemory::from_fd(next()?).map_err(unusable)?;
+    let board = SharedMemory::from_fd(next()?).map_err(unusable)?;
+    let (bell, gate) = (next()?, next()?);
+    let wire = start.wire.then(&mut next).transpose()?;
+    let text = &start.description;
+    let unread = |error: serde_json::Error| refused("the description of the microVM cannot be read").because(error);
+    let (spec, boots, loads) = match &start.what {
+        What::Pilot { path, address, prefix, gateway, log } => {
+            let image = Image { file: File::from(next()?), path: PathBuf::from(path) };
+            let (address, gateway) = (Ipv4Addr::from_bits(*address), gateway.map(Ipv4Addr::from_bits));
+            let options = PilotOptions { address, prefix: *prefix, gateway, log: *log };
+            (serde_json::from_str(text).map_err(unread)?, Some(Boots::Pilot(image, options)), None)
+        }
+        What::Linux { path, initrd, cmdline } => {
+            let image = Image { file: File::from(next()?), path: PathBuf::from(path) };
+            let mut initramfs =
+                |path: &String| Ok::<_, GuestError>(Image { file: File::from(next()?), path: PathBuf::from(path) });
+            let initrd = initrd.as_ref().map(&mut initramfs).transpose()?;
+            let kernel = Kernel { image, initrd, cmdline: cmdline.clone() };
+            (serde_json::from_str(text).map_err(unread)?, Some(Boots::Linux(kernel)), None)
+        }
+        What::State { bytes, scratch } => {
+            let Body { spec, cpuid, chips } = serde_json::from_str(text).map_err(unread)?;
+            (spec, None, Some((cpuid, chips, *bytes, *scratch)))
+        }
+    };
+    let spec: Spec = spec;
+    let board = Board::of(board, spec.cpus, spec.memory / PAGE_SIZE as u64);
+    let board = Arc::new(board.ok_or_else(|| refused("the memory that was passed on is for another microVM"))?);
+    if memory.length() != spec.memory || spec.cpus > CPUS_MAX {
+        return Err(refused("the microVM is not what its description says"));
+    }
+    let disks: Vec<File> = fds.map(File::from).collect();
+    if disks.len() != spec.disks.len() {
+        return Err(refused("an image is missing"));
+    }
+    let bounds = GateBounds {
+        bytes: usize::try_from(start.held_bytes).unwrap_or(usize::MAX),
+        age: Duration::from_millis(start.held_millis),
+    };
+    let private = loads.as_ref().is_some_and(|&(_, _, _, scratch)| scratch);
+    let means = Means { memory: &memory, private, wire, disks, bounds };
+    let machine = match (boots, loads) {
+        (Some(boots), _) => Machine::boot(&kvm, spec, boots, means)?,
+        (None, Some((cpuid, chips, bytes, scratch))) => {
+            let machine = Machine::make(&kvm, spec, &cpuid, chips, means)?;
+            let mut state = Vec::new();
+            if !board.read_state(bytes, &mut state) {
+                return Err(refused("a state that is too long"));
+            }
+            machine.load(&state).map_err(does_not_load).inspect_err(|_| machine.end(None))?;
+            if scratch {
+                let mut again = Vec::new();
+                let read = machine.save(&mut again).map_err(does_not_load);
+                machine.fence().fence()?;
+                read?;
+                if again.len() != state.len() {
+                    let why = "the microVM's state reads otherwise than it was loaded";
+                    return Err(GuestError::new(GuestErrorKind::Failed, why));
+                }
+                return Ok((None, Answer::Done));
+            }
+            machine
+        }
+        (None, None) => unreachable!("it boots or is loaded"),
+    };
+    machine.show_on(&board, bell);
+    let (gates, named) = (machine.clone(), std::thread::Builder::new().name("gate".to_owned()));
+    let gate_thread = named.spawn(move || serve_gate(&gates, &gate));
+    gate_thread.map_err(|error| refused("the microVM's threads cannot be started").because(error))?;
+    let inner = &machine.0;
+    let body = Body { spec: inner.spec.clone(), cpuid: machine.cpuid().to_vec(), chips: machine.has_chips() };
+    let started = Started {
+        body: serde_json::to_string(&body).expect("plain data"),
+        disks: inner.log.sizes().to_vec(),
+        note: machine.dirty_note(),
+    };
+    let tracker = track::tracker(inner);
+    let dirty = PageSet::empty(inner.vm.ram().pages());
+    let server =
+        Server { machine, board, tracker, dirty, state: Vec::new(), captured: Vec::new(), writes: VecDeque::new() };
+    server.show();
+    Ok((Some(server), Answer::Started(started)))
+}
+
+/// Answers for the gate until the other end is closed.
+fn serve_gate(machine: &Machine, socket: &OwnedFd) {
+    let (mut inbox, mut out, mut fds) = (vec![0; MESSAGE_MAX], vec![0; MESSAGE_MAX], Vec::new());
+    let gate = &machine.0.gate;
+    while let Ok(length) = receive(socket, &mut inbox, &mut fds) {
+        let Some((number, request)) = decode::<GateRequest>(&inbox[..length]) else { return };
+        let mut answer = Answer::Done;
+        match request {
+            GateRequest::Hold(epoch) => gate.hold(epoch),
+            GateRequest::Seal(next) => answer = Answer::Sealed(gate.seal(next)),
+            GateRequest::Release(through) => gate.release(through),
+            GateRequest::Open => gate.open(),
+            GateRequest::Shut => gate.shut(),
+            GateRequest::Announce => machine.announce(),
+        }
+        if number != 0 {
+            let length = encode(number, &answer, &mut out).expect("it is short");
+            if send(socket, &out[..length], &[], true).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The machine, and what is between it and its protector.
+struct Server {
+    machine: Machine,
+    board: Arc<Board>,
+    tracker: Box<dyn Tracker>,
+    /// Pages of one harvest; kept to be used again, as the next ones are.
+    dirty: PageSet,
+    state: Vec<u8>,
+    captured: Vec<DiskWrite>,
+    /// Writes that are on their way.
+    writes: VecDeque<DiskWrite>,
+}
+
+fn untracked(error: crate::track::TrackError) -> GuestError {
+    crate::kvm::guest::failed(error)
+}
+
+impl Server {
+    fn answer(&mut self, request: Request) -> Result<Answer, GuestError> {
+        let inner = Arc::clone(&self.machine.0);
+        match request {
+            Request::Start(_) => unreachable!("asked once"),
+            Request::Pause => self.machine.pause()?,
+            Request::Resume => self.machine.resume()?,
+            Request::Epoch { begin, next } => {
+                self.machine.pause()?;
+                let mut held = 0;
+                if begin {
+                    inner.gate.hold(next);
+                } else {
+                    held = inner.gate.seal(next);
+                }
+                return self.capture(held).map(Answer::Captured);
+            }
+            Request::Capture => return self.capture(0).map(Answer::Captured),
+            Request::MoreWrites => return Ok(Answer::Writes(self.next_writes())),
+            Request::Arm => self.tracker.arm().map_err(untracked)?,
+            Request::Harvest => self.harvest()?,
+            Request::Mirror => {
+                self.writes.clear();
+                inner.log.start();
+            }
+            Request::Progress => {
+                let progress = inner.log.progress().ok_or_else(crate::kvm::guest::not_whole)?;
+                return Ok(Answer::Progress { done: progress.done, total: progress.total, ready: progress.ready });
+            }
+            Request::TakeWrites { bytes, micros } => {
+                self.captured.clear();
+                let (bytes, wait) = (usize::try_from(bytes).unwrap_or(usize::MAX), Duration::from_micros(micros));
+                inner.log.take(&mut self.captured, bytes, wait, |disk, offset, length, with| {
+                    inner.blocks[disk as usize].copy(offset, length, with);
+                });
+                self.writes.extend(self.captured.drain(..));
+                return Ok(Answer::Writes(self.next_writes()));
+            }
+            Request::Unmirror => {
+                inner.log.end();
+                self.writes.clear();
+            }
+            Request::Detach { open } => {
+                if open {
+                    inner.gate.open();
+                }
+                inner.log.end();
+                self.writes.clear();
+                let disarmed = self.tracker.disarm().map_err(untracked);
+                self.machine.resume()?;
+                disarmed?;
+            }
+            Request::Events => {
+                let events = self.machine.take_events().into_iter().filter_map(Event::of);
+                return Ok(Answer::Events(events.collect()));
+            }
+            Request::Look => {}
+            Request::Order { words, millis } => self.machine.order(&words, Duration::from_millis(millis))?,
+            Request::Serial => {
+                let mut text = self.machine.serial();
+                let surplus = text.len().saturating_sub(MESSAGE_MAX / 2);
+                text.drain(..text.ceil_char_boundary(surplus));
+                return Ok(Answer::Text(text));
+            }
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Puts the dirty pages on the board.
+    fn harvest(&mut self) -> Result<(), GuestError> {
+        self.dirty.clear();
+        let harvested = self.tracker.harvest(&mut self.dirty);
+        // Also if it failed: the tracker may not find them again.
+        self.board.add_found(&self.dirty);
+        harvested.map_err(untracked)
+    }
+
+    /// Puts an epoch on the board.
+    fn capture(&mut self, held: u64) -> Result<Captured, GuestError> {
+        let start = Instant::now();
+        self.harvest()?;
+        let harvested = Instant::now();
+        self.machine.save(&mut self.state).map_err(|error| {
+            GuestError::new(GuestErrorKind::Failed, format!("the microVM's state could not be read: {error}"))
+                .because(error)
+        })?;
+        if !self.board.put_state(&self.state) {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the microVM's state is too long"));
+        }
+        let saved = Instant::now();
+        if !self.machine.0.log.capture(&mut self.captured) {
+            return Err(crate::kvm::guest::not_whole());
+        }
+        self.writes.extend(self.captured.drain(..));
+        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        Ok(Captured {
+            held,
+            harvest_nanos: nanos(harvested - start),
+            device_nanos: nanos(saved - harvested),
+            state: self.state.len() as u64,
+            writes: self.next_writes(),
+        })
+    }
+
+    fn next_writes(&mut self) -> Writes {
+        let count = self.board.put_writes(&mut self.writes);
+        Writes { count, more: !self.writes.is_empty() }
+    }
+
+    /// Shows what a protector has left in the machine.
+    fn show(&self) {
+        let inner = &self.machine.0;
+        let left = if inner.log.active() { MIRRORED } else { 0 } | if inner.vm.logs() { TRACKED } else { 0 };
+        self.board.show(Shown::Left, left);
+    }
+}

@@ -1,0 +1,691 @@
+//! A microVM in a process of its own: the handle, and it as a [`Guest`].
+//!
+//! Promises: what a capture found is in the ledger here before anything can fail. A question that is not answered in time leaves a guest that is told to
+//! run, no page lost, and a mirror that counts as broken.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::board::{Board, CPUS_MAX, MIRRORED, OVER, RUNS, Shown, TRACKED};
+use super::gate::ProcessGate;
+use super::link::{Link, LinkError, pair};
+use super::spawn::{Process, Program, open_kvm};
+use super::wire::{Answer, Captured, Request, Start, Started, VERSION, What, Writes};
+use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
+use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
+use crate::kvm::boot::PilotOptions;
+use crate::kvm::gate::GateBounds;
+use crate::kvm::guest::{BACKEND, layout, not_whole};
+use crate::kvm::linux::LinuxOptions;
+use crate::kvm::machine::{Spec, open_disks, refused};
+use crate::kvm::ram::Ram;
+use crate::kvm::start::{Image, Kernel, new_memory};
+use crate::layout::{Layout, PAGE_SIZE, PageSet};
+use crate::sys::memory::SharedMemory;
+use crate::track::{DirtyLedger, TrackError, Tracker};
+
+/// Longest wait for an answer: longer than a machine waits for its vCPUs.
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+/// Longest wait for a machine to be made: its host's rings may have to be tried.
+const START_MAX: Duration = Duration::from_secs(90);
+/// Most bytes of disk writes that one capture can hold: more than a log does.
+const WRITES_MAX: u64 = 256 << 20;
+
+/// What a new machine boots, as its operator names it.
+#[derive(Debug, Clone)]
+pub enum Boot {
+    /// The pilot, from this image.
+    Pilot(std::path::PathBuf, PilotOptions),
+    /// A Linux kernel.
+    Linux(LinuxOptions),
+}
+
+/// Everything of the handle.
+#[derive(Debug)]
+pub(super) struct Inner {
+    spec: Spec,
+    recipe: Recipe,
+    layout: Layout,
+    /// Of its disks.
+    sizes: Vec<u64>,
+    note: Option<String>,
+    ram: Ram,
+    board: Arc<Board>,
+    link: Mutex<Link>,
+    pub(super) gate: Arc<ProcessGate>,
+    pub(super) process: Arc<Process>,
+    attached: AtomicBool,
+    /// Its death was told.
+    told: AtomicBool,
+}
+
+/// A microVM in a process of its own. Clones are the same one; it is ended when nobody has one.
+#[derive(Debug, Clone)]
+pub struct Microvm(pub(super) Arc<Inner>);
+
+/// A machine that is to be made by a process.
+pub(super) struct Plan<'a> {
+    pub(super) spec: Spec,
+    /// See [`Start`].
+    pub(super) description: String,
+    pub(super) what: What,
+    pub(super) memory: &'a SharedMemory,
+    pub(super) wire: Option<OwnedFd>,
+    /// What it boots.
+    pub(super) files: Vec<File>,
+    pub(super) disks: Vec<File>,
+    pub(super) bounds: GateBounds,
+    /// What it is loaded with.
+    pub(super) state: &'a [u8],
+}
+
+/// Has `process` do what `plan` says; its answer, and what is between the two then.
+pub(super) fn ask_to_start(
+    process: &Process,
+    link: &mut Link,
+    plan: &Plan<'_>,
+) -> Result<(Answer, Arc<Board>, ProcessGate), GuestError> {
+    let name = &plan.spec.name;
+    if plan.spec.cpus == 0 || plan.spec.cpus > CPUS_MAX {
+        return Err(refused(format!("a microVM has at least one vCPU and at most {CPUS_MAX}")));
+    }
+    let failed = |error: &dyn std::fmt::Display| {
+        GuestError::new(GuestErrorKind::Failed, format!("the process of the microVM {name} cannot be used: {error}"))
+    };
+    let kvm = open_kvm()?;
+    let board = Board::new(name, plan.spec.cpus, plan.memory.length() / PAGE_SIZE as u64);
+    let board = Arc::new(board.map_err(|error| failed(&error))?);
+    if !board.put_state(plan.state) {
+        return Err(failed(&"the state is too long"));
+    }
+    let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(&error))?;
+    let (ours, theirs) = pair().map_err(|error| failed(&error))?;
+    let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), plan.memory.fd(), board.fd(), bell.as_fd(), theirs.as_fd()];
+    fds.extend(plan.wire.as_ref().map(AsFd::as_fd));
+    fds.extend(plan.files.iter().chain(&plan.disks).map(AsFd::as_fd));
+    let start = Request::Start(Start {
+        version: VERSION,
+        description: plan.description.clone(),
+        what: plan.what.clone(),
+        wire: plan.wire.is_some(),
+        held_bytes: plan.bounds.bytes as u64,
+        held_millis: u64::try_from(plan.bounds.age.as_millis()).unwrap_or(u64::MAX),
+    });
+    let answer = match link.ask(&start, &fds, START_MAX) {
+        Ok(Answer::Failed(failure)) => return Err(failure.into()),
+        Ok(answer) => answer,
+        Err(LinkError::Closed) => {
+            let _ = process.handle().wait_exit(Duration::from_secs(1));
+            return Err(failed(&process.end().unwrap_or_else(|| "it does not listen".to_owned())));
+        }
+        Err(error) => return Err(failed(&error)),
+    };
+    let gate = ProcessGate::new(name, Link::new(ours), Arc::clone(&board), bell);
+    Ok((answer, board, gate))
+}
+
+impl Microvm {
+    /// Starts a process and has it make a machine that boots something. It stands. `wire` takes and gives one frame a call, and is there if the machine
+    /// has a card.
+    ///
+    /// # Errors
+    /// If this host cannot have it; nothing is left behind.
+    pub fn start(
+        program: &Program,
+        spec: Spec,
+        boot: &Boot,
+        wire: Option<OwnedFd>,
+        bounds: GateBounds,
+    ) -> Result<Self, GuestError> {
+        let text = |path: &std::path::Path| path.display().to_string();
+        let (what, files) = match boot {
+            Boot::Pilot(path, PilotOptions { address, prefix, gateway, log }) => {
+                let (address, gateway) = (address.to_bits(), gateway.map(|gateway| gateway.to_bits()));
+                let what = What::Pilot { path: text(path), address, prefix: *prefix, gateway, log: *log };
+                (what, vec![Image::open(path)?.file])
+            }
+            Boot::Linux(options) => {
+                let Kernel { image, initrd, cmdline } = Kernel::open(options)?;
+                let path = text(&image.path);
+                let what = What::Linux { path, initrd: initrd.as_ref().map(|initrd| text(&initrd.path)), cmdline };
+                (what, std::iter::once(image).chain(initrd).map(|image| image.file).collect())
+            }
+        };
+        let memory = new_memory(&spec)?;
+        let description = serde_json::to_string(&spec).expect("plain data");
+        let disks = open_disks(&spec)?;
+        let plan = Plan { spec, description, what, memory: &memory, wire, files, disks, bounds, state: &[] };
+        let (process, link) = Process::start(program, &plan.spec.name)?;
+        Self::of(process, link, plan)
+    }
+
+    /// Has a process that waits make a machine.
+    pub(super) fn of(process: Process, mut link: Link, plan: Plan<'_>) -> Result<Self, GuestError> {
+        let (answer, board, gate) = ask_to_start(&process, &mut link, &plan)?;
+        let Answer::Started(Started { body, disks: sizes, note }) = answer else {
+            return Err(unexpected(&plan.spec.name));
+        };
+        if sizes.len() != plan.spec.disks.len() {
+            return Err(unexpected(&plan.spec.name));
+        }
+        let ram = Ram::map(plan.memory, false).map_err(|error| refused(error.to_string()).because(error))?;
+        let spec = plan.spec;
+        let disks = sizes.iter().zip(&spec.disks);
+        let disks = disks.map(|(&bytes, disk)| DiskSpec { name: disk.name.clone(), bytes }).collect();
+        Ok(Self(Arc::new(Inner {
+            layout: layout(spec.memory).expect("a machine has memory"),
+            recipe: Recipe { backend: BACKEND.to_owned(), body, disks },
+            sizes,
+            note,
+            ram,
+            board,
+            link: Mutex::new(link),
+            gate: Arc::new(gate),
+            process: Arc::new(process),
+            attached: AtomicBool::new(false),
+            told: AtomicBool::new(false),
+            spec,
+        })))
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn spec(&self) -> &Spec {
+        &self.0.spec
+    }
+
+    /// What its operator is to know of how its dirty pages are found, if that is not what was asked for: one sentence.
+    #[must_use]
+    pub fn dirty_note(&self) -> Option<String> {
+        self.0.note.clone()
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &crate::sys::process::PidFd {
+        self.0.process.handle()
+    }
+
+    /// Whether its guest has shut itself down, or it has ended: nothing of it runs again.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.board.shown(Shown::Run) & OVER != 0 || self.process().has_exited()
+    }
+
+    /// Whether its vCPUs run, once all that was asked is done. False if it does not answer.
+    #[must_use]
+    pub fn is_running(&self) -> bool {
+        self.0.must(&Request::Look).is_ok() && self.0.board.shown(Shown::Run) & RUNS != 0
+    }
+
+    /// Stops it; see [`Guest::pause`].
+    ///
+    /// # Errors
+    /// [`GuestErrorKind::Gone`] if it has ended; else it runs on.
+    pub fn pause(&self) -> Result<(), GuestError> {
+        let paused = self.0.must(&Request::Pause);
+        if let Err(error) = &paused
+            && error.kind != GuestErrorKind::Gone
+        {
+            // If the question is only late.
+            let _ = self.resume();
+        }
+        paused
+    }
+
+    /// Lets it run. Does not wait until it does. A machine whose guest has shut itself down stays off, which is no error.
+    ///
+    /// # Errors
+    /// [`GuestErrorKind::Gone`] if it has ended.
+    pub fn resume(&self) -> Result<(), GuestError> {
+        let posted = self.0.lock().post(&Request::Resume);
+        posted.map_err(|error| self.0.failed(error))
+    }
+
+    /// A handle that ends it.
+    #[must_use]
+    pub fn fence(&self) -> Arc<dyn Fence> {
+        Arc::new(ProcessFence(Arc::clone(&self.0.process)))
+    }
+
+    /// What a protector has left in it, in words.
+    #[must_use]
+    pub fn traces(&self) -> Vec<String> {
+        let left = self.0.board.shown(Shown::Left);
+        [
+            (self.0.attached.load(Ordering::SeqCst), "somebody is attached"),
+            (self.0.board.shown(Shown::Closed) != 0, "its output is held"),
+            (left & MIRRORED != 0, "its disks are mirrored"),
+            (left & TRACKED != 0, "its memory is tracked"),
+        ]
+        .into_iter()
+        .filter(|&(there, _)| there)
+        .map(|(_, what)| what.to_owned())
+        .collect()
+    }
+
+    /// Orders the pilot to do something and waits until it has, for `most`.
+    ///
+    /// # Errors
+    /// If the machine has ended or does not answer.
+    pub fn order(&self, words: &[u32], most: Duration) -> Result<(), GuestError> {
+        let millis = u64::try_from(most.as_millis()).unwrap_or(u64::MAX);
+        match self.0.ask_within(&Request::Order { words: words.to_vec(), millis }, most + ANSWER_MAX)? {
+            Answer::Done => Ok(()),
+            _ => Err(unexpected(&self.0.spec.name)),
+        }
+    }
+
+    /// What its guest wrote to its serial port, the last of it.
+    ///
+    /// # Errors
+    /// If it has ended or does not answer.
+    pub fn serial(&self) -> Result<String, GuestError> {
+        match self.0.ask(&Request::Serial)? {
+            Answer::Text(text) => Ok(text),
+            _ => Err(unexpected(&self.0.spec.name)),
+        }
+    }
+}
+
+fn unexpected(name: &str) -> GuestError {
+    GuestError::new(GuestErrorKind::Failed, format!("the process of the microVM {name} answers what was not asked"))
+        .advise("end the microVM: its guest may have broken out of it")
+}
+
+impl Inner {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Link> {
+        self.link.lock().expect("nobody panics while it asks")
+    }
+
+    fn failed(&self, error: LinkError) -> GuestError {
+        let name = &self.spec.name;
+        if matches!(error, LinkError::Closed) {
+            let _ = self.process.handle().wait_exit(Duration::from_secs(1));
+            let how = self.process.end().map_or_else(String::new, |how| format!(": {how}"));
+            return GuestError::new(GuestErrorKind::Gone, format!("the microVM {name} has ended{how}"));
+        }
+        GuestError::new(GuestErrorKind::Failed, format!("the process of the microVM {name} does not answer"))
+            .advise("nothing is lost; look whether its disk answers, or end it")
+            .because(error)
+    }
+
+    fn ask_within(&self, request: &Request, within: Duration) -> Result<Answer, GuestError> {
+        let answer = self.lock().ask(request, &[], within);
+        match answer.map_err(|error| self.failed(error))? {
+            Answer::Failed(failure) => Err(failure.into()),
+            answer => Ok(answer),
+        }
+    }
+
+    fn ask(&self, request: &Request) -> Result<Answer, GuestError> {
+        self.ask_within(request, ANSWER_MAX)
+    }
+
+    fn must(&self, request: &Request) -> Result<(), GuestError> {
+        match self.ask(request)? {
+            Answer::Done => Ok(()),
+            _ => Err(unexpected(&self.spec.name)),
+        }
+    }
+}
+
+/// Ends the process.
+#[derive(Debug)]
+struct ProcessFence(Arc<Process>);
+
+impl Fence for ProcessFence {
+    fn fence(&self) -> Result<(), GuestError> {
+        self.0.kill()
+    }
+
+    fn ended(&self) -> bool {
+        self.0.handle().has_exited()
+    }
+}
+
+/// The pages that the process has put on the board.
+#[derive(Debug)]
+struct BoardTracker(Arc<Board>);
+
+impl Tracker for BoardTracker {
+    fn name(&self) -> &'static str {
+        "kvm-board"
+    }
+
+    fn arm(&mut self) -> Result<(), TrackError> {
+        self.0.take_found(&mut PageSet::empty(0));
+        Ok(())
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.0.take_found(dirty);
+        Ok(())
+    }
+
+    fn peek(&mut self, dirty: &mut PageSet) -> Result<(), TrackError> {
+        self.0.look_at_found(dirty);
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), TrackError> {
+        Ok(())
+    }
+}
+
+/// A microVM that is protected.
+#[derive(Debug)]
+pub struct ProcessGuest {
+    machine: Microvm,
+    ledger: DirtyLedger<BoardTracker>,
+    /// The pages of one capture. Kept to be used again.
+    dirty: PageSet,
+    /// Disk writes that were given back.
+    returned: Vec<DiskWrite>,
+    mirrored: bool,
+    /// Writes were lost.
+    broken: bool,
+    looked: u64,
+    paused: bool,
+}
+
+/// Attaches to a microVM of this process's.
+///
+/// # Errors
+/// [`GuestErrorKind::Refused`] if somebody is attached to it.
+pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
+    if machine.0.attached.swap(true, Ordering::SeqCst) {
+        let error = GuestError::new(GuestErrorKind::Refused, "somebody is attached to this microVM already");
+        return Err(error.advise("nothing was changed; detach the other one first"));
+    }
+    let pages = machine.0.layout.pages();
+    Ok(ProcessGuest {
+        machine: machine.clone(),
+        ledger: DirtyLedger::new(BoardTracker(Arc::clone(&machine.0.board)), pages),
+        dirty: PageSet::empty(pages),
+        returned: Vec::new(),
+        mirrored: false,
+        broken: false,
+        looked: 0,
+        paused: false,
+    })
+}
+
+impl ProcessGuest {
+    fn must_stand(&self, call: &str) {
+        assert!(self.paused, "{call} of a guest that was not paused");
+    }
+
+    /// Copies pages to `bytes`, which has their length, run by run.
+    fn copy(&self, pages: &[u64], bytes: &mut [u8]) {
+        let (mut pages, mut bytes) = (pages, bytes);
+        while let Some(&first) = pages.first() {
+            let run = pages.iter().zip(first..).take_while(|&(&page, expected)| page == expected).count();
+            let (now, later) = bytes.split_at_mut(run * PAGE_SIZE);
+            self.machine.0.ram.read_pages(first, now);
+            (pages, bytes) = (&pages[run..], later);
+        }
+    }
+
+    /// Asks for a capture.
+    fn ask_captured(&mut self, request: &Request) -> Result<Captured, GuestError> {
+        if self.broken {
+            return Err(not_whole());
+        }
+        match self.machine.0.ask(request) {
+            Ok(Answer::Captured(captured)) => Ok(captured),
+            other => {
+                let error = other.map_or_else(|error| error, |_| unexpected(&self.machine.0.spec.name));
+                // Of one that is only late the writes would come with nothing.
+                self.broken |= self.mirrored && error.source.as_ref().is_some_and(|source| source.is::<LinkError>());
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes an epoch from the board.
+    fn take(&mut self, captured: &Captured, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
+        let start = Instant::now();
+        self.dirty.clear();
+        self.ledger.harvest(&mut self.dirty).expect("the board is there");
+        into.pages.clear();
+        into.pages.extend(self.dirty.iter());
+        parts.harvest = Duration::from_nanos(captured.harvest_nanos) + start.elapsed();
+        parts.device = Duration::from_nanos(captured.device_nanos);
+        let copying = Instant::now();
+        let taken = self.take_the_rest(captured, into);
+        parts.copy = copying.elapsed();
+        if taken.is_err() {
+            self.ledger.put_back(&self.dirty);
+        }
+        taken
+    }
+
+    fn take_the_rest(&mut self, captured: &Captured, into: &mut Capture) -> Result<(), GuestError> {
+        if !self.machine.0.board.read_state(captured.state, &mut into.device) {
+            return Err(unexpected(&self.machine.0.spec.name));
+        }
+        // Without clearing: what is overwritten below need not be zeroed first.
+        into.bytes.resize(into.pages.len() * PAGE_SIZE, 0);
+        self.copy(&into.pages, &mut into.bytes);
+        into.disk.clear();
+        into.disk.append(&mut self.returned);
+        self.fetch(captured.writes, &mut into.disk)
+    }
+
+    /// Takes writes from the board, and those that wait behind them.
+    fn fetch(&mut self, mut writes: Writes, into: &mut Vec<DiskWrite>) -> Result<(), GuestError> {
+        let fetched = self.fetch_all(&mut writes, into);
+        if fetched.is_err() {
+            self.broken = true;
+        }
+        fetched
+    }
+
+    fn fetch_all(&self, writes: &mut Writes, into: &mut Vec<DiskWrite>) -> Result<(), GuestError> {
+        let inner = &self.machine.0;
+        let mut bytes = 0;
+        loop {
+            let first = into.len();
+            let read = inner.board.read_writes(writes.count, &inner.sizes, into);
+            read.map_err(|why| unexpected(&inner.spec.name).because(why))?;
+            bytes += into[first..].iter().map(DiskWrite::bytes).sum::<u64>();
+            if !writes.more {
+                return Ok(());
+            }
+            if writes.count == 0 || bytes > WRITES_MAX {
+                return Err(unexpected(&inner.spec.name));
+            }
+            *writes = match inner.ask(&Request::MoreWrites)? {
+                Answer::Writes(writes) => writes,
+                _ => return Err(unexpected(&inner.spec.name)),
+            };
+        }
+    }
+}
+
+impl Guest for ProcessGuest {
+    fn layout(&self) -> &Layout {
+        &self.machine.0.layout
+    }
+
+    fn recipe(&self) -> &Recipe {
+        &self.machine.0.recipe
+    }
+
+    fn gate(&self) -> Arc<dyn Gate> {
+        Arc::<ProcessGate>::clone(&self.machine.0.gate)
+    }
+
+    fn pause(&mut self) -> Result<(), GuestError> {
+        if !self.paused {
+            self.machine.pause()?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.machine.resume()?;
+        self.paused = false;
+        Ok(())
+    }
+
+    fn idle(&mut self) -> bool {
+        let (happened, wait) = self.machine.0.board.vcpus(self.machine.0.spec.cpus);
+        let quiet = happened == self.looked;
+        self.looked = happened;
+        quiet && wait
+    }
+
+    fn arm(&mut self) -> Result<(), GuestError> {
+        self.must_stand("arming");
+        self.machine.0.must(&Request::Arm)?;
+        self.ledger.arm().expect("the board is there");
+        Ok(())
+    }
+
+    fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
+        self.must_stand("a harvest");
+        self.machine.0.must(&Request::Harvest)?;
+        self.ledger.harvest(dirty).expect("the board is there");
+        Ok(())
+    }
+
+    fn put_back(&mut self, dirty: &PageSet) {
+        self.ledger.put_back(dirty);
+    }
+
+    fn put_back_writes(&mut self, mut writes: Vec<DiskWrite>) {
+        if self.mirrored && !self.broken {
+            writes.append(&mut self.returned);
+            self.returned = writes;
+        }
+    }
+
+    fn read_pages(&mut self, pages: &[u64], bytes: &mut Vec<u8>) -> Result<(), GuestError> {
+        if let Some(page) = pages.iter().find(|&&page| page >= self.machine.0.layout.pages()) {
+            return Err(GuestError::new(GuestErrorKind::Failed, format!("the guest has no page {page}")));
+        }
+        bytes.resize(pages.len() * PAGE_SIZE, 0);
+        self.copy(pages, bytes);
+        Ok(())
+    }
+
+    fn capture(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
+        self.must_stand("a capture");
+        let captured = self.ask_captured(&Request::Capture)?;
+        self.take(&captured, into, parts)
+    }
+
+    fn capture_epoch(
+        &mut self,
+        begin: bool,
+        next: u64,
+        into: &mut Capture,
+        parts: &mut PauseParts,
+    ) -> Result<u64, GuestError> {
+        let start = Instant::now();
+        // It may, whatever is answered.
+        self.paused = true;
+        let captured = self.ask_captured(&Request::Epoch { begin, next })?;
+        // The way there and back counts as stopping it.
+        let inside = Duration::from_nanos(captured.harvest_nanos.saturating_add(captured.device_nanos));
+        parts.stop = start.elapsed().saturating_sub(inside);
+        self.take(&captured, into, parts)?;
+        Ok(captured.held)
+    }
+
+    fn hold_output(&mut self, epoch: u64) -> Result<(), GuestError> {
+        self.must_stand("holding the output");
+        self.machine.0.gate.hold(epoch)
+    }
+
+    fn open_output(&mut self) -> Result<(), GuestError> {
+        self.machine.0.gate.open()
+    }
+
+    fn mirror_disks(&mut self) -> Result<(), GuestError> {
+        self.machine.0.must(&Request::Mirror)?;
+        self.returned.clear();
+        (self.mirrored, self.broken) = (true, false);
+        Ok(())
+    }
+
+    fn mirror_progress(&mut self) -> Result<MirrorProgress, GuestError> {
+        if self.broken {
+            return Err(not_whole());
+        }
+        match self.machine.0.ask(&Request::Progress)? {
+            Answer::Progress { done, total, ready } => Ok(MirrorProgress { done, total, ready }),
+            _ => Err(unexpected(&self.machine.0.spec.name)),
+        }
+    }
+
+    fn take_writes(&mut self, into: &mut Vec<DiskWrite>, bytes: usize, wait: Duration) {
+        if !self.returned.is_empty() {
+            return into.append(&mut self.returned);
+        }
+        if !self.mirrored || self.broken {
+            return;
+        }
+        let micros = u64::try_from(wait.as_micros()).unwrap_or(u64::MAX);
+        let asked = Request::TakeWrites { bytes: bytes as u64, micros };
+        let taken = match self.machine.0.ask_within(&asked, wait + ANSWER_MAX) {
+            Ok(Answer::Writes(writes)) => self.fetch(writes, into),
+            Ok(_) => Err(unexpected(&self.machine.0.spec.name)),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            // Whoever asks how far the copy is is told.
+            self.broken = true;
+            tracing::warn!(vm = self.machine.0.spec.name, %error, "disk writes of a microVM were lost on their way");
+        }
+    }
+
+    fn unmirror_disks(&mut self) -> Result<(), GuestError> {
+        self.returned.clear();
+        self.machine.0.must(&Request::Unmirror)?;
+        (self.mirrored, self.broken) = (false, false);
+        Ok(())
+    }
+
+    fn events(&mut self) -> Vec<GuestEvent> {
+        let inner = &self.machine.0;
+        let mut events: Vec<GuestEvent> = Vec::new();
+        if inner.board.shown(Shown::Events) != 0
+            && let Ok(Answer::Events(told)) = inner.ask(&Request::Events)
+        {
+            events.extend(told.into_iter().map(GuestEvent::from));
+        }
+        if !inner.process.was_killed()
+            && let Some(how) = inner.process.end()
+            && !inner.told.swap(true, Ordering::SeqCst)
+        {
+            events.push(GuestEvent::Died { how });
+        }
+        events
+    }
+
+    fn fence(&self) -> Arc<dyn Fence> {
+        self.machine.fence()
+    }
+
+    fn detach(self: Box<Self>) -> Result<(), GuestError> {
+        let gate = &self.machine.0.gate;
+        // By the gate's own way, on which releases may be.
+        let opened = gate.open();
+        self.machine.0.must(&Request::Detach { open: !gate.is_shut() }).and(opened)
+    }
+}
+
+impl Drop for ProcessGuest {
+    fn drop(&mut self) {
+        self.machine.0.attached.store(false, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,269 @@
+//! The standby's side: a twin is committed memory, and a process that waits; at its activation that process makes the machine.
+//!
+//! Promises: the memory outlives the process, so one that dies while it waits, or while it loads, is launched again. A rehearsal is another process,
+//! whose writes to the memory stay with it. A twin that was fenced is never activated.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
+
+use super::guest::{Microvm, Plan, ask_to_start};
+use super::link::Link;
+use super::spawn::{Process, Program};
+use super::wire::{Answer, What};
+use crate::guest::{
+    Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
+};
+use crate::kvm::guest::{BACKEND, Body};
+use crate::kvm::machine::{open_disks, refused};
+use crate::kvm::twin::{TwinHostOptions, described};
+use crate::layout::Layout;
+use crate::sys::memory::BlockMemory;
+use crate::tap::Tap;
+
+/// How often an activation is tried in a new process whose one before died.
+const RELAUNCHES_MAX: u32 = 3;
+
+/// A standby host. Clones are the same host.
+#[derive(Debug, Clone)]
+pub struct ProcessTwinHost {
+    program: Program,
+    options: TwinHostOptions,
+    twins: Arc<Mutex<BTreeMap<String, Option<Microvm>>>>,
+}
+
+impl ProcessTwinHost {
+    /// A host without twins, whose processes are of `program`.
+    #[must_use]
+    pub fn new(program: Program, options: TwinHostOptions) -> Self {
+        Self { program, options, twins: Arc::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Microvm>>> {
+        self.twins.lock().expect("nobody panics while it holds the twins")
+    }
+
+    /// The names of the twins that are here, activated or not.
+    #[must_use]
+    pub fn twins(&self) -> Vec<String> {
+        self.lock().keys().cloned().collect()
+    }
+
+    /// The microVM of an activated twin, which is its taker's business from now on: another twin of its name may be made.
+    #[must_use]
+    pub fn take(&self, name: &str) -> Option<Microvm> {
+        let mut twins = self.lock();
+        let machine = twins.get_mut(name)?.take()?;
+        twins.remove(name);
+        Some(machine)
+    }
+}
+
+impl TwinHost for ProcessTwinHost {
+    fn prepare(
+        &self,
+        name: &str,
+        recipe: &Recipe,
+        wanted: &Layout,
+        images: &[PathBuf],
+    ) -> Result<Box<dyn Twin>, GuestError> {
+        if recipe.backend != BACKEND {
+            return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
+        }
+        let mut body = described(&*crate::kvm::host()?, name, recipe, wanted, images)?;
+        let memory = BlockMemory::new(name, wanted)
+            .map_err(|error| refused("there is no memory for the twin").because(error))?;
+        let waits = Process::start(&self.program, name)?;
+        let mut twins = self.lock();
+        if twins.contains_key(name) {
+            return Err(refused(format!("there is a twin called {name} already")));
+        }
+        let tap = self.options.make_tap(&mut body.spec)?;
+        twins.insert(name.to_owned(), None);
+        let end = Arc::new(End { ended: AtomicBool::new(false), life: Mutex::new(Life::Waits(waits.0, waits.1)) });
+        Ok(Box::new(ProcessTwin { host: self.clone(), body, memory: Arc::new(memory), end, tap }))
+    }
+}
+
+/// What there is of a twin beside its memory.
+#[derive(Debug)]
+enum Life {
+    Waits(Process, Link),
+    Runs(Microvm),
+    /// Nothing: it was ended, or its activation failed.
+    Over,
+}
+
+/// A twin's life, shared with its fence.
+#[derive(Debug)]
+struct End {
+    ended: AtomicBool,
+    life: Mutex<Life>,
+}
+
+impl End {
+    fn lock(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().expect("nobody panics while it holds the twin")
+    }
+}
+
+impl Fence for End {
+    fn fence(&self) -> Result<(), GuestError> {
+        // Under the lock, so that it cannot be activated meanwhile.
+        let life = self.lock();
+        self.ended.store(true, Ordering::SeqCst);
+        match &*life {
+            Life::Waits(process, _) => process.kill(),
+            Life::Runs(machine) => machine.fence().fence(),
+            Life::Over => Ok(()),
+        }
+    }
+
+    fn ended(&self) -> bool {
+        match &*self.lock() {
+            Life::Runs(machine) => machine.process().has_exited(),
+            Life::Waits(..) | Life::Over => self.ended.load(Ordering::SeqCst),
+        }
+    }
+}
+
+struct ProcessTwin {
+    host: ProcessTwinHost,
+    body: Body,
+    memory: Arc<BlockMemory>,
+    end: Arc<End>,
+    /// If it was made for this twin.
+    tap: Option<Tap>,
+}
+
+impl ProcessTwin {
+    fn plan<'a>(&'a self, device: &'a [u8], scratch: bool, disks: Vec<File>) -> Plan<'a> {
+        Plan {
+            spec: self.body.spec.clone(),
+            description: serde_json::to_string(&self.body).expect("plain data"),
+            what: What::State { bytes: device.len() as u64, scratch },
+            memory: self.memory.block(0).expect("a machine has memory"),
+            wire: None,
+            files: Vec::new(),
+            disks,
+            bounds: self.host.options.bounds,
+            state: device,
+        }
+    }
+
+    /// Has `waits` make the machine; whether it may be tried again if it fails.
+    fn load(&self, process: Process, link: Link, device: &[u8]) -> Result<Microvm, (GuestError, bool)> {
+        let plan = || -> Result<Plan<'_>, GuestError> {
+            let spec = &self.body.spec;
+            let wire = spec.net.as_ref().map(|card| (self.host.options.join)(card)).transpose();
+            let wire = wire.map_err(|error| {
+                GuestError::new(GuestErrorKind::Failed, format!("the twin cannot be joined to the network: {error}"))
+                    .advise("the committed memory is unharmed; make the tap interface and try again")
+                    .because(error)
+            })?;
+            Ok(Plan { wire, ..self.plan(device, false, open_disks(spec)?) })
+        };
+        let failed = |error: GuestError| GuestError { kind: GuestErrorKind::Failed, ..error };
+        let plan = plan().map_err(|error| (failed(error), false))?;
+        let handle = process.handle().clone();
+        Microvm::of(process, link, plan).map_err(|error| (failed(error), handle.has_exited()))
+    }
+}
+
+impl Twin for ProcessTwin {
+    fn memory(&self) -> Arc<dyn TwinMemory> {
+        Arc::<BlockMemory>::clone(&self.memory)
+    }
+
+    fn rehearse(&mut self, device: &[u8]) -> Result<Rehearsal, GuestError> {
+        let start = Instant::now();
+        let name = format!("{}-rehearsal", self.body.spec.name);
+        let (process, mut link) = Process::start(&self.host.program, &name)?;
+        // Nobody is at the other end, and the scratch machine never runs.
+        let wire = self.body.spec.net.is_some().then(UnixDatagram::pair).transpose();
+        let wire = wire.map_err(|error| {
+            GuestError::new(GuestErrorKind::Failed, "there is no socket for a rehearsal").because(error)
+        })?;
+        let (wire, _other) = wire.map_or((None, None), |(ours, theirs)| (Some(ours.into()), Some(theirs)));
+        let launch = start.elapsed();
+        let disks = open_disks(&self.body.spec)?;
+        let plan = Plan { wire, ..self.plan(device, true, disks) };
+        let answer = ask_to_start(&process, &mut link, &plan);
+        let answered =
+            answer.map(|(answer, ..)| answer).map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..error });
+        let load = start.elapsed() - launch;
+        process.kill()?;
+        match answered? {
+            Answer::Done => Ok(Rehearsal { launch, load }),
+            _ => Err(GuestError::new(GuestErrorKind::Failed, "the scratch microVM answers what was not asked")),
+        }
+    }
+
+    fn activate(&mut self, device: &[u8]) -> Result<Activation, GuestError> {
+        let start = Instant::now();
+        let mut life = self.end.lock();
+        if matches!(&*life, Life::Runs(_)) || self.end.ended.load(Ordering::SeqCst) {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the twin has ended or runs already"));
+        }
+        let mut relaunched = 0;
+        let machine = loop {
+            let (process, link) = match std::mem::replace(&mut *life, Life::Over) {
+                Life::Waits(process, link) if !process.handle().has_exited() => (process, link),
+                _ => {
+                    relaunched += 1;
+                    Process::start(&self.host.program, &self.body.spec.name)?
+                }
+            };
+            match self.load(process, link, device) {
+                Ok(machine) => break machine,
+                Err((error, again)) if again && relaunched < RELAUNCHES_MAX => {
+                    tracing::warn!(vm = self.body.spec.name, %error, "a twin died while it loaded, and is launched again");
+                }
+                Err((error, _)) => return Err(error),
+            }
+        };
+        let load = start.elapsed();
+        machine.resume()?;
+        if !machine.is_running() {
+            return Err(GuestError::new(GuestErrorKind::Failed, "the twin was loaded, and does not run")
+                .advise("the committed memory may have been written to; look at the agent's log"));
+        }
+        let resume = start.elapsed() - load;
+        if let Err(error) = machine.0.gate.announce() {
+            tracing::warn!(vm = self.body.spec.name, %error, "the network was not told where the guest is now");
+        }
+        *life = Life::Runs(machine.clone());
+        self.host.lock().insert(self.body.spec.name.clone(), Some(machine));
+        Ok(Activation { load, resume, relaunched })
+    }
+
+    fn alive(&mut self) -> bool {
+        !self.end.ended()
+    }
+
+    fn fence(&self) -> Arc<dyn Fence> {
+        Arc::<End>::clone(&self.end)
+    }
+
+    fn destroy(self: Box<Self>) -> Result<(), GuestError> {
+        self.end.fence()?;
+        self.host.lock().remove(&self.body.spec.name);
+        self.tap.map_or(Ok(()), Tap::remove)
+    }
+
+    fn release(mut self: Box<Self>) -> Result<Survivor, GuestError> {
+        let pid = match &*self.end.lock() {
+            Life::Runs(machine) if !machine.process().has_exited() => machine.process().pid(),
+            _ => return Err(GuestError::new(GuestErrorKind::Failed, "the twin was not activated or has ended")),
+        };
+        if let Some(tap) = self.tap.take() {
+            tap.keep();
+        }
+        // Its handle is found by its name.
+        Ok(Survivor { pid, control: self.body.spec.name.clone() })
+    }
+}
