@@ -1,4 +1,5 @@
-//! What a pause of the microVM costs, in its parts, and that it allocates nothing; how many epochs a second it makes.
+//! What a pause of the microVM costs, in its parts, by threads of this process and in a process of its own, and that it allocates nothing here; how many
+//! epochs a second it makes.
 //!
 //! Alone in its program: every allocation of the process is counted. The figures are printed, not judged: `cargo test` does not have the
 //! machine for itself. `UNDERSTUDY_LONG` measures more.
@@ -12,9 +13,11 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use vmm_hooks::guest::{Capture, Guest, PauseParts, TwinHost};
+use vmm_hooks::guest::{Capture, Fence, Guest, PauseParts, TwinHost};
 use vmm_hooks::kvm::pilot::abi;
-use vmm_hooks::kvm::{Dirty, GateBounds, KvmGuest, KvmTwinHost, Machine, PilotOptions, Spec, attach, host};
+use vmm_hooks::kvm::process::guest::Boot;
+use vmm_hooks::kvm::process::{self, Microvm, Program};
+use vmm_hooks::kvm::{Dirty, GateBounds, KvmTwinHost, Machine, PilotOptions, Spec, attach, host};
 use vmm_hooks::layout::PAGE_SIZE;
 
 #[global_allocator]
@@ -36,7 +39,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 const RATE_MAX: u32 = 500;
 
 /// The steps that the worker has done.
-fn done(guest: &mut KvmGuest, page: &mut Vec<u8>) -> u64 {
+fn done(guest: &mut dyn Guest, page: &mut Vec<u8>) -> u64 {
     guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + 1], page).expect("it is there");
     let start = usize::try_from(abi::worker::DONE * 8).expect("inside a page");
     u64::from_le_bytes(page[start..start + 8].try_into().expect("eight"))
@@ -70,24 +73,24 @@ fn a_pause_allocates_nothing() {
         return println!("skipped: the pilot guest is not built; cargo xtask setup");
     }
     let more = std::env::var_os("UNDERSTUDY_LONG").is_some();
-    for size in SIZES.into_iter().chain(MORE.into_iter().filter(|_| more)) {
-        let (machine, mut guest) = writer(&kvm, size, size.min(RATE_MAX));
+    let sizes = SIZES.into_iter().chain(MORE.into_iter().filter(|_| more));
+    for (size, process) in sizes.flat_map(|size| [(size, false), (size, true)]) {
+        let (machine, mut guest) = writer(&kvm, size, size.min(RATE_MAX), process);
+        let guest = guest.as_mut();
         let (mut capture, mut page) = (Capture::default(), Vec::new());
         let mut pauses: Vec<(PauseParts, usize)> = Vec::with_capacity(EPOCHS + 2);
         // The first two make room.
         for epoch in 0..EPOCHS + 2 {
             // Until all pages have been written again.
-            let (before, deadline) = (done(&mut guest, &mut page), Instant::now() + PATIENCE);
-            while done(&mut guest, &mut page) < before + u64::from(size) {
-                assert!(Instant::now() < deadline, "the worker stands; {}", machine.serial());
+            let (before, deadline) = (done(guest, &mut page), Instant::now() + PATIENCE);
+            while done(guest, &mut page) < before + u64::from(size) {
+                assert!(Instant::now() < deadline, "the worker stands");
                 std::thread::yield_now();
             }
             let mut parts = PauseParts::default();
             let counted = Region::new(ALLOCATIONS);
             let start = Instant::now();
-            guest.pause().expect("it runs");
-            parts.stop = start.elapsed();
-            guest.capture(&mut capture, &mut parts).expect("it stands");
+            guest.capture_epoch(false, epoch as u64, &mut capture, &mut parts).expect("it runs");
             let captured = Instant::now();
             guest.resume().expect("it stands");
             parts.resume = captured.elapsed();
@@ -100,8 +103,9 @@ fn a_pause_allocates_nothing() {
         }
         let part = |part: fn(&PauseParts) -> Duration| median(pauses.iter().map(|(parts, _)| part(parts)));
         let pages = pauses.iter().map(|&(_, pages)| pages).max().unwrap_or(0);
+        let place = if process { "in a process" } else { "by threads" };
         println!(
-            "{pages} pages: pause {:?} (stop {:?}, harvest {:?}, device {:?}, copy {:?}, resume {:?}), memcpy {:?}, state {} bytes",
+            "{place}, {pages} pages: pause {:?} (stop {:?}, harvest {:?}, device {:?}, copy {:?}, resume {:?}), memcpy {:?}, state {} bytes",
             part(|parts| parts.total),
             part(|parts| parts.stop),
             part(|parts| parts.harvest),
@@ -111,15 +115,39 @@ fn a_pause_allocates_nothing() {
             memcpy(pages),
             capture.device.len(),
         );
+        if let Vm::Process(machine) = &machine {
+            let asked = median((0..EPOCHS * 10).map(|_| {
+                let start = Instant::now();
+                assert!(machine.is_running());
+                start.elapsed()
+            }));
+            println!("a question to its process, and its answer: {asked:?}");
+        }
         machine.fence().fence().expect("it ends");
     }
     if more {
-        sustained(&kvm);
+        sustained(&kvm, false);
+        sustained(&kvm, true);
+    }
+}
+
+/// A machine, which ends with it.
+enum Vm {
+    Here(Machine),
+    Process(Microvm),
+}
+
+impl Vm {
+    fn fence(&self) -> Arc<dyn Fence> {
+        match self {
+            Self::Here(machine) => machine.fence(),
+            Self::Process(machine) => machine.fence(),
+        }
     }
 }
 
 /// An armed machine whose second vCPU writes `pages` pages, one after the other, `rate` a millisecond or, with 0, without pause.
-fn writer(kvm: &Arc<Kvm>, pages: u32, rate: u32) -> (Machine, KvmGuest) {
+fn writer(kvm: &Arc<Kvm>, pages: u32, rate: u32, process: bool) -> (Vm, Box<dyn Guest>) {
     let spec = Spec {
         name: "pause".to_owned(),
         memory: 128 << 20,
@@ -129,13 +157,25 @@ fn writer(kvm: &Arc<Kvm>, pages: u32, rate: u32) -> (Machine, KvmGuest) {
         dirty: Dirty::Bitmap,
     };
     let options = PilotOptions::default();
-    let machine = Machine::pilot(kvm, spec, Path::new(PILOT), &options, None, GateBounds::default());
-    let machine = machine.expect("this host can");
-    machine.resume().expect("it is new");
+    let bounds = GateBounds::default();
     let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
     let sequential = u32::try_from(abi::SEQUENTIAL).expect("small");
-    machine.order(&[abi::order::WORK, 1, first, pages, sequential, rate], PATIENCE).expect("the pilot works");
-    let mut guest = attach(&machine).expect("nobody is attached");
+    let work = [abi::order::WORK, 1, first, pages, sequential, rate];
+    let (machine, mut guest): (_, Box<dyn Guest>) = if process {
+        let program = Program::new(env!("CARGO_BIN_EXE_microvm-process"), &[]);
+        let boot = Boot::Pilot(PILOT.into(), options);
+        let machine = Microvm::start(&program, spec, &boot, None, bounds).expect("this host can");
+        machine.resume().expect("it is new");
+        machine.order(&work, PATIENCE).expect("the pilot works");
+        let guest = process::attach(&machine).expect("nobody is attached");
+        (Vm::Process(machine), Box::new(guest))
+    } else {
+        let machine = Machine::pilot(kvm, spec, Path::new(PILOT), &options, None, bounds).expect("this host can");
+        machine.resume().expect("it is new");
+        machine.order(&work, PATIENCE).expect("the pilot works");
+        let guest = attach(&machine).expect("nobody is attached");
+        (Vm::Here(machine), Box::new(guest))
+    };
     guest.pause().expect("it runs");
     guest.arm().expect("it stands");
     guest.resume().expect("it stands");
@@ -143,8 +183,8 @@ fn writer(kvm: &Arc<Kvm>, pages: u32, rate: u32) -> (Machine, KvmGuest) {
 }
 
 /// A minute of epochs, one begun each millisecond, of a guest that writes fifty pages over and over; another thread puts them into a twin's memory.
-fn sustained(kvm: &Arc<Kvm>) {
-    let (machine, mut guest) = writer(kvm, EPOCH_PAGES, 0);
+fn sustained(kvm: &Arc<Kvm>, process: bool) {
+    let (machine, mut guest) = writer(kvm, EPOCH_PAGES, 0, process);
     let mut twin = KvmTwinHost::default().prepare("pause-twin", guest.recipe(), guest.layout(), &[]).expect("room");
     let memory = twin.memory();
     let ((captured, epochs), (spare, spares)) = (channel::<Capture>(), channel());
@@ -162,8 +202,8 @@ fn sustained(kvm: &Arc<Kvm>) {
     while begun.elapsed() < MINUTE {
         let mut epoch = spares.try_recv().unwrap_or_default();
         let start = Instant::now();
-        guest.pause().expect("it runs");
-        guest.capture(&mut epoch, &mut PauseParts::default()).expect("it stands");
+        let next_epoch = pauses.len() as u64;
+        guest.capture_epoch(false, next_epoch, &mut epoch, &mut PauseParts::default()).expect("it runs");
         guest.resume().expect("it stands");
         pauses.push(start.elapsed());
         pages += epoch.pages.len();
@@ -176,7 +216,8 @@ fn sustained(kvm: &Arc<Kvm>) {
     applier.join().expect("it does not panic");
     pauses.sort_unstable();
     println!(
-        "{} epochs in {took:?}, {} pages each; paused for {paused:?}, median {:?}, 99 % {:?}",
+        "{}, {} epochs in {took:?}, {} pages each; paused for {paused:?}, median {:?}, 99 % {:?}",
+        if process { "in a process" } else { "by threads" },
         pauses.len(),
         pages / pauses.len(),
         pauses[pauses.len() / 2],

@@ -130,7 +130,7 @@ pub(super) async fn disk(lab: &Lab) -> Result<(Host, PathBuf)> {
         if !(status.state == ProtectionState::Protected && status.role.word() == "primary") {
             continue;
         }
-        let runs = if lab.is_microvm() { vec![lab.agent_pid(host)?] } else { qemus(&lab.namespace(host.role())) };
+        let runs = if lab.is_microvm() { vec![lab.microvm_pid(host)?] } else { qemus(&lab.namespace(host.role())) };
         let mut images = BTreeSet::new();
         for pid in runs {
             for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {

@@ -56,7 +56,7 @@ impl Setting {
         store && (self.backend == Backend::Qemu || Self::a_microvm_stands(fault))
     }
 
-    /// A microVM is a part of its host's agent: it has no process of its own, and ends for good when every copy's agent ends. The pilot
+    /// A microVM ends with its host's agent, and so for good when every copy's agent ends; its own process is killed by a scenario. The pilot
     /// cannot shut down, and its TCP has no timestamps by which frames of an acknowledged epoch are known that weather brought late, or that
     /// an agent lets go which stood still meanwhile.
     fn a_microvm_stands(fault: Fault) -> bool {

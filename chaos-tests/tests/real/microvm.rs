@@ -1,11 +1,12 @@
-//! The VM is a microVM: a part of host A's agent, with the pilot in it and a log on its disk.
+//! The VM is a microVM: a process of host A's agent, with the pilot in it and a log on its disk.
 
 use std::collections::BTreeSet;
 
-use anyhow::{Result, ensure};
-use replicator::control::api::Role;
+use anyhow::{Context as _, Result, ensure};
+use replicator::control::api::{FailoverCause, Role};
 use replicator::demo::lab::{COMMAND, Host, VM};
 use replicator::demo::worker::logged;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::stage::{Stage, play_microvm};
 
@@ -67,9 +68,16 @@ fn a_microvm_is_protected_again_goes_home_and_is_handed_over_when_its_agent_stop
         stage.set_microvm().await?;
         stage.protect_for_good().await?;
         let mut client = stage.writer("h").await?;
-        stage.lab.kill_host_a().await?;
+        // Its process alone: the agent lives, says so, and stands by from then on.
+        let microvm = Pid::from_raw(i32::try_from(stage.lab.microvm_pid(Host::A)?)?).context("a pid")?;
+        kill_process(microvm, Signal::KILL)?;
         client.goes_on().await?;
-        stage.stands_by_again(&mut client).await?;
+        let survivor = stage.until_survivor().await?;
+        let cause = survivor.failover.as_ref().map(|report| report.cause);
+        ensure!(cause == Some(FailoverCause::GuestDied), "{survivor:?}");
+        let again = stage.until_state(Host::B, "protected").await?;
+        ensure!(again.role == Role::Primary && again.survivor.is_some(), "{again:?}");
+        client.goes_on().await?;
 
         stage.goes_home(&mut client).await?;
 

@@ -9,7 +9,7 @@ use super::api::not_known;
 use super::durable::Durable;
 use super::sessions::blocking;
 use crate::control::api::{ErrorBody, ErrorKind, ProtectionState, Role, VmStatus, WithoutWitness};
-use crate::control::drill::{DrillFault, DrillPlan, DrillRequest, ProcessAt};
+use crate::control::drill::{DrillPlan, DrillRequest, ProcessAt};
 
 fn refused(message: impl Into<String>) -> ErrorBody {
     ErrorBody::new(ErrorKind::Refused, message)
@@ -33,9 +33,6 @@ impl Agent {
                 .advise("unprotect it and protect it without --once"));
         }
         let at = durable.guest().filter(|at| at.attached).ok_or_else(|| refused(format!("{name} is not attached")))?;
-        if at.microvm && fault == DrillFault::KillVm {
-            return Err(refused(format!("{name} is a microVM and lives inside this agent")).advise("use kill-primary"));
-        }
         let others = if fault.hits_agent() { self.beside(&name)? } else { Vec::new() };
         let warnings = if fault.hits_agent() { warnings(protection.without_witness, &name) } else { Vec::new() };
         let agent = PidFd::open(std::process::id())
@@ -49,7 +46,7 @@ impl Agent {
             incarnation: self.identity.incarnation().0,
             generation: status.generation,
             agent: ProcessAt { pid: agent.pid(), started: agent.start_time() },
-            vm: (!at.microvm).then_some(ProcessAt { pid: at.pid, started: at.started }),
+            vm: Some(ProcessAt { pid: at.pid, started: at.started }),
             others,
             warnings,
         })

@@ -110,7 +110,7 @@ pub(super) struct GuestAt {
     pub(super) control: Option<PathBuf>,
     /// The agent is attached to it, and so may have left it paused and with things of ours in it.
     pub(super) attached: bool,
-    /// It is a microVM: threads of that process, which was an agent.
+    /// It is a microVM, whose process ends with the agent's that started it.
     #[serde(default)]
     pub(super) microvm: bool,
 }

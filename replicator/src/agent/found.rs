@@ -4,7 +4,7 @@
 //! [`replicator_core::restart::Restart`] to say, out of what is found here and what the record says; this task does it.
 //!
 //! Promise: a guest is ended, or heard, only when that machine says so; its end is confirmed. One that is this node's is
-//! protected again.
+//! protected again. A microVM ends with the life that started it: what is left of one is ended first.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -84,8 +84,14 @@ impl Agent {
                     kept.map(|kept| Here::Kept { grant: Generation(kept.grant), marked, off_since: kept.off_since() });
                 (here.unwrap_or(Here::Copy { marked }), None)
             }
-            // It ended with the former life.
-            _ if at.as_ref().is_some_and(|at| at.microvm) => (Here::Gone, None),
+            // It ends with the life that started it, and is made sure of: nobody can speak to it any more.
+            Some(Ok(process)) if at.as_ref().is_some_and(|at| at.microvm) => {
+                process.kill_confirmed(KILL_WITHIN).map_err(|error| {
+                    ErrorBody::new(ErrorKind::Failed, format!("a microVM of a former life does not end: {error}"))
+                        .advise("it is mute if it was protected; look whether the host's kernel hangs")
+                })?;
+                (Here::Gone, None)
+            }
             Some(Ok(process)) => (Here::Guest, Some(process)),
             Some(Err(ProcessError::Gone { .. } | ProcessError::Reused { .. })) => (Here::Gone, None),
             Some(Err(error)) => return Err(ErrorBody::new(ErrorKind::Failed, error.to_string())),

@@ -1,7 +1,7 @@
-//! microVMs of this agent: guests that are threads of its process, beside the QEMUs that it attaches to.
+//! microVMs of this agent: guests in processes that it starts, beside the QEMUs that it attaches to.
 //!
 //! Promises: a microVM is started only when the store does not say that its VM is another host's. It ends with the agent's process, whatever the reason:
-//! a later life finds none, and a standby that is there goes on from the last acknowledged epoch. So an agent that is told to stop hands
+//! a later life makes sure of that, and a standby that is there goes on from the last acknowledged epoch. So an agent that is told to stop hands
 //! its protected microVMs over first.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,9 +12,9 @@ use heartbeat_core::record::Owner;
 use heartbeat_core::store::{StoreOp, StoreRequest};
 use tokio::sync::oneshot;
 use vmm_hooks::guest::{Guest, GuestError, GuestErrorKind, Recipe, Survivor, Twin, TwinHost};
-use vmm_hooks::kvm::{
-    self, Dirty, DiskFile, GateBounds, KvmTwinHost, LinuxOptions, Machine, NetCard, PilotOptions, Spec,
-};
+use vmm_hooks::kvm::process::guest::Boot;
+use vmm_hooks::kvm::process::{self, Microvm, ProcessTwinHost, Program};
+use vmm_hooks::kvm::{self, Dirty, DiskFile, GateBounds, LinuxOptions, NetCard, PilotOptions, Spec};
 use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions, QemuTwinHost};
 use vmm_hooks::sys::process::PidFd;
@@ -31,11 +31,14 @@ const CMDLINE: &str = "console=ttyS0 panic=-1";
 /// The longest name of a microVM, in bytes.
 const NAME_MAX: usize = 64;
 
+/// The hidden command that is the process of a microVM.
+const PROCESS_COMMAND: &str = "microvm";
+
 /// Twins of either back end, as a recipe wants them.
 #[derive(Debug)]
 pub(super) struct Twins {
     pub(super) qemu: QemuTwinHost,
-    pub(super) kvm: KvmTwinHost,
+    pub(super) kvm: ProcessTwinHost,
 }
 
 impl TwinHost for Twins {
@@ -57,9 +60,10 @@ impl TwinHost for Twins {
 /// The microVMs that run here, protected or not, and the twins of such.
 #[derive(Debug)]
 pub(super) struct Microvms {
-    twins: KvmTwinHost,
+    program: Program,
+    twins: ProcessTwinHost,
     bounds: GateBounds,
-    machines: Mutex<BTreeMap<String, Machine>>,
+    machines: Mutex<BTreeMap<String, Microvm>>,
     /// One starts at a time.
     starting: tokio::sync::Mutex<()>,
 }
@@ -70,8 +74,10 @@ impl Microvms {
             GateBounds { bytes: usize::try_from(config.gate.bytes).unwrap_or(usize::MAX), age: config.gate.age };
         let bridges = Some(config.standby.bridges.clone());
         let options = kvm::TwinHostOptions { bounds, bridges, ..kvm::TwinHostOptions::default() };
+        let program = Program::own(&[PROCESS_COMMAND]);
         Self {
-            twins: KvmTwinHost::new(options),
+            twins: ProcessTwinHost::new(program.clone(), options),
+            program,
             bounds,
             machines: Mutex::default(),
             starting: tokio::sync::Mutex::default(),
@@ -79,27 +85,55 @@ impl Microvms {
     }
 
     /// Where twins of microVMs are made.
-    pub(super) fn twins(&self) -> KvmTwinHost {
+    pub(super) fn twins(&self) -> ProcessTwinHost {
         self.twins.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Machine>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Microvm>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The microVM called `name`, unless it is over.
-    pub(super) fn get(&self, name: &str) -> Option<Machine> {
+    pub(super) fn get(&self, name: &str) -> Option<Microvm> {
         self.lock().get(name).filter(|machine| !machine.is_over()).cloned()
     }
 
-    /// Lets go of the one called `name` if it is over: its threads end, and its memory, tap and disk are free.
+    /// Whether the one at `at` is here and over.
+    fn is_over(&self, at: &GuestAt) -> bool {
+        let is_it = |machine: &Microvm| {
+            let process = machine.process();
+            (process.pid(), process.start_time()) == (at.pid, at.started)
+        };
+        self.lock().get(&at.name).is_some_and(|machine| is_it(machine) && machine.is_over())
+    }
+
+    /// Lets go of the one called `name` if it is over: its process ends, and its memory, tap and disk are free.
     pub(super) fn forget(&self, name: &str) {
         self.forget_if(|its| its == name);
     }
 
+    /// Takes those that are over and that `may` go.
+    fn take_if(&self, may: impl Fn(&str) -> bool) -> Vec<(String, Microvm)> {
+        self.lock().extract_if(.., |name, machine| machine.is_over() && may(name)).collect()
+    }
+
+    /// Ends what is left of the one called `name` if it is over; returns when it has ended.
+    ///
+    /// # Errors
+    /// If its end could not be confirmed.
+    pub(super) async fn end_over(&self, name: &str) -> Result<(), ErrorBody> {
+        for (_, machine) in self.take_if(|its| its == name) {
+            blocking(move || machine.fence().fence()).await??;
+        }
+        Ok(())
+    }
+
     /// Lets go of those that are over and that `may` go.
     pub(super) fn forget_if(&self, may: impl Fn(&str) -> bool) {
-        for (name, machine) in self.lock().extract_if(.., |name, machine| machine.is_over() && may(name)) {
+        for (name, machine) in self.take_if(may) {
+            if machine.process().has_exited() {
+                tracing::warn!(vm = name, pid = machine.process().pid(), "the process of a microVM has ended");
+            }
             drop(tokio::task::spawn_blocking(move || {
                 if let Err(error) = machine.fence().fence() {
                     tracing::error!(vm = name, %error, "what is left of a microVM could not be removed");
@@ -112,7 +146,7 @@ impl Microvms {
 /// Which guest of this host an operator means.
 pub(super) enum Place {
     Qemu(qemu::Target),
-    Microvm(Machine),
+    Microvm(Microvm),
 }
 
 impl Place {
@@ -141,24 +175,17 @@ impl Place {
                 Ok((Box::new(guest), GuestAt { name, pid, started, control, attached: false, microvm: false }))
             }
             Self::Microvm(machine) => {
-                let at = own(name)?;
-                Ok((Box::new(kvm::attach(&machine)?), at))
+                let at = at(name, &machine);
+                Ok((Box::new(process::attach(&machine)?), at))
             }
         }
     }
 }
 
-/// Where a microVM of this process is.
-fn own(name: String) -> Result<GuestAt, GuestError> {
-    let process = PidFd::open(std::process::id())?;
-    Ok(GuestAt {
-        name,
-        pid: process.pid(),
-        started: process.start_time(),
-        control: None,
-        attached: false,
-        microvm: true,
-    })
+/// Where a microVM is.
+fn at(name: String, machine: &Microvm) -> GuestAt {
+    let process = machine.process();
+    GuestAt { name, pid: process.pid(), started: process.start_time(), control: None, attached: false, microvm: true }
 }
 
 impl Agent {
@@ -199,19 +226,16 @@ impl Agent {
 
     /// Whether a guest has ended for sure.
     pub(super) fn is_gone(&self, at: &GuestAt) -> bool {
-        if at.microvm {
-            // One of a former life ended with it.
-            at.process_is_gone() || self.microvms.get(&at.name).is_none()
-        } else {
-            at.process_is_gone()
-        }
+        // What is over never runs again, though its process may be there to tell of it.
+        at.process_is_gone() || at.microvm && self.microvms.is_over(at)
     }
 
     /// Where a survivor is. A microVM's machine is this agent's from now on.
     pub(super) fn survivor_at(&self, name: &str, survivor: &Survivor) -> Option<GuestAt> {
         let Some(machine) = self.microvms.twins.take(name) else { return GuestAt::of(name, survivor) };
+        let at = at(name.to_owned(), &machine);
         self.microvms.lock().insert(name.to_owned(), machine);
-        own(name.to_owned()).ok()
+        Some(at)
     }
 
     /// Starts a microVM; returns when it runs.
@@ -226,11 +250,11 @@ impl Agent {
         }
         self.settled(&name).await;
         self.forget_ended(&name);
-        self.microvms.forget(&name);
+        self.microvms.end_over(&name).await?;
         self.free_name(&name)?;
         self.may_start(&name).await?;
-        let bounds = self.microvms.bounds;
-        let machine = blocking(move || boot(request, bounds)).await??;
+        let (bounds, program) = (self.microvms.bounds, self.microvms.program.clone());
+        let machine = blocking(move || boot(request, &program, bounds)).await??;
         // It stands until its place is sure: what came meanwhile has the name.
         let placed = {
             let vms = self.vms();
@@ -248,7 +272,7 @@ impl Agent {
             self.microvms.forget(&name);
             return Err(error);
         }
-        tracing::info!(vm = name, "a microVM runs");
+        tracing::info!(vm = name, pid = machine.process().pid(), "a microVM runs");
         Ok(Started { vm: name, note: machine.dirty_note() })
     }
 
@@ -403,14 +427,15 @@ fn busy(name: &str) -> ErrorBody {
 }
 
 /// Makes a microVM that stands.
-fn boot(request: RunRequest, bounds: GateBounds) -> Result<Machine, GuestError> {
+fn boot(request: RunRequest, program: &Program, bounds: GateBounds) -> Result<Microvm, GuestError> {
     let RunRequest { name, kernel, initrd, cmdline, memory, cpus, disk, net, dirty } = request;
     let linux = initrd.is_some() || cmdline.is_some() || kvm::is_bzimage(&kernel);
     if !linux && net.as_ref().is_some_and(|net| net.address.is_none()) {
         let error = GuestError::new(GuestErrorKind::Refused, "the pilot guest has no address for its network card");
         return Err(error.advise("nothing was started; give it one, or a Linux kernel something to boot from"));
     }
-    let kvm = kvm::host()?;
+    // Before anything is made for it.
+    kvm::host()?;
     let disks = disk.into_iter().map(|path| DiskFile { name: "disk0".to_owned(), path }).collect::<Vec<_>>();
     let mut options = PilotOptions { log: !disks.is_empty(), ..PilotOptions::default() };
     let mut wire = None;
@@ -427,10 +452,10 @@ fn boot(request: RunRequest, bounds: GateBounds) -> Result<Machine, GuestError> 
     let spec = Spec { name, memory, cpus, net: card, disks, dirty };
     if linux {
         let cmdline = cmdline.unwrap_or_else(|| CMDLINE.to_owned());
-        let options = LinuxOptions { kernel, initrd, cmdline };
-        return Machine::linux(&kvm, spec, &options, wire, bounds);
+        let boot = Boot::Linux(LinuxOptions { kernel, initrd, cmdline });
+        return Microvm::start(program, spec, &boot, wire, bounds);
     }
-    Machine::pilot(&kvm, spec, &kernel, &options, wire, bounds)
+    Microvm::start(program, spec, &Boot::Pilot(kernel, options), wire, bounds)
 }
 
 /// A hardware address of its own for each name, of the range that is given to virtual machines.

@@ -407,24 +407,12 @@ impl PauseThread {
     ) -> Result<u64, GuestError> {
         capture.pages.clear();
         capture.disk.clear();
-        let start = Instant::now();
-        self.hold()?;
-        parts.stop = start.elapsed();
-        let next = order.epoch + 1;
-        let held = if order.begin_hold {
-            self.guest.hold_output(next)?;
-            0
-        } else {
-            self.gate.seal(next)
-        };
-        match self.guest.capture(capture, parts) {
-            Ok(()) => Ok(held),
-            Err(error) => {
-                // The back end has put the pages back.
-                capture.pages.clear();
-                Err(error)
-            }
-        }
+        // It may stand from now on, also if it fails; then it is let run again.
+        self.stand.stops(Instant::now());
+        self.guest.capture_epoch(order.begin_hold, order.epoch + 1, capture, parts).inspect_err(|_| {
+            // The back end has put the pages back.
+            capture.pages.clear();
+        })
     }
 
     /// Stop, arm, run, send everything; then rounds of what was written meanwhile. Tracking is armed again only while

@@ -300,7 +300,7 @@ impl Agent {
         self.settled(&name).await;
         self.forget_ended(&name);
         self.make_way(&name, vm).await;
-        self.microvms.forget(&name);
+        self.microvms.end_over(&name).await?;
         if self.vms().contains_key(&name) || self.microvms.get(&name).is_some() {
             return Err(ErrorBody::new(ErrorKind::Busy, format!("a VM called {name} is known here already"))
                 .advise("see `understudy status` on this host"));

@@ -36,6 +36,12 @@ pub enum Command {
     Agent(AgentArgs),
     /// Run a witness: keeps who owns each VM; on a third host
     Witness(WitnessArgs),
+    /// The process of a microVM, which the agent starts
+    #[command(hide = true)]
+    Microvm {
+        /// What the microVM is called, for who lists processes.
+        name: String,
+    },
     /// Those that ask a running agent.
     #[command(flatten)]
     Ask(AskCommand),
@@ -56,7 +62,7 @@ pub enum AskCommand {
     Pair(PairArgs),
     /// Say what would stop protection here, and what to do about it
     Doctor(DoctorArgs),
-    /// Start a microVM on KVM, in this host's agent
+    /// Start a microVM on KVM, in a process of this host's agent
     ///
     /// It ends when the agent's process does: one that is protected goes on with its standby then.
     Run(RunArgs),

@@ -51,6 +51,11 @@ fn run(cli: Cli) -> Result<ExitCode, CliError> {
     let exit = match cli.command {
         Command::Agent(args) => run_agent(args),
         Command::Witness(args) => run_witness(args),
+        Command::Microvm { name } => {
+            logging::start("info");
+            tracing::debug!(vm = name, "the process of a microVM begins");
+            return Ok(vmm_hooks::kvm::process::child::main());
+        }
         Command::Demo(args) => {
             logging::start("warn");
             return Ok(crate::demo::run(args));

@@ -87,7 +87,7 @@ pub struct DrillPlan {
     pub generation: u64,
     /// The agent.
     pub agent: ProcessAt,
-    /// The VM's process; absent if it lives inside the agent.
+    /// The VM's process; absent if an agent of an earlier version had it inside.
     pub vm: Option<ProcessAt>,
     /// Other VMs of this agent that go through it, too.
     pub others: Vec<String>,

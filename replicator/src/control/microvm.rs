@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// `POST /v1/run`: start a microVM, unprotected, inside of the agent.
+/// `POST /v1/run`: start a microVM, unprotected, in a process of the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunRequest {

@@ -68,8 +68,8 @@ pub struct KvmGate {
     state: Mutex<State>,
     came: Condvar,
     bounds: GateBounds,
-    /// If somebody in another process looks: where it is shown, and what is rung when the first frame of an epoch came.
-    shown: OnceLock<(Arc<Board>, OwnedFd)>,
+    /// If somebody in another process looks: where it is shown.
+    shown: OnceLock<Arc<Board>>,
 }
 
 impl State {
@@ -98,17 +98,17 @@ impl KvmGate {
         self.state.lock().expect("nobody panics while it holds the gate")
     }
 
-    /// Shows itself there from now on, and rings `bell`, an eventfd.
-    pub(super) fn show_on(&self, board: Arc<Board>, bell: OwnedFd) {
+    /// Shows itself there from now on, and rings its bell when output waits.
+    pub(super) fn show_on(&self, board: Arc<Board>) {
         let state = self.lock();
         // Once for a machine.
-        let _ = self.shown.set((board, bell));
+        let _ = self.shown.set(board);
         self.show(&state);
     }
 
     /// To be called after each change.
     fn show(&self, state: &State) {
-        let Some((board, bell)) = self.shown.get() else { return };
+        let Some(board) = self.shown.get() else { return };
         let now = nanos();
         let emitted = |frame: &Frame| {
             let ago = u64::try_from(frame.emitted.elapsed().as_nanos()).unwrap_or(u64::MAX);
@@ -125,8 +125,7 @@ impl KvmGate {
         let came = first.is_some() && board.shown(Shown::First) == 0;
         board.show(Shown::First, first.map_or(0, emitted));
         if came {
-            // Fails only if it was rung without end.
-            let _ = rustix::io::write(bell, &1_u64.to_ne_bytes());
+            board.ring();
         }
     }
 

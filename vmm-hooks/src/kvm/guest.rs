@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::copying::Copying;
 use super::cpuid::Leaf;
 use super::machine::{Machine, Spec};
 use super::state::StateError;
@@ -13,15 +14,13 @@ use super::track;
 use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::layout::{Block, Layout, PAGE_SIZE, PageSet};
-use crate::sys::copy::{Copier, by_runs};
+use crate::sys::copy::by_runs;
 use crate::track::{DirtyLedger, TrackError, Tracker};
 
 /// The back end's name in recipes.
 pub const BACKEND: &str = "kvm";
 /// The name of the only memory block.
 const RAM: &str = "ram";
-/// With so many dirty pages a second thread helps to copy them: waking it costs as much as copying some dozens.
-const HELPED: usize = 128;
 
 /// The body of a recipe.
 #[derive(Debug, Serialize, Deserialize)]
@@ -49,8 +48,7 @@ pub struct KvmGuest {
     ledger: DirtyLedger<Box<dyn Tracker>>,
     /// The pages of one capture. Kept to be used again.
     dirty: PageSet,
-    /// `None`: this host has one processor, or no thread to spare.
-    copier: Option<Copier>,
+    copying: Copying,
     /// Whether this side has paused it.
     paused: bool,
 }
@@ -75,9 +73,8 @@ pub fn attach(machine: &Machine) -> Result<KvmGuest, GuestError> {
     }
     let ledger = DirtyLedger::new(track::tracker(&machine.0), layout.pages());
     let dirty = PageSet::empty(layout.pages());
-    let several = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
-    let copier = several.then(|| Copier::new(Arc::clone(machine.0.vm.ram())).ok()).flatten();
-    Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, copier, paused: false })
+    let copying = Copying::new(Arc::clone(machine.0.vm.ram()));
+    Ok(KvmGuest { machine: machine.clone(), layout, recipe, ledger, dirty, copying, paused: false })
 }
 
 pub(super) fn failed(error: TrackError) -> GuestError {
@@ -102,19 +99,14 @@ impl KvmGuest {
     /// Saves and copies what was harvested.
     fn take(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
         let start = Instant::now();
-        // Without clearing: what is overwritten below need not be zeroed first.
-        into.bytes.resize(into.pages.len() * PAGE_SIZE, 0);
         let machine = &self.machine;
-        let mut save = || {
+        let save = || {
             let start = Instant::now();
             machine.save(&mut into.device)?;
             parts.device = start.elapsed();
             Ok(())
         };
-        let saved = match &mut self.copier {
-            Some(copier) if into.pages.len() >= HELPED => copier.copy(&into.pages, &mut into.bytes, save),
-            _ => save().map(|()| by_runs(machine.0.vm.ram(), &into.pages, &mut into.bytes)),
-        };
+        let saved = self.copying.copy(&into.pages, &mut into.bytes, save);
         saved.map_err(|error: StateError| {
             GuestError::new(GuestErrorKind::Failed, format!("the microVM's state could not be read: {error}"))
                 .because(error)

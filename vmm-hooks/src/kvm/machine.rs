@@ -388,12 +388,12 @@ impl Machine {
         self.0.rings.as_ref().map_or(0, |rings| rings.filled())
     }
 
-    /// Shows itself on `board` from now on, and rings `bell`, an eventfd, when output waits.
-    pub(super) fn show_on(&self, board: &Arc<Board>, bell: OwnedFd) {
+    /// Shows itself on `board` from now on.
+    pub(super) fn show_on(&self, board: &Arc<Board>) {
         for (number, slot) in self.0.slots.iter().enumerate() {
             slot.wake.show_on(Arc::clone(board), number);
         }
-        self.0.gate.show_on(Arc::clone(board), bell);
+        self.0.gate.show_on(Arc::clone(board));
         let run = self.0.run();
         // Once for a machine.
         let _ = self.0.shown.set(Arc::clone(board));

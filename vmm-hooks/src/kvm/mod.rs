@@ -14,6 +14,7 @@
 //! | `state` | device state: saved and loaded in KVM's order, every step with its error |
 //! | [`cpuid`] | what the guest is told of its processor; what another host lacks of it |
 //! | `track` | dirty pages by KVM's bitmap or its rings |
+//! | `copying` | the pages of a capture, copied by two threads |
 //! | `hot` | which of them are written all the time, and stay writable |
 //! | [`ring`] | the rings: read, given back, and tried before they are relied on |
 //! | [`guest`] | a machine as a [`crate::guest::Guest`] |
@@ -31,6 +32,7 @@ mod acpi;
 pub mod boot;
 mod chips;
 mod confine;
+mod copying;
 pub mod cpuid;
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing {

@@ -39,7 +39,7 @@ impl Wake {
     /// To be called after each change.
     fn show(&self, state: &State) {
         if let Some((board, number)) = self.shown.get() {
-            board.show_vcpu(*number, state.happened, state.waits && state.happened == state.seen);
+            board.show_vcpu(*number, state.waits && state.happened == state.seen);
         }
     }
 

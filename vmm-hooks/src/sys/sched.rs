@@ -20,10 +20,28 @@ pub enum Urgency {
 /// # Errors
 /// If this process may not; the thread goes on as it was.
 pub fn realtime(urgency: Urgency) -> io::Result<()> {
-    let wanted = libc::sched_param { sched_priority: urgency as libc::c_int };
+    // The calling thread.
+    set(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, urgency as libc::c_int)
+}
+
+/// Gives the first thread of a process, by its number, a real-time priority, or takes it away again (`None`).
+///
+/// # Errors
+/// If there is no such process, or this one may not; it goes on as it was.
+pub fn realtime_of(process: u32, urgency: Option<Urgency>) -> io::Result<()> {
+    let thread = libc::pid_t::try_from(process).ok().filter(|&thread| thread > 0);
+    let thread = thread.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+    match urgency {
+        Some(urgency) => set(thread, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, urgency as libc::c_int),
+        None => set(thread, libc::SCHED_OTHER, 0),
+    }
+}
+
+fn set(thread: libc::pid_t, policy: libc::c_int, priority: libc::c_int) -> io::Result<()> {
+    let wanted = libc::sched_param { sched_priority: priority };
     // SAFETY: `sched_setscheduler` reads one `sched_param` through the pointer, which points to `wanted`, alive and
-    // initialised for the whole call; pid 0 is the calling thread.
-    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const wanted) };
+    // initialised for the whole call.
+    let result = unsafe { libc::sched_setscheduler(thread, policy, &raw const wanted) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
@@ -40,6 +58,26 @@ pub fn lock_memory() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_process_becomes_one_and_is_none_again() {
+        let mut child = std::process::Command::new("/bin/sleep").arg("1000").spawn().expect("it is there");
+        let policy = || {
+            // SAFETY: asks about a process that was not waited for; touches no memory.
+            unsafe { libc::sched_getscheduler(libc::pid_t::try_from(child.id()).expect("small")) }
+        };
+        let before = policy();
+        match realtime_of(child.id(), Some(Urgency::Pause)) {
+            Ok(()) => {
+                assert_eq!(policy() & !libc::SCHED_RESET_ON_FORK, libc::SCHED_RR);
+                realtime_of(child.id(), None).expect("it is less than it has");
+            }
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EPERM)),
+        }
+        assert_eq!(policy(), before);
+        realtime_of(0, None).expect_err("nobody has that number");
+        child.kill().and_then(|()| child.wait()).expect("it ends");
+    }
 
     #[test]
     fn the_calling_thread_alone_becomes_a_real_time_one() {

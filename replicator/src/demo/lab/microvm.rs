@@ -1,10 +1,10 @@
-//! The laboratory's VM as a microVM: the pilot guest, started by host A's agent and part of its process.
+//! The laboratory's VM as a microVM: the pilot guest, in a process of host A's agent.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use super::{BOOT, COMMAND, END, GUEST, Host, Lab, MAC, REDIS, VM};
 use crate::demo::process::Daemon;
@@ -72,6 +72,26 @@ impl Lab {
     #[must_use]
     pub fn is_microvm(&self) -> bool {
         self.microvm
+    }
+
+    /// The process of the microVM on a host, whose agent started it.
+    ///
+    /// # Errors
+    /// If there is not one.
+    pub fn microvm_pid(&self, host: Host) -> Result<u32> {
+        let agent = self.agent_pid(host)?;
+        let is_it = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let words: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            // The second word after the name in parentheses.
+            let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
+            parent == Some(agent) && words.get(1..3) == Some(&[b"microvm", VM.as_bytes()][..])
+        };
+        let pids = fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let found: Vec<u32> = pids.filter(is_it).collect();
+        ensure!(found.len() == 1, "{} has {found:?} as processes of the microVM", host.name());
+        Ok(found[0])
     }
 
     /// Waits until the agent of a host has ended, which was killed.

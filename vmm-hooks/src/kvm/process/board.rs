@@ -1,21 +1,23 @@
 //! The memory that a microVM's process and its protector both have: what the machine shows of itself, the pages that were found dirty, the
-//! device state of a capture, and disk writes on their way.
+//! device state of a capture, and disk writes on their way. And a bell that the process rings when what is shown is waited for.
 //!
-//! Promise: each word is of one writer, or is joined by atomic operations; what a process that was broken into writes here can make its protector
+//! Promise: who looks, and then waits for the bell, misses nothing that is rung for. Each word is of one writer, or is joined by atomic operations; what a process that was broken into writes here can make its protector
 //! lose this guest's pages, and nothing else.
 //!
 //! Layout: a page of words, the bitmap, the state, the writes.
 
-use std::os::fd::BorrowedFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::disk::{DiskChange, DiskWrite};
 use crate::kvm::ram::add_word;
 use crate::layout::{PAGE_SIZE, PageSet};
-use crate::sys::memory::{MemoryError, SharedMemory};
+use crate::sys::memory::SharedMemory;
 
 /// What is shown, each by one word.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +38,8 @@ pub(in crate::kvm) enum Shown {
     First,
     /// What a protector has left: [`MIRRORED`], [`TRACKED`].
     Left,
+    /// 1: the protector waits for vCPUs that have nothing to do. The one word that it writes.
+    Watched,
 }
 
 pub(in crate::kvm) const RUNS: u64 = 1;
@@ -43,7 +47,7 @@ pub(in crate::kvm) const OVER: u64 = 2;
 pub(super) const MIRRORED: u64 = 1;
 pub(super) const TRACKED: u64 = 2;
 
-/// Two words for each vCPU: how much happened to it, and whether it waits and nothing did.
+/// A word for each vCPU: 1 if it waits, and nothing happened that ends its wait.
 const VCPUS: usize = 64;
 /// Most vCPUs.
 pub(super) const CPUS_MAX: u64 = 128;
@@ -76,6 +80,8 @@ pub(super) fn instant(nanos: u64) -> Option<Instant> {
 #[derive(Debug)]
 pub(in crate::kvm) struct Board {
     memory: SharedMemory,
+    /// An eventfd that does not wait.
+    bell: OwnedFd,
     bitmap: usize,
     bitmap_words: usize,
     state: u64,
@@ -84,7 +90,7 @@ pub(in crate::kvm) struct Board {
 }
 
 impl Board {
-    fn place(memory: SharedMemory, cpus: u64, pages: u64) -> Option<Self> {
+    fn place(memory: SharedMemory, bell: OwnedFd, cpus: u64, pages: u64) -> Option<Self> {
         let words = usize::try_from(pages.div_ceil(64)).ok()?;
         let page = PAGE_SIZE as u64;
         let bitmap = page;
@@ -93,6 +99,7 @@ impl Board {
         let writes = state + state_max;
         (memory.length() == writes + WRITES as u64).then(|| Self {
             memory,
+            bell,
             bitmap: PAGE_SIZE / WORD,
             bitmap_words: words,
             state,
@@ -107,18 +114,37 @@ impl Board {
     }
 
     /// One for a machine with so many vCPUs and pages.
-    pub(super) fn new(name: &str, cpus: u64, pages: u64) -> Result<Self, MemoryError> {
-        let memory = SharedMemory::new(&format!("{name}/board"), Self::bytes(cpus, pages))?;
-        Ok(Self::place(memory, cpus, pages).expect("made for it"))
+    pub(super) fn new(name: &str, cpus: u64, pages: u64) -> io::Result<Self> {
+        let memory = SharedMemory::new(&format!("{name}/board"), Self::bytes(cpus, pages)).map_err(io::Error::other)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self::place(memory, bell, cpus, pages).expect("made for it"))
     }
 
     /// The same one, from the other side. `None`: it is not for such a machine.
-    pub(super) fn of(memory: SharedMemory, cpus: u64, pages: u64) -> Option<Self> {
-        Self::place(memory, cpus, pages)
+    pub(super) fn of(memory: SharedMemory, bell: OwnedFd, cpus: u64, pages: u64) -> Option<Self> {
+        Self::place(memory, bell, cpus, pages)
     }
 
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.memory.fd()
+    /// Its memory and its bell, to be passed on.
+    pub(super) fn fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.memory.fd(), self.bell.as_fd()]
+    }
+
+    /// Rings: what somebody may wait for is shown.
+    pub(in crate::kvm) fn ring(&self) {
+        // It fails if it has rung often enough already.
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
+
+    /// Waits until it rings, at most until `deadline`; false: it is past that. To be looked again after each.
+    pub(super) fn wait_for_ring(&self, deadline: Instant) -> bool {
+        let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+        let Some(timeout) = left.and_then(|left| Timespec::try_from(left).ok()) else { return false };
+        // An error is looked at again, until the deadline.
+        if let Ok(1..) = poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], Some(&timeout)) {
+            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        }
+        true
     }
 
     pub(in crate::kvm) fn show(&self, what: Shown, value: u64) {
@@ -129,20 +155,29 @@ impl Board {
         self.memory.word(what as usize).load(SeqCst)
     }
 
-    /// How much happened to vCPU `number`, and whether it waits and nothing did.
-    pub(in crate::kvm) fn show_vcpu(&self, number: usize, happened: u64, waits: bool) {
+    /// Whether vCPU `number` waits, and nothing happened that ends its wait.
+    pub(in crate::kvm) fn show_vcpu(&self, number: usize, waits: bool) {
         if (number as u64) < CPUS_MAX {
-            self.memory.word(VCPUS + 2 * number).store(happened, SeqCst);
-            self.memory.word(VCPUS + 2 * number + 1).store(waits.into(), SeqCst);
+            self.memory.word(VCPUS + number).store(waits.into(), SeqCst);
+            // Who watches has said so before it looked: it sees this word, or is seen here.
+            if waits && self.shown(Shown::Watched) != 0 {
+                self.ring();
+            }
         }
     }
 
-    /// How much happened to the first `cpus` vCPUs, and whether all of them wait.
-    pub(super) fn vcpus(&self, cpus: u64) -> (u64, bool) {
+    /// Whether the first `cpus` vCPUs wait; waits for that at most for `most`.
+    pub(super) fn wait_idle(&self, cpus: u64, most: Duration) -> bool {
         let cpus = usize::try_from(cpus.min(CPUS_MAX)).expect("few");
-        let word = |place: usize| self.memory.word(VCPUS + place).load(SeqCst);
-        let happened = (0..cpus).fold(0, |sum: u64, number| sum.wrapping_add(word(2 * number)));
-        (happened, (0..cpus).all(|number| word(2 * number + 1) == 1))
+        let idle = || (0..cpus).all(|number| self.memory.word(VCPUS + number).load(SeqCst) == 1);
+        if idle() {
+            return true;
+        }
+        let deadline = Instant::now() + most;
+        self.show(Shown::Watched, 1);
+        while !idle() && self.wait_for_ring(deadline) {}
+        self.show(Shown::Watched, 0);
+        idle()
     }
 
     /// Adds pages that were found.
@@ -257,9 +292,9 @@ mod tests {
     #[test]
     fn pages_are_found_until_they_are_taken_and_the_other_side_has_the_same() {
         let ours = Board::new("test", 2, 130).expect("a small one");
-        let fd = ours.fd().try_clone_to_owned().expect("a descriptor");
         let theirs = |cpus, pages| {
-            Board::of(SharedMemory::from_fd(fd.try_clone().expect("a descriptor")).expect("it is"), cpus, pages)
+            let [memory, bell] = ours.fds().map(|fd| fd.try_clone_to_owned().expect("a descriptor"));
+            Board::of(SharedMemory::from_fd(memory).expect("it is"), bell, cpus, pages)
         };
         assert!(theirs(2, 1 << 20).is_none(), "for another machine");
         let theirs = theirs(2, 130).expect("the same machine");
@@ -278,9 +313,17 @@ mod tests {
         found.clear();
         ours.take_found(&mut found);
         assert!(found.is_empty(), "they come once");
-        theirs.show_vcpu(0, 5, true);
-        theirs.show_vcpu(1, 6, false);
-        assert_eq!(ours.vcpus(2), (11, false));
+        theirs.show_vcpu(0, true);
+        assert!(ours.wait_idle(1, Duration::ZERO) && !ours.wait_idle(2, Duration::ZERO));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| ours.wait_idle(2, Duration::MAX / 4));
+            while theirs.shown(Shown::Watched) == 0 {
+                std::thread::yield_now();
+            }
+            theirs.show_vcpu(1, false);
+            theirs.show_vcpu(1, true);
+            assert!(waits.join().expect("it does not panic"), "rung for");
+        });
         assert!(theirs.put_state(&[7; 1000]) && !theirs.put_state(&vec![0; 2 << 20]));
         let mut state = vec![1; 5000];
         assert!(ours.read_state(1000, &mut state) && state == [7; 1000] && !ours.read_state(2 << 20, &mut state));

@@ -158,7 +158,7 @@ fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), G
         }
     };
     let spec: Spec = spec;
-    let board = Board::of(board, spec.cpus, spec.memory / PAGE_SIZE as u64);
+    let board = Board::of(board, bell, spec.cpus, spec.memory / PAGE_SIZE as u64);
     let board = Arc::new(board.ok_or_else(|| refused("the memory that was passed on is for another microVM"))?);
     if memory.length() != spec.memory || spec.cpus > CPUS_MAX {
         return Err(refused("the microVM is not what its description says"));
@@ -197,7 +197,7 @@ fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), G
         }
         (None, None) => unreachable!("it boots or is loaded"),
     };
-    machine.show_on(&board, bell);
+    machine.show_on(&board);
     let (gates, named) = (machine.clone(), std::thread::Builder::new().name("gate".to_owned()));
     let gate_thread = named.spawn(move || serve_gate(&gates, &gate));
     gate_thread.map_err(|error| refused("the microVM's threads cannot be started").because(error))?;

@@ -4,11 +4,8 @@
 //! whatever becomes of the process; and none that releases an epoch after a seal that was not confirmed. Nothing here waits for the guest;
 //! [`Gate::release`] waits for nobody.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::board::{Board, Shown, instant};
 use super::link::{Link, LinkError};
@@ -17,6 +14,8 @@ use crate::guest::{Gate, GuestError, GuestErrorKind, Held};
 
 /// Longest wait for an answer. The gate's thread only writes to the network.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// The same of a gate that is shut, which is mute without it.
+const SHUT_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct State {
@@ -33,13 +32,11 @@ pub(super) struct ProcessGate {
     name: String,
     state: Mutex<State>,
     board: Arc<Board>,
-    bell: OwnedFd,
 }
 
 impl ProcessGate {
-    /// `bell`: an eventfd that does not wait.
-    pub(super) fn new(name: &str, link: Link, board: Arc<Board>, bell: OwnedFd) -> Self {
-        Self { name: name.to_owned(), state: Mutex::new(State { link, shut: false, unsealed: false }), board, bell }
+    pub(super) fn new(name: &str, link: Link, board: Arc<Board>) -> Self {
+        Self { name: name.to_owned(), state: Mutex::new(State { link, shut: false, unsealed: false }), board }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -118,10 +115,11 @@ impl Gate for ProcessGate {
     fn shut(&self) {
         let mut state = self.lock();
         state.shut = true;
-        if let Err(error) = self.must(&mut state, GateRequest::Shut)
-            && error.kind != GuestErrorKind::Gone
-        {
-            tracing::error!(vm = self.name, %error, "a gate that was to be shut only stays as it was");
+        match state.link.ask::<Answer>(&GateRequest::Shut, &[], SHUT_MAX) {
+            Ok(_) | Err(LinkError::Closed) => {}
+            Err(error) => {
+                tracing::error!(vm = self.name, %error, "a gate was not confirmed to be shut: it releases nothing any more");
+            }
         }
     }
 
@@ -141,11 +139,8 @@ impl Gate for ProcessGate {
             if let Some(first) = instant(self.board.shown(Shown::First)) {
                 return Some(first);
             }
-            let left = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())?;
-            let timeout = Timespec::try_from(left).ok()?;
-            // An error is looked at again, until the deadline.
-            if let Ok(1..) = poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], Some(&timeout)) {
-                let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+            if !self.board.wait_for_ring(deadline) {
+                return None;
             }
         }
     }

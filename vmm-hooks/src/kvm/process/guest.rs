@@ -9,8 +9,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
-
 use super::board::{Board, CPUS_MAX, MIRRORED, OVER, RUNS, Shown, TRACKED};
 use super::gate::ProcessGate;
 use super::link::{Link, LinkError, pair};
@@ -19,6 +17,7 @@ use super::wire::{Answer, Captured, Request, Start, Started, VERSION, What, Writ
 use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
 use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::kvm::boot::PilotOptions;
+use crate::kvm::copying::Copying;
 use crate::kvm::gate::GateBounds;
 use crate::kvm::guest::{BACKEND, layout, not_whole};
 use crate::kvm::linux::LinuxOptions;
@@ -26,7 +25,9 @@ use crate::kvm::machine::{Spec, open_disks, refused};
 use crate::kvm::ram::Ram;
 use crate::kvm::start::{Image, Kernel, new_memory};
 use crate::layout::{Layout, PAGE_SIZE, PageSet};
+use crate::sys::copy::by_runs;
 use crate::sys::memory::SharedMemory;
+use crate::sys::sched::{Urgency, realtime_of};
 use crate::track::{DirtyLedger, TrackError, Tracker};
 
 /// Longest wait for an answer: longer than a machine waits for its vCPUs.
@@ -54,7 +55,7 @@ pub(super) struct Inner {
     /// Of its disks.
     sizes: Vec<u64>,
     note: Option<String>,
-    ram: Ram,
+    ram: Arc<Ram>,
     board: Arc<Board>,
     link: Mutex<Link>,
     pub(super) gate: Arc<ProcessGate>,
@@ -103,9 +104,10 @@ pub(super) fn ask_to_start(
     if !board.put_state(plan.state) {
         return Err(failed(&"the state is too long"));
     }
-    let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(&error))?;
     let (ours, theirs) = pair().map_err(|error| failed(&error))?;
-    let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), plan.memory.fd(), board.fd(), bell.as_fd(), theirs.as_fd()];
+    let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), plan.memory.fd()];
+    fds.extend(board.fds());
+    fds.push(theirs.as_fd());
     fds.extend(plan.wire.as_ref().map(AsFd::as_fd));
     fds.extend(plan.files.iter().chain(&plan.disks).map(AsFd::as_fd));
     let start = Request::Start(Start {
@@ -125,7 +127,7 @@ pub(super) fn ask_to_start(
         }
         Err(error) => return Err(failed(&error)),
     };
-    let gate = ProcessGate::new(name, Link::new(ours), Arc::clone(&board), bell);
+    let gate = ProcessGate::new(name, Link::new(ours), Arc::clone(&board));
     Ok((answer, board, gate))
 }
 
@@ -182,7 +184,7 @@ impl Microvm {
             recipe: Recipe { backend: BACKEND.to_owned(), body, disks },
             sizes,
             note,
-            ram,
+            ram: Arc::new(ram),
             board,
             link: Mutex::new(link),
             gate: Arc::new(gate),
@@ -387,10 +389,10 @@ pub struct ProcessGuest {
     dirty: PageSet,
     /// Disk writes that were given back.
     returned: Vec<DiskWrite>,
+    copying: Copying,
     mirrored: bool,
     /// Writes were lost.
     broken: bool,
-    looked: u64,
     paused: bool,
 }
 
@@ -403,15 +405,19 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
         let error = GuestError::new(GuestErrorKind::Refused, "somebody is attached to this microVM already");
         return Err(error.advise("nothing was changed; detach the other one first"));
     }
+    // The half of a pause that its own thread does is as urgent as the one that is done here.
+    if let Err(error) = realtime_of(machine.process().pid(), Some(Urgency::Pause)) {
+        tracing::warn!(vm = machine.0.spec.name, %error, "a microVM's process has no real-time priority: a busy host may make its pauses longer");
+    }
     let pages = machine.0.layout.pages();
     Ok(ProcessGuest {
         machine: machine.clone(),
         ledger: DirtyLedger::new(BoardTracker(Arc::clone(&machine.0.board)), pages),
         dirty: PageSet::empty(pages),
         returned: Vec::new(),
+        copying: Copying::new(Arc::clone(&machine.0.ram)),
         mirrored: false,
         broken: false,
-        looked: 0,
         paused: false,
     })
 }
@@ -419,17 +425,6 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
 impl ProcessGuest {
     fn must_stand(&self, call: &str) {
         assert!(self.paused, "{call} of a guest that was not paused");
-    }
-
-    /// Copies pages to `bytes`, which has their length, run by run.
-    fn copy(&self, pages: &[u64], bytes: &mut [u8]) {
-        let (mut pages, mut bytes) = (pages, bytes);
-        while let Some(&first) = pages.first() {
-            let run = pages.iter().zip(first..).take_while(|&(&page, expected)| page == expected).count();
-            let (now, later) = bytes.split_at_mut(run * PAGE_SIZE);
-            self.machine.0.ram.read_pages(first, now);
-            (pages, bytes) = (&pages[run..], later);
-        }
     }
 
     /// Asks for a capture.
@@ -467,12 +462,11 @@ impl ProcessGuest {
     }
 
     fn take_the_rest(&mut self, captured: &Captured, into: &mut Capture) -> Result<(), GuestError> {
-        if !self.machine.0.board.read_state(captured.state, &mut into.device) {
+        let (board, device) = (&self.machine.0.board, &mut into.device);
+        let read = self.copying.copy(&into.pages, &mut into.bytes, || board.read_state(captured.state, device));
+        if !read {
             return Err(unexpected(&self.machine.0.spec.name));
         }
-        // Without clearing: what is overwritten below need not be zeroed first.
-        into.bytes.resize(into.pages.len() * PAGE_SIZE, 0);
-        self.copy(&into.pages, &mut into.bytes);
         into.disk.clear();
         into.disk.append(&mut self.returned);
         self.fetch(captured.writes, &mut into.disk)
@@ -537,10 +531,15 @@ impl Guest for ProcessGuest {
     }
 
     fn idle(&mut self) -> bool {
-        let (happened, wait) = self.machine.0.board.vcpus(self.machine.0.spec.cpus);
-        let quiet = happened == self.looked;
-        self.looked = happened;
-        quiet && wait
+        self.wait_idle(Duration::ZERO)
+    }
+
+    fn wait_idle(&mut self, most: Duration) -> bool {
+        self.machine.0.board.wait_idle(self.machine.0.spec.cpus, most)
+    }
+
+    fn pauses_alone(&self) -> bool {
+        true
     }
 
     fn arm(&mut self) -> Result<(), GuestError> {
@@ -573,7 +572,7 @@ impl Guest for ProcessGuest {
             return Err(GuestError::new(GuestErrorKind::Failed, format!("the guest has no page {page}")));
         }
         bytes.resize(pages.len() * PAGE_SIZE, 0);
-        self.copy(pages, bytes);
+        by_runs(&self.machine.0.ram, pages, bytes);
         Ok(())
     }
 
@@ -686,6 +685,8 @@ impl Guest for ProcessGuest {
 
 impl Drop for ProcessGuest {
     fn drop(&mut self) {
+        // It fails if that has ended.
+        let _ = realtime_of(self.machine.process().pid(), None);
         self.machine.0.attached.store(false, Ordering::SeqCst);
     }
 }

@@ -1,0 +1,305 @@
+//! A microVM in a process of its own, from outside: how it is confined, and what is left of it when it, or its protector, is killed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, TwinHost};
+use vmm_hooks::kvm::pilot::abi;
+use vmm_hooks::kvm::process::guest::Boot;
+use vmm_hooks::kvm::process::{Microvm, ProcessTwinHost, Program, attach};
+use vmm_hooks::kvm::{Dirty, GateBounds, LinuxOptions, NetCard, PilotOptions, Spec, TwinHostOptions, host};
+use vmm_hooks::layout::{PAGE_SIZE, PageSet};
+use vmm_hooks::sys::process::PidFd;
+
+const PILOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/pilot/pilot");
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Where the number is in a frame that was emitted by order.
+const NUMBER: std::ops::Range<usize> = 14..22;
+/// The user that has no rights.
+const NOBODY: &str = "65534";
+
+fn missing() -> Option<String> {
+    if let Err(error) = host() {
+        return Some(format!("no /dev/kvm: {error}"));
+    }
+    (!Path::new(PILOT).exists()).then(|| "the pilot guest is not built; cargo xtask setup".to_owned())
+}
+
+fn program() -> Program {
+    Program::new(env!("CARGO_BIN_EXE_microvm-process"), &[])
+}
+
+fn start(name: &str, wire: Option<OwnedFd>) -> Microvm {
+    let card = NetCard { mac: [2, 0, 0, 0, 0, 8], tap: "none".to_owned(), bridge: None };
+    let spec = Spec {
+        name: name.to_owned(),
+        memory: abi::MEMORY_MIN,
+        cpus: 2,
+        net: wire.is_some().then_some(card),
+        disks: Vec::new(),
+        dirty: Dirty::Bitmap,
+    };
+    let options = PilotOptions { address: Ipv4Addr::new(10, 0, 0, 2), ..PilotOptions::default() };
+    let boot = Boot::Pilot(PILOT.into(), options);
+    let machine = Microvm::start(&program(), spec, &boot, wire, GateBounds::default()).expect("this host can");
+    machine.resume().expect("it is new");
+    machine
+}
+
+fn emit(machine: &Microvm, frames: u32) {
+    machine.order(&[abi::order::EMIT, frames], PATIENCE).expect("the pilot works");
+}
+
+/// The lines of `/proc/PID/.../status`, by their first word.
+fn status(path: &Path) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(path.join("status")).expect("it lives");
+    let lines = text.lines().filter_map(|line| line.split_once(':'));
+    lines.map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
+}
+
+fn signal(machine: &Microvm, signal: Signal) {
+    let pid = i32::try_from(machine.process().pid()).ok().and_then(Pid::from_raw).expect("a pid");
+    kill_process(pid, signal).expect("it is ours");
+}
+
+#[test]
+fn it_has_no_file_no_user_no_capability_and_a_filter_in_every_thread() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let machine = start("confined", None);
+    let process = Path::new("/proc").join(machine.process().pid().to_string());
+    let tasks = fs::read_dir(process.join("task")).expect("it lives");
+    let threads: Vec<_> = tasks.map(|task| status(&task.expect("it lives").path())).collect();
+    assert!(threads.len() >= 4, "two vCPUs, the gate, and who answers: {threads:?}");
+    for thread in &threads {
+        let has = |name: &str| thread.get(name).map(String::as_str);
+        assert_eq!(has("Seccomp"), Some("2"), "{thread:?}");
+        assert_eq!(has("NoNewPrivs"), Some("1"), "{thread:?}");
+        assert!(["CapInh", "CapPrm", "CapEff"].iter().all(|sets| has(sets) == Some("0000000000000000")), "{thread:?}");
+        if rustix::process::geteuid().is_root() {
+            assert!(has("Uid").is_some_and(|ids| ids.split_whitespace().all(|id| id == NOBODY)), "{thread:?}");
+            assert_eq!(has("Groups"), Some(""), "{thread:?}");
+        }
+    }
+    if rustix::process::geteuid().is_root() {
+        let files = fs::read_dir(process.join("root")).expect("it lives").count();
+        assert_eq!(files, 0, "its root is empty");
+    }
+    // Of what it has open nothing is a file on a disk: it has none, and its kernel is closed.
+    let open = fs::read_dir(process.join("fd")).expect("it lives");
+    let open: Vec<_> = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok()).collect();
+    assert!(!open.iter().any(|path| path.ends_with("pilot")), "{open:?}");
+    // What a terminal or a service manager sends to a whole group does not end it.
+    for ending in [Signal::TERM, Signal::INT, Signal::HUP] {
+        signal(&machine, ending);
+    }
+    machine
+        .order(&[abi::order::FILL, u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small"), 7], PATIENCE)
+        .expect("it works");
+    machine.fence().fence().expect("it ends");
+}
+
+#[test]
+fn a_process_that_is_killed_is_a_guest_that_died() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let (ours, _theirs) = UnixDatagram::pair().expect("a pair");
+    let machine = start("killed", Some(ours.into()));
+    let mut guest: Box<dyn Guest> = Box::new(attach(&machine).expect("nobody is attached"));
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    guest.hold_output(1).expect("it stands");
+    guest.resume().expect("it stands");
+    assert_eq!(guest.events(), []);
+    // A release waits for nobody, also if the process stands still; it is done when that goes on.
+    emit(&machine, 1);
+    signal(&machine, Signal::STOP);
+    guest.gate().release(1);
+    signal(&machine, Signal::CONT);
+    let deadline = Instant::now() + PATIENCE;
+    while guest.gate().held().released < 1 {
+        assert!(Instant::now() < deadline, "a release was lost: {:?}", guest.gate().held());
+        std::thread::yield_now();
+    }
+    machine.process().kill_confirmed(PATIENCE).expect("it ends");
+    let events = guest.events();
+    assert!(matches!(&events[..], [GuestEvent::Died { how }] if how.contains("signal 9")), "{events:?}");
+    assert_eq!(guest.events(), [], "it is told once");
+    assert!(machine.is_over() && !machine.is_running());
+    let mut capture = Capture::default();
+    let error = guest.capture_epoch(false, 2, &mut capture, &mut PauseParts::default()).expect_err("it is gone");
+    assert_eq!(error.kind, GuestErrorKind::Gone, "{error}");
+    assert!(error.message.contains("signal 9"), "{error}");
+    // None of these waits or panics.
+    guest.gate().release(7);
+    guest.gate().shut();
+    assert!(guest.gate().wait_output(Instant::now()).is_none() || guest.gate().held().frames > 0);
+}
+
+/// The processes of microVMs called `name`.
+fn processes(name: &str) -> Vec<u32> {
+    let wanted = [env!("CARGO_BIN_EXE_microvm-process"), name];
+    let pids =
+        fs::read_dir("/proc").expect("it is there").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|&pid| PidFd::open(pid).is_ok_and(|process| process.command_line().is_ok_and(|line| line == wanted)))
+        .collect()
+}
+
+#[test]
+fn a_twin_whose_waiting_process_dies_is_launched_again() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let machine = start("primary", None);
+    let mut guest: Box<dyn Guest> = Box::new(attach(&machine).expect("nobody is attached"));
+    let twins = ProcessTwinHost::new(program(), TwinHostOptions::default());
+    let mut twin = twins.prepare("relaunched", guest.recipe(), guest.layout(), &[]).expect("this host can");
+    let waiting = processes("relaunched");
+    assert_eq!(waiting.len(), 1, "a process waits");
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    let mut capture = Capture::default();
+    guest.capture(&mut capture, &mut PauseParts::default()).expect("it stands");
+    let (memory, mut bytes) = (twin.memory(), Vec::new());
+    for page in PageSet::full(memory.pages()).iter() {
+        guest.read_pages(&[page], &mut bytes).expect("it is there");
+        if bytes.iter().any(|&byte| byte != 0) {
+            memory.write(page, 0, &bytes);
+        }
+    }
+    twin.rehearse(&capture.device).expect("it loads");
+    assert_eq!(processes("relaunched"), waiting, "a rehearsal is another process, which has ended");
+    PidFd::open(waiting[0]).and_then(|process| process.kill_confirmed(PATIENCE)).expect("it ends");
+    guest.fence().fence().expect("the primary ends");
+    let activation = twin.activate(&capture.device).expect("its memory is whole");
+    assert_eq!(activation.relaunched, 1);
+    let survivor = twin.release().expect("it runs");
+    let survivor_machine = twins.take("relaunched").expect("it was activated");
+    assert_eq!(survivor.pid, survivor_machine.process().pid());
+    survivor_machine
+        .order(&[abi::order::FILL, u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small"), 7], PATIENCE)
+        .expect("the pilot goes on");
+    drop(survivor_machine);
+    assert_eq!(processes("relaunched"), Vec::<u32>::new(), "it ends with its last handle");
+}
+
+/// Found out by waiting 15 s.
+#[test]
+fn an_answer_that_comes_too_late_loses_no_page() {
+    if std::env::var_os("UNDERSTUDY_LONG").is_none() {
+        return println!("skipped: UNDERSTUDY_LONG is not set");
+    }
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let machine = start("late", None);
+    let mut guest: Box<dyn Guest> = Box::new(attach(&machine).expect("nobody is attached"));
+    guest.pause().expect("it runs");
+    guest.arm().expect("it stands");
+    guest.resume().expect("it stands");
+    let page = abi::FREE / PAGE_SIZE as u64 + 9;
+    machine.order(&[abi::order::FILL, u32::try_from(page).expect("small"), 9], PATIENCE).expect("the pilot works");
+    signal(&machine, Signal::STOP);
+    let (mut capture, mut parts) = (Capture::default(), PauseParts::default());
+    let error = guest.capture_epoch(false, 2, &mut capture, &mut parts).expect_err("nobody answers");
+    assert_eq!(error.kind, GuestErrorKind::Failed, "{error}");
+    guest.resume().expect("it is only told");
+    signal(&machine, Signal::CONT);
+    assert!(machine.is_running(), "it was let run after what came too late");
+    guest.capture_epoch(false, 2, &mut capture, &mut parts).expect("it answers again");
+    assert!(capture.pages.contains(&page), "a page of the lost answer was lost");
+    guest.resume().expect("it stands");
+    machine.fence().fence().expect("it ends");
+}
+
+/// What [`the_death_of_its_protector_leaves_nothing_that_is_heard`] kills. Its standard input is the wire.
+#[test]
+#[ignore = "only the other tests start it, as another process"]
+fn helper_protector() {
+    let wire = std::io::stdin().as_fd().try_clone_to_owned().expect("a descriptor");
+    let machine = start("orphan", Some(wire));
+    emit(&machine, 1);
+    let mut guest = attach(&machine).expect("nobody is attached");
+    guest.pause().expect("it runs");
+    guest.hold_output(1).expect("it stands");
+    guest.resume().expect("it stands");
+    emit(&machine, 3);
+    let gate = guest.gate();
+    assert!(gate.wait_output(Instant::now() + PATIENCE).is_some());
+    println!("\npid {}", machine.process().pid());
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn the_death_of_its_protector_leaves_nothing_that_is_heard() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let (ours, theirs) = UnixDatagram::pair().expect("a pair");
+    theirs.set_nonblocking(true).expect("it can");
+    let mut protector = Command::new(std::env::current_exe().expect("it is there"))
+        .args(["--ignored", "--exact", "helper_protector", "--nocapture", "--test-threads=1"])
+        .stdin(OwnedFd::from(ours))
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let lines = BufReader::new(protector.stdout.take().expect("piped")).lines();
+    let pid = lines.map_while(Result::ok).find_map(|line| line.strip_prefix("pid ")?.parse().ok()).expect("it tells");
+    let microvm = PidFd::open(pid).expect("it lives");
+    // Also one that stands still cannot outlive it.
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+    kill_process(raw, Signal::STOP).expect("it is ours");
+    protector.kill().expect("it is ours");
+    protector.wait().expect("it ends");
+    assert!(microvm.wait_exit(PATIENCE), "the microVM has outlived its protector");
+    let (mut heard, mut frame) = (Vec::new(), [0; 2048]);
+    while let Ok(bytes) = theirs.recv(&mut frame) {
+        heard.push(frame[..bytes][NUMBER].to_vec());
+    }
+    assert_eq!(heard, [1_u64.to_be_bytes()], "what was emitted before it was protected is heard, and nothing else");
+}
+
+#[test]
+fn a_kernel_is_loaded_from_what_is_passed_open() {
+    let image = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+    let (kernel, initrd) = (image.join("vmlinuz"), image.join("initrd.img"));
+    if let Err(error) = host() {
+        return println!("skipped: no /dev/kvm: {error}");
+    }
+    if !kernel.exists() {
+        return println!("skipped: there is no guest image; cargo xtask setup");
+    }
+    let spec = Spec {
+        name: "kernel".to_owned(),
+        memory: 256 << 20,
+        cpus: 1,
+        net: None,
+        disks: Vec::new(),
+        dirty: Dirty::Bitmap,
+    };
+    let options = LinuxOptions { kernel, initrd: Some(initrd), cmdline: "console=ttyS0".to_owned() };
+    // It need not run, which not every KVM can have it do at speed.
+    let machine = match Microvm::start(&program(), spec, &Boot::Linux(options), None, GateBounds::default()) {
+        Ok(machine) => machine,
+        Err(error) if error.message.contains("KVM could not") => return println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    };
+    let mut guest = attach(&machine).expect("nobody is attached");
+    let mut bytes = Vec::new();
+    // Where a compressed kernel is put.
+    guest.read_pages(&[256], &mut bytes).expect("it is there");
+    assert!(bytes.iter().any(|&byte| byte != 0), "no kernel is in its memory");
+    assert!(!machine.is_running(), "a new machine stands");
+}
