@@ -10,8 +10,8 @@
 //! the length of a pause (waiting longer would cost each client more than the saved pause), and falls to nothing
 //! while they hold one. A guest that has nothing to do while its output waits loses nothing by a pause: then a larger
 //! share is allowed. One that has is let run for [`SHORTEST_BUSY`] at least: each epoch costs it more than its pause, for every page that it
-//! writes again is found anew, and who waits behind others does not see two milliseconds. The same holds, with [`SHORTEST_MANY`], for one that has nothing
-//! to do between the requests of several clients.
+//! writes again is found anew, and who waits behind others does not see two milliseconds. Nor is one captured sooner that has nothing to do between the
+//! requests of several clients than these are worth: [`WORTH`] for each frame of an epoch, from [`SHORTEST_MANY`] to [`LONGEST_MANY`].
 //!
 //! Shares are those of a *typical* pause: the mean of the last pauses, in which none counts for more than twice their median. A
 //! pause that was long because the host was busy elsewhere would otherwise make every client wait for many epochs, and
@@ -27,6 +27,10 @@ pub const LONGEST_IDLE: Duration = Duration::from_secs(1);
 pub const SHORTEST_BUSY: Duration = Duration::from_millis(2);
 /// The shortest epoch of a guest that has nothing to do, but several clients.
 pub const SHORTEST_MANY: Duration = Duration::from_micros(500);
+/// The shortest epoch of a guest that has very many.
+pub const LONGEST_MANY: Duration = Duration::from_millis(3);
+/// How long an epoch goes on for each frame in it: the work of an epoch, a few hundred microseconds of both hosts, is shared by them.
+pub const WORTH: Duration = Duration::from_micros(60);
 /// Bound on the share of time spent paused under [`Pacing::Fixed`], in percent.
 pub const FIXED_SHARE: u8 = 50;
 /// An epoch that holds more frames than this has the output of several clients.
@@ -106,6 +110,8 @@ pub struct Pacer {
     /// A typical pause.
     pause: Duration,
     gather: Duration,
+    /// What the frames of the last epochs are worth; 0: they are of one client.
+    many: Duration,
 }
 
 impl Pacer {
@@ -122,6 +128,7 @@ impl Pacer {
             oldest: 0,
             pause: Duration::ZERO,
             gather: Duration::ZERO,
+            many: Duration::ZERO,
         };
         pacer.set_policy(policy);
         pacer
@@ -151,6 +158,14 @@ impl Pacer {
             } else {
                 self.gather / 2
             };
+            self.many = if self.gather.is_zero() {
+                Duration::ZERO
+            } else {
+                let frames = u32::try_from(held_frames).unwrap_or(u32::MAX);
+                let worth = WORTH.saturating_mul(frames).min(LONGEST_MANY);
+                // Half way to it: epochs with few frames are among those with many.
+                ((self.many + worth) / 2).max(SHORTEST_MANY)
+            };
         }
     }
 
@@ -163,9 +178,9 @@ impl Pacer {
                 Window { earliest: at, latest: at, on_output: None }
             }
             Pacing::Auto(auto) => {
-                let earliest = run_for(self.pause, auto.busy_share).clamp(SHORTEST_BUSY, LONGEST_IDLE);
-                let shortest = if self.gather.is_zero() { Duration::ZERO } else { SHORTEST_MANY };
-                let waiting = run_for(self.pause, auto.waiting_share).max(shortest).min(earliest);
+                let busy = SHORTEST_BUSY.max(self.many);
+                let earliest = run_for(self.pause, auto.busy_share).clamp(busy, LONGEST_IDLE);
+                let waiting = run_for(self.pause, auto.waiting_share).max(self.many).min(earliest);
                 let idle = run_for(self.pause, auto.idle_share).clamp(auto.longest, auto.longest.max(LONGEST_IDLE));
                 Window {
                     earliest: resumed + earliest,
@@ -259,15 +274,28 @@ mod tests {
     #[test]
     fn short_pauses_do_not_make_short_epochs_of_a_busy_guest_but_of_one_that_waits() {
         let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
-        for (frames, least) in [(1, MS * 3 / 40), (50, SHORTEST_MANY)] {
-            for _ in 0..RECENT {
+        let rows = [
+            (1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
+            (4, SHORTEST_BUSY, SHORTEST_MANY..SHORTEST_MANY),
+            (20, SHORTEST_BUSY, WORTH * 19..WORTH * 20),
+            (1_000_000, LONGEST_MANY - MS / 100, LONGEST_MANY - MS / 100..LONGEST_MANY),
+            (1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
+        ];
+        for (frames, earliest, least) in rows {
+            for _ in 0..40 {
                 pacer.captured(MS / 20, frames);
             }
             let window = pacer.window(Time::ZERO);
-            assert_eq!(window.earliest, Time::ZERO + SHORTEST_BUSY);
+            assert!(window.earliest >= Time::ZERO + earliest && window.earliest <= Time::ZERO + earliest + MS / 100);
             let sooner = window.on_output.expect("auto").sooner;
-            assert_eq!(window.earliest - Time::ZERO - sooner, least, "{frames} frames in an epoch");
+            let waiting = window.earliest - Time::ZERO - sooner;
+            assert!(waiting >= least.start && waiting <= least.end, "{frames} frames in an epoch: {waiting:?}");
         }
+        // Long pauses bound it all the same.
+        for _ in 0..RECENT {
+            pacer.captured(2 * MS, 50);
+        }
+        assert_eq!(pacer.window(Time::ZERO).earliest, Time::ZERO + 6 * MS);
     }
 
     #[test]

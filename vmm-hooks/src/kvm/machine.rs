@@ -8,7 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ use crate::sys::memory::SharedMemory;
 
 /// Longest wait for vCPUs to stand. A vCPU may be in a write to a slow disk.
 const STAND_MAX: Duration = Duration::from_secs(10);
+/// How long a pause looks for vCPUs that run on other processors before it lets itself be woken.
+const LOOKED_FOR: Duration = Duration::from_micros(100);
 /// Serial output that is kept.
 const SERIAL_MAX: usize = 64 << 10;
 /// What an operator is told who asked for rings that this host cannot have; why follows.
@@ -148,6 +150,10 @@ pub(super) struct Slot {
     pub(super) wake: Wake,
     /// Whether it was in the guest since its state was last read.
     pub(super) ran: AtomicBool,
+    /// The processor that it last entered the guest on.
+    pub(super) on: AtomicUsize,
+    /// As in [`Run::standing`], for who looks without the lock.
+    stands: AtomicBool,
     room: Mutex<Room>,
 }
 
@@ -255,6 +261,8 @@ impl Machine {
                 vcpu: Mutex::new(vcpu),
                 wake: Wake::default(),
                 ran: AtomicBool::new(false),
+                on: AtomicUsize::new(0),
+                stands: AtomicBool::new(false),
                 room: Mutex::new(room),
             });
         }
@@ -426,10 +434,16 @@ impl Machine {
         run.want = Want::Stand;
         inner.show(&run);
         inner.halt();
+        let here = rustix::thread::sched_getcpu();
+        let mut beside = true;
         for (slot, _) in inner.slots.iter().zip(&run.standing).filter(|&(_, standing)| !standing) {
             slot.kick.kick();
+            beside &= slot.on.load(Ordering::Relaxed) != here;
         }
         drop(run);
+        if beside {
+            inner.look_for_stand();
+        }
         let waits = |run: &mut Run| run.standing.contains(&false) && run.end.is_none();
         let waited = inner.stood.wait_timeout_while(inner.run(), STAND_MAX, waits);
         let (run, late) = waited.expect("nobody panics while it holds the machine");
@@ -627,6 +641,15 @@ impl Inner {
         GuestError::new(GuestErrorKind::Gone, format!("the microVM {} has ended{how}", self.spec.name))
     }
 
+    /// Looks again and again, for [`LOOKED_FOR`] at most, until every vCPU stands: they are on other processors, and being woken from one costs
+    /// more than they need.
+    fn look_for_stand(&self) {
+        let until = Instant::now() + LOOKED_FOR;
+        while !self.slots.iter().all(|slot| slot.stands.load(Ordering::Acquire)) && Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    }
+
     /// Lets no request of a device begin, nor wait for room in the log.
     fn halt(&self) {
         self.halt.store(true, Ordering::SeqCst);
@@ -688,6 +711,7 @@ impl Inner {
         let slot = &self.slots[number];
         let mut run = self.run();
         run.standing[number] = true;
+        slot.stands.store(true, Ordering::Release);
         if run.want == Want::Stand || run.watched {
             self.stood.notify_all();
         }
@@ -699,6 +723,7 @@ impl Inner {
         }
         run = self.go.wait_while(run, |run| run.want == Want::Stand).expect("nobody panics while it holds the machine");
         run.standing[number] = false;
+        slot.stands.store(false, Ordering::Release);
         // Under the lock: who asks for the next pause kicks after this.
         slot.kick.clear();
         run.want == Want::Run

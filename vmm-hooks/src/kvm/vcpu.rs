@@ -31,6 +31,7 @@ pub(super) fn run(inner: &Inner, number: usize) {
         }
         let mut vcpu = slot.vcpu.lock().expect("nobody panics while it holds a vCPU");
         slot.ran.store(true, Ordering::SeqCst);
+        slot.on.store(rustix::thread::sched_getcpu(), Ordering::Relaxed);
         loop {
             let end = match vcpu.fd_mut().run() {
                 Ok(VcpuExit::IoOut(port::WAIT, data)) => {

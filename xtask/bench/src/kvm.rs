@@ -33,8 +33,9 @@ pub(crate) fn lacking(means: &Means) -> Option<String> {
 
 /// Its pause, and its epochs a second.
 pub(crate) async fn pause(means: &Means, report: &mut Report) -> Result<()> {
-    let (pilot, quick) = (means.pilot.canonicalize()?, means.quick);
-    let measured = tokio::task::spawn_blocking(move || kvm_pause::measure(&pilot, quick));
+    let (pilot, understudy) = (means.pilot.canonicalize()?, means.understudy.canonicalize()?);
+    let quick = means.quick;
+    let measured = tokio::task::spawn_blocking(move || kvm_pause::measure(&pilot, &understudy, quick));
     kvm_pause::rows(&measured.await.context("the measuring thread failed")??, report);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The pause of a microVM in its parts, and its epochs a second: a machine of this very process, with the tracker and the capture that the
+//! The pause of a microVM in its parts, and its epochs a second: a machine in a process of its own, with the tracker and the capture that the
 //! agent uses and nothing else in the way.
 //!
 //! A pause is promised in terms of a memcpy of its dirty pages, and two of those are measured beside it. One is of the very pages, out of the
@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use vmm_hooks::guest::{Capture, Guest, PauseParts, TwinHost, TwinMemory};
 use vmm_hooks::kvm::pilot::abi;
-use vmm_hooks::kvm::{Dirty, GateBounds, KvmGuest, KvmTwinHost, Machine, PilotOptions, Spec, attach, host};
+use vmm_hooks::kvm::process::guest::Boot;
+use vmm_hooks::kvm::process::{Microvm, ProcessGuest, Program, attach};
+use vmm_hooks::kvm::{Dirty, GateBounds, KvmTwinHost, PilotOptions, Spec};
 use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 
 use crate::row::{Better, Pairs, Report};
@@ -53,15 +55,17 @@ pub(crate) struct Measured {
 }
 
 /// Measures, on this thread.
-pub(crate) fn measure(pilot: &Path, quick: bool) -> Result<Measured> {
+pub(crate) fn measure(pilot: &Path, understudy: &Path, quick: bool) -> Result<Measured> {
+    // As the agent starts it.
+    let program = Program::new(understudy, &["microvm"]);
     let (epochs, seconds) = if quick { (100, 5) } else { (400, 60) };
     let mut taken = Vec::new();
     for dirty in [Dirty::Bitmap, Dirty::Ring] {
         for size in SIZES {
-            taken.push((size, dirty, pauses(pilot, size, dirty, epochs)?));
+            taken.push((size, dirty, pauses(&program, pilot, size, dirty, epochs)?));
         }
     }
-    Ok(Measured { pauses: taken, sustained: sustained(pilot, Duration::from_secs(seconds))?, seconds })
+    Ok(Measured { pauses: taken, sustained: sustained(&program, pilot, Duration::from_secs(seconds))?, seconds })
 }
 
 /// The rows of it.
@@ -87,9 +91,10 @@ fn tracker(dirty: Dirty) -> &'static str {
 }
 
 /// A machine whose second vCPU writes `pages` pages, one after the other, `rate` a millisecond or, with 0, without pause, and is tracked.
-fn writer(pilot: &Path, pages: u32, rate: u32, dirty: Dirty) -> Result<(Machine, KvmGuest)> {
+fn writer(program: &Program, pilot: &Path, pages: u32, rate: u32, dirty: Dirty) -> Result<(Microvm, ProcessGuest)> {
     let spec = Spec { name: "bench".to_owned(), memory: 128 << 20, cpus: 2, net: None, disks: Vec::new(), dirty };
-    let machine = Machine::pilot(&host()?, spec, pilot, &PilotOptions::default(), None, GateBounds::default())?;
+    let boot = Boot::Pilot(pilot.to_owned(), PilotOptions::default());
+    let machine = Microvm::start(program, spec, &boot, None, GateBounds::default())?;
     machine.resume()?;
     let first = u32::try_from(abi::FREE / PAGE_SIZE as u64)?;
     let order = [abi::order::WORK, 1, first, pages, u32::try_from(abi::SEQUENTIAL)?, rate];
@@ -103,20 +108,17 @@ fn writer(pilot: &Path, pages: u32, rate: u32, dirty: Dirty) -> Result<(Machine,
 }
 
 /// The steps that the worker has done.
-fn done(guest: &mut KvmGuest, page: &mut Vec<u8>) -> Result<u64> {
+fn done(guest: &mut ProcessGuest, page: &mut Vec<u8>) -> Result<u64> {
     guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + 1], page)?;
     let start = usize::try_from(abi::worker::DONE * 8)?;
     Ok(u64::from_le_bytes(page[start..start + 8].try_into()?))
 }
 
 /// One pause and capture.
-fn capture(guest: &mut KvmGuest, epoch: u64, capture: &mut Capture) -> Result<PauseParts> {
+fn capture(guest: &mut ProcessGuest, epoch: u64, capture: &mut Capture) -> Result<PauseParts> {
     let mut parts = PauseParts::default();
     let begun = Instant::now();
-    guest.pause()?;
-    parts.stop = begun.elapsed();
-    guest.gate().seal(epoch + 1);
-    guest.capture(capture, &mut parts)?;
+    guest.capture_epoch(false, epoch + 1, capture, &mut parts)?;
     let resuming = Instant::now();
     guest.resume()?;
     (parts.resume, parts.total) = (resuming.elapsed(), begun.elapsed());
@@ -124,9 +126,15 @@ fn capture(guest: &mut KvmGuest, epoch: u64, capture: &mut Capture) -> Result<Pa
 }
 
 /// Pauses of a guest that writes this many pages in between; a reason if this host cannot find its dirty pages so.
-fn pauses(pilot: &Path, size: u32, dirty: Dirty, epochs: usize) -> Result<Result<Vec<Pause>, String>> {
+fn pauses(
+    program: &Program,
+    pilot: &Path,
+    size: u32,
+    dirty: Dirty,
+    epochs: usize,
+) -> Result<Result<Vec<Pause>, String>> {
     println!("pause of a microVM with {size} dirty pages, {}: {epochs} epochs", tracker(dirty));
-    let (machine, mut guest) = writer(pilot, size, size.min(WORK_MAX), dirty)?;
+    let (machine, mut guest) = writer(program, pilot, size, size.min(WORK_MAX), dirty)?;
     let note = machine.dirty_note();
     let taken = match note {
         None => Ok(alternate(&mut guest, size, epochs)?),
@@ -138,7 +146,7 @@ fn pauses(pilot: &Path, size: u32, dirty: Dirty, epochs: usize) -> Result<Result
 }
 
 /// Captures, and in every other epoch nothing but the copy.
-fn alternate(guest: &mut KvmGuest, size: u32, epochs: usize) -> Result<Vec<Pause>> {
+fn alternate(guest: &mut ProcessGuest, size: u32, epochs: usize) -> Result<Vec<Pause>> {
     let (mut taken, mut page, mut epoch) = (Vec::new(), Vec::new(), Capture::default());
     let (mut dirty, mut pages) = (PageSet::empty(guest.layout().pages()), Vec::new());
     let (mut copied, mut again) = (Vec::new(), Vec::new());
@@ -168,7 +176,7 @@ fn alternate(guest: &mut KvmGuest, size: u32, epochs: usize) -> Result<Vec<Pause
 }
 
 /// Waits until the worker has written all of its pages once more.
-fn written(guest: &mut KvmGuest, size: u32, page: &mut Vec<u8>) -> Result<()> {
+fn written(guest: &mut ProcessGuest, size: u32, page: &mut Vec<u8>) -> Result<()> {
     let (before, deadline) = (done(guest, page)?, Instant::now() + PATIENCE);
     while done(guest, page)? < before + u64::from(size) {
         if Instant::now() > deadline {
@@ -214,9 +222,9 @@ fn pause_rows(size: u32, dirty: Dirty, taken: &[Pause], report: &mut Report) {
 
 /// Epochs a second over `length`: captured each millisecond, with the pages that the guest wrote since, and put into a twin's memory by another
 /// thread. Epochs a second, and pages in each.
-fn sustained(pilot: &Path, length: Duration) -> Result<(f64, f64)> {
+fn sustained(program: &Program, pilot: &Path, length: Duration) -> Result<(f64, f64)> {
     println!("epochs of a microVM with {RATE_PAGES} dirty pages: {} s", length.as_secs());
-    let (machine, mut guest) = writer(pilot, RATE_PAGES, 0, Dirty::Bitmap)?;
+    let (machine, mut guest) = writer(program, pilot, RATE_PAGES, 0, Dirty::Bitmap)?;
     let mut twin = KvmTwinHost::default().prepare("bench-twin", guest.recipe(), guest.layout(), &[])?;
     let memory: Arc<dyn TwinMemory> = twin.memory();
     let (captured, epochs) = std::sync::mpsc::channel::<Capture>();

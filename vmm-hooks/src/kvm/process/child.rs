@@ -43,6 +43,8 @@ pub fn main() -> ExitCode {
         std::process::abort();
     }));
     ignore_endings();
+    // Its file is `/proc/self/exe`, which would tell nobody what it is. It is only a name if that fails.
+    let _ = rustix::thread::set_name(c"us-microvm");
     let socket = match io::stdin().as_fd().try_clone_to_owned() {
         Ok(socket) => socket,
         Err(error) => {
