@@ -263,7 +263,7 @@ impl Lab {
         let mut args: Vec<String> = [
             "-name",
             VM,
-            // One processor, translated as if another could be plugged in: else QEMU's TCG (7.2 at least) leaves out the barrier between the guest's
+            // One processor, translated as if another could be plugged in: else QEMU's TCG (7.2 and 10.0) leaves out the barrier between the guest's
             // making of a request and its look whether a notification is wanted. One that is lost so stops a virtio queue for good.
             "-smp",
             "1,maxcpus=2",
