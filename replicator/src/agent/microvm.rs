@@ -98,13 +98,13 @@ impl Microvms {
         self.lock().get(name).filter(|machine| !machine.is_over()).cloned()
     }
 
-    /// Whether the one at `at` is here and over.
-    fn is_over(&self, at: &GuestAt) -> bool {
+    /// Whether the one at `at` is here, and over for sure. Nothing of it is left then.
+    fn is_gone(&self, at: &GuestAt) -> bool {
         let is_it = |machine: &Microvm| {
             let process = machine.process();
             (process.pid(), process.start_time()) == (at.pid, at.started)
         };
-        self.lock().get(&at.name).is_some_and(|machine| is_it(machine) && machine.is_over())
+        self.lock().get(&at.name).is_some_and(|machine| is_it(machine) && machine.is_gone())
     }
 
     /// Lets go of the one called `name` if it is over: its process ends, and its memory, tap and disk are free.
@@ -226,8 +226,7 @@ impl Agent {
 
     /// Whether a guest has ended for sure.
     pub(super) fn is_gone(&self, at: &GuestAt) -> bool {
-        // What is over never runs again, though its process may be there to tell of it.
-        at.process_is_gone() || at.microvm && self.microvms.is_over(at)
+        at.process_is_gone() || at.microvm && self.microvms.is_gone(at)
     }
 
     /// Where a survivor is. A microVM's machine is this agent's from now on.

@@ -405,13 +405,18 @@ impl Task {
 
     fn destroy(&mut self) {
         self.fencing = true;
-        self.gate.shut();
-        let fence = Arc::clone(&self.fence);
+        let (gate, fence) = (Arc::clone(&self.gate), Arc::clone(&self.fence));
         let name = self.name.clone();
         self.command(Command::Quit);
-        tokio::task::spawn_blocking(move || match fence.fence() {
-            Ok(()) => tracing::warn!(vm = name, "this copy was destroyed: the VM runs elsewhere"),
-            Err(error) => tracing::error!(vm = name, %error, "this copy could not be destroyed; it is mute and paused"),
+        tokio::task::spawn_blocking(move || {
+            // May wait for a process that does not answer, for seconds.
+            gate.shut();
+            match fence.fence() {
+                Ok(()) => tracing::warn!(vm = name, "this copy was destroyed: the VM runs elsewhere"),
+                Err(error) => {
+                    tracing::error!(vm = name, %error, "this copy could not be destroyed; it is mute and paused");
+                }
+            }
         });
     }
 

@@ -67,14 +67,13 @@ const CALLS: [libc::c_long; 38] = [
 const IOCTLS: [u64; 3] = [0xae80, 0x4008_ae61, 0xaec7];
 
 /// What the process of a machine needs beside [`CALLS`]: messages, threads, anonymous memory, the states of what is open, and its end.
-const PROCESS_CALLS: [libc::c_long; 26] = [
+const PROCESS_CALLS: [libc::c_long; 23] = [
     libc::SYS_sendmsg,
     libc::SYS_recvmsg,
     libc::SYS_eventfd2,
     libc::SYS_memfd_create,
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
-    libc::SYS_fcntl,
     libc::SYS_dup,
     libc::SYS_fstat,
     libc::SYS_statx,
@@ -82,12 +81,10 @@ const PROCESS_CALLS: [libc::c_long; 26] = [
     // Answered by `no_clone3` first.
     libc::SYS_clone3,
     libc::SYS_set_tid_address,
-    libc::SYS_prctl,
     libc::SYS_seccomp,
     libc::SYS_capget,
     libc::SYS_capset,
     libc::SYS_rt_sigaction,
-    libc::SYS_prlimit64,
     libc::SYS_exit_group,
     libc::SYS_geteuid,
     libc::SYS_getuid,
@@ -100,7 +97,12 @@ const PROCESS_CALLS: [libc::c_long; 26] = [
 /// All of KVM's: the type of its numbers.
 const KVM_TYPE: u64 = 0xae00;
 const TYPE: u64 = 0xff00;
-const FIONBIO: u64 = 0x5421;
+/// Of `fcntl`: a copy of a descriptor, its flags, the file's flags to look at, seals. Not to set: those of a file are shared with the protector, and would make
+/// it wait; nor signals to whoever has the same user.
+const FCNTLS: [libc::c_int; 6] =
+    [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_ADD_SEALS, libc::F_GET_SEALS];
+/// Of `prctl`: the names of threads and memory, and to give up more. Not whether it ends with its protector.
+const PRCTLS: [libc::c_int; 4] = [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_SECCOMP];
 
 /// Nobody, and no group.
 const NOBODY: u32 = 65534;
@@ -116,12 +118,22 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
 
 fn process_filter() -> Result<BpfProgram, seccompiler::BackendError> {
     let word = |argument, test, value| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, test, value);
-    let asks = [(SeccompCmpOp::MaskedEq(TYPE), KVM_TYPE), (SeccompCmpOp::Eq, FIONBIO)];
-    let asks = asks.map(|(test, value)| SeccompRule::new(vec![word(1, test, value)?]));
+    let asks = SeccompRule::new(vec![word(1, SeccompCmpOp::MaskedEq(TYPE), KVM_TYPE)?])?;
+    let one_of = |argument, values: &[libc::c_int]| {
+        let value = |&value: &libc::c_int| u64::try_from(value).expect("a small number");
+        let rules = values.iter().map(|each| SeccompRule::new(vec![word(argument, SeccompCmpOp::Eq, value(each))?]));
+        rules.collect::<Result<Vec<_>, seccompiler::BackendError>>()
+    };
+    // Limits are its own: another process of the same user would be ended by them.
+    let some = [
+        (libc::SYS_fcntl, one_of(1, &FCNTLS)?),
+        (libc::SYS_prctl, one_of(0, &PRCTLS)?),
+        (libc::SYS_prlimit64, one_of(0, &[0])?),
+    ];
     let thread = u64::try_from(libc::CLONE_THREAD).expect("a flag");
     let threads = SeccompRule::new(vec![word(0, SeccompCmpOp::MaskedEq(thread), thread)?])?;
     let calls = CALLS.into_iter().chain(PROCESS_CALLS);
-    allow(calls, asks.into_iter().collect::<Result<_, _>>()?, vec![(libc::SYS_clone, vec![threads])])
+    allow(calls, vec![asks], some.into_iter().chain([(libc::SYS_clone, vec![threads])]).collect())
 }
 
 /// The flags of `clone3` are in memory, where no filter looks: the C library is told that there is no such call, and takes `clone`.
@@ -271,6 +283,34 @@ mod tests {
         // Others of the process are as they were.
         let mut text = String::new();
         File::open("/proc/self/status").and_then(|mut file| file.read_to_string(&mut text)).expect("ours");
+    }
+
+    #[test]
+    fn the_process_reaches_no_other_one_and_no_flags_that_others_share() {
+        use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+        use rustix::process::{Pid, Resource, getrlimit, prlimit};
+
+        let mut other = Command::new("/bin/sleep").arg("1000").spawn().expect("it is there");
+        let pid = Pid::from_child(&other);
+        let file = tempfile::tempfile().expect("room");
+        let filtered = std::thread::spawn(move || {
+            for filter in [process_filter(), no_clone3()] {
+                seccompiler::apply_filter(&filter.expect("it is right")).expect("this kernel has seccomp filters");
+            }
+            rustix::thread::set_name(c"filtered").expect("its own name");
+            file.try_clone().and_then(|copy| copy.sync_data()).expect("a copy of what it has");
+            let limits = getrlimit(Resource::Nofile);
+            let flags = fcntl_getfl(&file).expect("to look is nothing");
+            [
+                prlimit(Some(pid), Resource::Nofile, limits).map(drop),
+                fcntl_setfl(&file, flags | OFlags::NONBLOCK),
+                rustix::io::ioctl_fionbio(&file, true),
+                set_parent_process_death_signal(None),
+            ]
+        });
+        let refused = filtered.join().expect("it does not panic");
+        other.kill().and_then(|()| other.wait()).expect("it ends");
+        assert_eq!(refused, [Err(rustix::io::Errno::PERM); 4]);
     }
 
     #[test]

@@ -285,7 +285,10 @@ impl Machine {
         let gate = Arc::new(KvmGate::new(outgoing, bounds));
         let net = match (&spec.net, wire) {
             (Some(card), Some(wire)) => {
-                rustix::io::ioctl_fionbio(&wire, true).map_err(|error| network(&error))?;
+                // A confined process may not: its wire is so from the beginning.
+                if !rustix::fs::fcntl_getfl(&wire).is_ok_and(|flags| flags.contains(rustix::fs::OFlags::NONBLOCK)) {
+                    rustix::io::ioctl_fionbio(&wire, true).map_err(|error| network(&error))?;
+                }
                 Some(Net::new(card.mac, wire, Arc::clone(&gate)).map_err(|error| network(&error))?)
             }
             (None, _) => None,

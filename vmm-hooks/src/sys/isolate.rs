@@ -28,9 +28,14 @@ pub fn empty_root() -> io::Result<()> {
     // The old root is put over the new one, and taken away from there (pivot_root(2)).
     // SAFETY: the kernel reads two paths that end with a zero.
     let pivoted = unsafe { libc::syscall(libc::SYS_pivot_root, here, here) };
-    check(i32::try_from(pivoted).expect("zero or minus one"))?;
-    // SAFETY: the kernel reads a path that ends with a zero.
-    check(unsafe { libc::umount2(here, libc::MNT_DETACH) })?;
+    if pivoted == 0 {
+        // SAFETY: the kernel reads a path that ends with a zero.
+        check(unsafe { libc::umount2(here, libc::MNT_DETACH) })?;
+    } else {
+        // The root of an initramfs cannot be moved (pivot_root(2)). Who has no capability does not get out of this one either.
+        // SAFETY: the kernel reads a path that ends with a zero.
+        check(unsafe { libc::chroot(here) })?;
+    }
     // SAFETY: as above.
     check(unsafe { libc::chdir(c"/".as_ptr()) })
 }

@@ -88,9 +88,13 @@ impl PidFd {
             Err(error) => return Err(os(pid, "open a handle", error.into())),
         };
         // Read after the handle was opened, believed only if the process still lives: then both are of one process.
-        let start_time = start_time(pid)?;
-        let handle = Self { fd, pid, start_time };
-        if handle.has_exited() { Err(gone) } else { Ok(handle) }
+        let start_time = start_time(pid);
+        let handle = Self { fd, pid, start_time: *start_time.as_ref().unwrap_or(&0) };
+        if handle.has_exited() {
+            return Err(gone);
+        }
+        // One that lives and is not shown (`hidepid`) is not gone.
+        start_time.map(|_| handle).map_err(|error| os(pid, "read the start time", error))
     }
 
     /// Opens the process that has `pid` and started at `start_time`, as [`PidFd::start_time`] told earlier.
@@ -217,11 +221,11 @@ fn os(pid: u32, what: &'static str, source: io::Error) -> ProcessError {
 }
 
 /// When the process with `pid` started: field 22 of `/proc/PID/stat`, counted after the name in parentheses.
-fn start_time(pid: u32) -> Result<u64, ProcessError> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).map_err(|_| ProcessError::Gone { pid })?;
+fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat"))?;
     let stat = String::from_utf8_lossy(&stat);
     let time = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok());
-    time.ok_or_else(|| os(pid, "read the start time", io::Error::from(io::ErrorKind::InvalidData)))
+    time.ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// The memory of another process. Needs the right to trace it.

@@ -33,7 +33,8 @@ pub fn realtime_of(process: u32, urgency: Option<Urgency>) -> io::Result<()> {
     let thread = thread.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
     match urgency {
         Some(urgency) => set(thread, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, urgency as libc::c_int),
-        None => set(thread, libc::SCHED_OTHER, 0),
+        // Without privileges the flag cannot be taken away again.
+        None => set(thread, libc::SCHED_OTHER | libc::SCHED_RESET_ON_FORK, 0),
     }
 }
 
@@ -74,7 +75,7 @@ mod tests {
             }
             Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EPERM)),
         }
-        assert_eq!(policy(), before);
+        assert_eq!(policy() & !libc::SCHED_RESET_ON_FORK, before);
         realtime_of(0, None).expect_err("nobody has that number");
         child.kill().and_then(|()| child.wait()).expect("it ends");
     }

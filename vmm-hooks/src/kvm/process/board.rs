@@ -38,7 +38,7 @@ pub(in crate::kvm) enum Shown {
     First,
     /// What a protector has left: [`MIRRORED`], [`TRACKED`].
     Left,
-    /// 1: the protector waits for vCPUs that have nothing to do. The one word that it writes.
+    /// 1: the protector waits for vCPUs that have nothing to do. The one of these words that it writes.
     Watched,
 }
 
@@ -245,8 +245,13 @@ impl Board {
         count
     }
 
-    /// Reads so many writes to disks of these sizes, to the end of `into`.
-    pub(super) fn read_writes(&self, count: u32, sizes: &[u64], into: &mut Vec<DiskWrite>) -> Result<(), &'static str> {
+    /// Reads so many writes to disks of these sizes, to the end of `into`; how much of the board they take.
+    pub(super) fn read_writes(
+        &self,
+        count: u32,
+        sizes: &[u64],
+        into: &mut Vec<DiskWrite>,
+    ) -> Result<usize, &'static str> {
         let mut at = 0;
         for _ in 0..count {
             let mut head = [0; HEAD];
@@ -265,7 +270,7 @@ impl Board {
             let change = if kind == 0 {
                 DiskChange::Zero(bytes)
             } else {
-                let length = usize::try_from(bytes).ok().filter(|&length| at + length <= WRITES);
+                let length = usize::try_from(bytes).ok().filter(|&length| length <= WRITES - at);
                 let length = length.ok_or("a write that is longer than there is room for")?;
                 let mut data = vec![0; length];
                 self.memory.read(self.writes + at as u64, &mut data);
@@ -274,7 +279,7 @@ impl Board {
             };
             into.push(DiskWrite { disk, offset, change });
         }
-        Ok(())
+        Ok(at)
     }
 
     #[cfg(any(test, feature = "fuzzing"))]

@@ -4,6 +4,7 @@
 //! whatever becomes of the process; and none that releases an epoch after a seal that was not confirmed. Nothing here waits for the guest;
 //! [`Gate::release`] waits for nobody.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -20,8 +21,6 @@ const SHUT_MAX: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 struct State {
     link: Link,
-    /// Nothing is let out any more.
-    shut: bool,
     /// It is not known which epoch output is of: what is let out is let out by opening.
     unsealed: bool,
 }
@@ -30,13 +29,20 @@ struct State {
 #[derive(Debug)]
 pub(super) struct ProcessGate {
     name: String,
+    /// Nothing is let out any more. Outside of the lock, which may be held while an answer is waited for.
+    shut: AtomicBool,
     state: Mutex<State>,
     board: Arc<Board>,
 }
 
 impl ProcessGate {
     pub(super) fn new(name: &str, link: Link, board: Arc<Board>) -> Self {
-        Self { name: name.to_owned(), state: Mutex::new(State { link, shut: false, unsealed: false }), board }
+        Self {
+            name: name.to_owned(),
+            shut: AtomicBool::new(false),
+            state: Mutex::new(State { link, unsealed: false }),
+            board,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -68,7 +74,7 @@ impl ProcessGate {
     /// See [`crate::guest::Guest::open_output`].
     pub(super) fn open(&self) -> Result<(), GuestError> {
         let mut state = self.lock();
-        if state.shut {
+        if self.is_shut() {
             return Ok(());
         }
         self.must(&mut state, GateRequest::Open)?;
@@ -78,7 +84,7 @@ impl ProcessGate {
 
     /// Whether it was shut for good.
     pub(super) fn is_shut(&self) -> bool {
-        self.lock().shut
+        self.shut.load(Ordering::SeqCst)
     }
 
     /// Tells the network where the machine is.
@@ -103,7 +109,7 @@ impl Gate for ProcessGate {
 
     fn release(&self, through: u64) {
         let mut state = self.lock();
-        if state.shut || state.unsealed {
+        if self.is_shut() || state.unsealed {
             return;
         }
         if let Err(error) = state.link.post(&GateRequest::Release(through)) {
@@ -113,8 +119,8 @@ impl Gate for ProcessGate {
     }
 
     fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
         let mut state = self.lock();
-        state.shut = true;
         match state.link.ask::<Answer>(&GateRequest::Shut, &[], SHUT_MAX) {
             Ok(_) | Err(LinkError::Closed) => {}
             Err(error) => {

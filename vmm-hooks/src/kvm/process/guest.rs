@@ -19,7 +19,7 @@ use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, Gues
 use crate::kvm::boot::PilotOptions;
 use crate::kvm::copying::Copying;
 use crate::kvm::gate::GateBounds;
-use crate::kvm::guest::{BACKEND, layout, not_whole};
+use crate::kvm::guest::{BACKEND, Body, layout, not_whole};
 use crate::kvm::linux::LinuxOptions;
 use crate::kvm::machine::{Spec, open_disks, refused};
 use crate::kvm::ram::Ram;
@@ -34,8 +34,8 @@ use crate::track::{DirtyLedger, TrackError, Tracker};
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// Longest wait for a machine to be made: its host's rings may have to be tried.
 const START_MAX: Duration = Duration::from_secs(90);
-/// Most bytes of disk writes that one capture can hold: more than a log does.
-const WRITES_MAX: u64 = 256 << 20;
+/// Most bytes of disk writes on the board that one capture can hold: more than a log does.
+const WRITES_MAX: usize = 256 << 20;
 
 /// What a new machine boots, as its operator names it.
 #[derive(Debug, Clone)]
@@ -85,7 +85,7 @@ pub(super) struct Plan<'a> {
     pub(super) state: &'a [u8],
 }
 
-/// Has `process` do what `plan` says; its answer, and what is between the two then.
+/// Has `process` do what `plan` says; its answer, and what is between the two then. An error is [`GuestErrorKind::Gone`] if the process ended meanwhile, and only then.
 pub(super) fn ask_to_start(
     process: &Process,
     link: &mut Link,
@@ -105,6 +105,9 @@ pub(super) fn ask_to_start(
         return Err(failed(&"the state is too long"));
     }
     let (ours, theirs) = pair().map_err(|error| failed(&error))?;
+    if let Some(wire) = &plan.wire {
+        rustix::io::ioctl_fionbio(wire, true).map_err(|error| failed(&error))?;
+    }
     let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), plan.memory.fd()];
     fds.extend(board.fds());
     fds.push(theirs.as_fd());
@@ -123,7 +126,8 @@ pub(super) fn ask_to_start(
         Ok(answer) => answer,
         Err(LinkError::Closed) => {
             let _ = process.handle().wait_exit(Duration::from_secs(1));
-            return Err(failed(&process.end().unwrap_or_else(|| "it does not listen".to_owned())));
+            let why = failed(&process.end().unwrap_or_else(|| "it does not listen".to_owned()));
+            return Err(GuestError { kind: GuestErrorKind::Gone, ..why });
         }
         Err(error) => return Err(failed(&error)),
     };
@@ -172,7 +176,11 @@ impl Microvm {
         let Answer::Started(Started { body, disks: sizes, note }) = answer else {
             return Err(unexpected(&plan.spec.name));
         };
-        if sizes.len() != plan.spec.disks.len() {
+        // All that is believed of it is what it alone can know: what its guest is told of the processor.
+        let bytes =
+            plan.disks.iter().map(|disk| disk.metadata().map(|about| about.len())).collect::<Result<Vec<_>, _>>();
+        let described = serde_json::from_str::<Body>(&body).is_ok_and(|body| body.spec == plan.spec);
+        if !described || bytes.ok().as_ref() != Some(&sizes) {
             return Err(unexpected(&plan.spec.name));
         }
         let ram = Ram::map(plan.memory, false).map_err(|error| refused(error.to_string()).because(error))?;
@@ -217,6 +225,13 @@ impl Microvm {
     #[must_use]
     pub fn is_over(&self) -> bool {
         self.0.board.shown(Shown::Run) & OVER != 0 || self.process().has_exited()
+    }
+
+    /// Whether nothing of it can run again, whatever it shows. One that is over, and that nobody is attached to, is ended for that.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.process().has_exited()
+            || self.is_over() && !self.0.attached.load(Ordering::SeqCst) && self.0.process.kill().is_ok()
     }
 
     /// Whether its vCPUs run, once all that was asked is done. False if it does not answer.
@@ -390,6 +405,8 @@ pub struct ProcessGuest {
     /// Disk writes that were given back.
     returned: Vec<DiskWrite>,
     copying: Copying,
+    /// It has told of its death, and its process has not ended.
+    dying: Option<GuestEvent>,
     mirrored: bool,
     /// Writes were lost.
     broken: bool,
@@ -416,6 +433,7 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
         dirty: PageSet::empty(pages),
         returned: Vec::new(),
         copying: Copying::new(Arc::clone(&machine.0.ram)),
+        dying: None,
         mirrored: false,
         broken: false,
         paused: false,
@@ -483,16 +501,14 @@ impl ProcessGuest {
 
     fn fetch_all(&self, writes: &mut Writes, into: &mut Vec<DiskWrite>) -> Result<(), GuestError> {
         let inner = &self.machine.0;
-        let mut bytes = 0;
+        let (mut bytes, begun) = (0, Instant::now());
         loop {
-            let first = into.len();
             let read = inner.board.read_writes(writes.count, &inner.sizes, into);
-            read.map_err(|why| unexpected(&inner.spec.name).because(why))?;
-            bytes += into[first..].iter().map(DiskWrite::bytes).sum::<u64>();
+            bytes += read.map_err(|why| unexpected(&inner.spec.name).because(why))?;
             if !writes.more {
                 return Ok(());
             }
-            if writes.count == 0 || bytes > WRITES_MAX {
+            if writes.count == 0 || bytes > WRITES_MAX || begun.elapsed() > ANSWER_MAX {
                 return Err(unexpected(&inner.spec.name));
             }
             *writes = match inner.ask(&Request::MoreWrites)? {
@@ -589,6 +605,10 @@ impl Guest for ProcessGuest {
         into: &mut Capture,
         parts: &mut PauseParts,
     ) -> Result<u64, GuestError> {
+        if begin {
+            // On the gate's own socket, behind what was asked there and given up: an opening that comes later would be heard.
+            self.machine.0.gate.hold(next)?;
+        }
         let start = Instant::now();
         // It may, whatever is answered.
         self.paused = true;
@@ -662,6 +682,19 @@ impl Guest for ProcessGuest {
         {
             events.extend(told.into_iter().map(GuestEvent::from));
         }
+        // Others go on in its place once they are told that it is dead, so its word is not enough.
+        let died = events.iter().position(|event| matches!(event, GuestEvent::Died { .. }));
+        self.dying = died.map(|at| events.remove(at)).or(self.dying.take());
+        if let Some(death) = self.dying.take() {
+            match inner.process.kill() {
+                Ok(()) if inner.told.swap(true, Ordering::SeqCst) => {}
+                Ok(()) => events.push(death),
+                Err(error) => {
+                    tracing::error!(vm = inner.spec.name, %error, "a microVM says that it is dead, and its process does not end");
+                    self.dying = Some(death);
+                }
+            }
+        }
         if !inner.process.was_killed()
             && let Some(how) = inner.process.end()
             && !inner.told.swap(true, Ordering::SeqCst)
@@ -685,8 +718,10 @@ impl Guest for ProcessGuest {
 
 impl Drop for ProcessGuest {
     fn drop(&mut self) {
-        // It fails if that has ended.
-        let _ = realtime_of(self.machine.process().pid(), None);
+        // One that has ended may have been waited for, and another process have its number.
+        if !self.machine.process().has_exited() {
+            let _ = realtime_of(self.machine.process().pid(), None);
+        }
         self.machine.0.attached.store(false, Ordering::SeqCst);
     }
 }

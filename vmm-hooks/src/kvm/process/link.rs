@@ -1,6 +1,7 @@
 //! One message a packet, with descriptors; and questions that wait for their answers.
 //!
-//! Promises: an answer is taken for its own question alone: one that comes after its question was given up is dropped. Sending and receiving allocate
+//! Promises: an answer is taken for its own question alone: one that comes after its question was given up is dropped. No question waits much longer than it
+//! may, whatever comes. Sending and receiving allocate
 //! nothing but what a message itself holds.
 
 use std::io;
@@ -138,6 +139,10 @@ impl Link {
                 let (_, answer) = decode(&self.inbox[..length]).ok_or(LinkError::Invalid)?;
                 return Ok(answer);
             }
+            // Else one that sends without end would be listened to without end.
+            if Instant::now() >= deadline {
+                return Err(LinkError::Late(within));
+            }
         }
     }
 }
@@ -151,6 +156,17 @@ impl AsFd for Link {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_sends_without_end_is_not_listened_to_without_end() {
+        let (ours, theirs) = pair().expect("sockets");
+        let mut link = Link::new(ours);
+        let sends = std::thread::spawn(move || while send(&theirs, &[0; 4], &[], true).is_ok() {});
+        let late = link.ask::<u64>(&1_u8, &[], Duration::from_millis(20)).expect_err("none of it is an answer");
+        assert!(matches!(late, LinkError::Late(_)), "{late}");
+        drop(link);
+        sends.join().expect("nobody hears it any more");
+    }
 
     #[test]
     fn a_late_answer_is_not_taken_for_the_next_questions() {

@@ -88,9 +88,13 @@ impl Process {
         command.stdin(theirs).stdout(Stdio::null());
         // The command has our copy of the other end, and is dropped there.
         let spawned = by_the_lasting_thread(move || command.spawn());
-        let child = spawned.and_then(|child| child).map_err(failed)?;
-        let process =
-            Self { handle: PidFd::open(child.id())?, child: Mutex::new(child), killed: AtomicBool::new(false) };
+        let mut child = spawned.and_then(|child| child).map_err(failed)?;
+        let handle = PidFd::open(child.id()).inspect_err(|_| {
+            // It cannot be waited for later. It fails if it has ended, which is as good.
+            let _ = child.kill();
+            let _ = child.wait();
+        })?;
+        let process = Self { handle, child: Mutex::new(child), killed: AtomicBool::new(false) };
         Ok((process, Link::new(ours)))
     }
 

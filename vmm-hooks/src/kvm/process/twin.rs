@@ -169,8 +169,10 @@ impl ProcessTwin {
         };
         let failed = |error: GuestError| GuestError { kind: GuestErrorKind::Failed, ..error };
         let plan = plan().map_err(|error| (failed(error), false))?;
-        let handle = process.handle().clone();
-        Microvm::of(process, link, plan).map_err(|error| (failed(error), handle.has_exited()))
+        Microvm::of(process, link, plan).map_err(|error| {
+            let died = error.kind == GuestErrorKind::Gone;
+            (failed(error), died)
+        })
     }
 }
 
@@ -228,7 +230,10 @@ impl Twin for ProcessTwin {
         };
         let load = start.elapsed();
         machine.resume()?;
-        if !machine.is_running() {
+        // One that has switched itself off or died since did run: its events tell of it.
+        if !machine.is_running() && !machine.is_over() {
+            // Its guest may have gone on: what was committed is no longer what is in its memory.
+            self.end.ended.store(true, Ordering::SeqCst);
             return Err(GuestError::new(GuestErrorKind::Failed, "the twin was loaded, and does not run")
                 .advise("the committed memory may have been written to; look at the agent's log"));
         }
