@@ -38,6 +38,10 @@ fn program() -> Program {
 }
 
 fn start(name: &str, wire: Option<OwnedFd>) -> Microvm {
+    start_with(name, wire, Dirty::Bitmap)
+}
+
+fn start_with(name: &str, wire: Option<OwnedFd>, dirty: Dirty) -> Microvm {
     let card = NetCard { mac: [2, 0, 0, 0, 0, 8], tap: "none".to_owned(), bridge: None };
     let spec = Spec {
         name: name.to_owned(),
@@ -45,7 +49,7 @@ fn start(name: &str, wire: Option<OwnedFd>) -> Microvm {
         cpus: 2,
         net: wire.is_some().then_some(card),
         disks: Vec::new(),
-        dirty: Dirty::Bitmap,
+        dirty,
     };
     let options = PilotOptions { address: Ipv4Addr::new(10, 0, 0, 2), ..PilotOptions::default() };
     let boot = Boot::Pilot(PILOT.into(), options);
@@ -68,6 +72,25 @@ fn status(path: &Path) -> BTreeMap<String, String> {
 fn signal(machine: &Microvm, signal: Signal) {
     let pid = i32::try_from(machine.process().pid()).ok().and_then(Pid::from_raw).expect("a pid");
     kill_process(pid, signal).expect("it is ours");
+}
+
+#[test]
+fn a_host_whose_rings_are_whole_is_found_to_be_so_in_a_confined_process() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let machine = start_with("rings", None, Dirty::Ring);
+    let here =
+        vmm_hooks::kvm::ring::check::of_host(&host().expect("asked above"), vmm_hooks::kvm::ring::check::Code::User);
+    assert_eq!(machine.dirty_note().is_none(), here.is_ok(), "{:?}, and here {here:?}", machine.dirty_note());
+    let mut guest = attach(&machine).expect("nobody is");
+    guest.pause().and_then(|()| guest.arm()).and_then(|()| guest.resume()).expect("it runs");
+    let page = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+    machine.order(&[abi::order::FILL, page, 7], PATIENCE).expect("it works");
+    let mut capture = Capture::default();
+    guest.capture_epoch(false, 1, &mut capture, &mut PauseParts::default()).expect("it runs");
+    assert!(capture.pages.contains(&page.into()), "{:?}", capture.pages);
+    machine.fence().fence().expect("it ends");
 }
 
 #[test]

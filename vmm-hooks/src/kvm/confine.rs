@@ -101,8 +101,11 @@ const TYPE: u64 = 0xff00;
 /// it wait; nor signals to whoever has the same user.
 const FCNTLS: [libc::c_int; 6] =
     [libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_ADD_SEALS, libc::F_GET_SEALS];
-/// Of `prctl`: the names of threads and memory, and to give up more. Not whether it ends with its protector.
-const PRCTLS: [libc::c_int; 4] = [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_SECCOMP];
+/// Of `prctl`: the names of threads and memory, to give up more, and what the kernel told it of itself at its start (`PR_GET_AUXV`, which a library may ask for at
+/// any time: the size of a page, for one). Not whether it ends with its protector.
+const PRCTLS: [libc::c_int; 5] =
+    [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS, libc::PR_SET_SECCOMP, GET_AUXV];
+const GET_AUXV: libc::c_int = 0x4155_5856;
 
 /// Nobody, and no group.
 const NOBODY: u32 = 65534;
