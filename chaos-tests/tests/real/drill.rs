@@ -6,7 +6,7 @@ use replicator::demo::lab::{COMMAND, GUEST, Host, VM};
 use replicator::demo::process::Ended;
 use tokio::time::sleep;
 
-use crate::stage::{SOON, Stage, play};
+use crate::stage::{SOON, Stage, play, play_long};
 
 /// The words of a drill that is confirmed.
 fn words<'a>(fault: &'a str, more: &[&'a str]) -> Vec<&'a str> {
@@ -38,7 +38,7 @@ async fn drills(stage: &Stage, host: Host) -> Result<usize> {
 
 #[test]
 fn a_drill_is_confirmed_kills_and_ends_when_the_vm_is_protected_again() {
-    play("drill", async |stage| {
+    play_long("drill", async |stage| {
         stage.set_protected().await?;
         unbroken(stage, &words("kill-vm", &[]), Host::A, 3, "is protected once").await?;
         stage.lab.understudy(Host::A, &["unprotect", VM], COMMAND).await?;

@@ -6,7 +6,7 @@ use replicator::demo::lab::Host;
 use replicator::demo::netns::ip;
 use replicator::demo::wait::now_ns;
 
-use crate::stage::{SOON, Stage, play};
+use crate::stage::{SOON, Stage, play, play_long};
 
 #[test]
 fn the_primarys_qemu_is_killed_and_its_agent_lives() {
@@ -124,7 +124,7 @@ fn a_partitioned_primary_is_mute_and_ends_when_it_learns() {
 
 #[test]
 fn an_agent_killed_during_the_initial_sync_leaves_the_vm_running() {
-    play("agent A killed during the sync", async |stage| {
+    play_long("agent A killed during the sync", async |stage| {
         stage.set().await?;
         let mut client = stage.writer("s").await?;
         // The guest's memory takes minutes at this rate.

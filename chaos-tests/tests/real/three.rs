@@ -8,7 +8,7 @@ use replicator::control::api::{ProtectionState, Role, VmStatus};
 use replicator::demo::lab::{Host, REDIS, VM};
 use replicator::demo::wait::until;
 
-use crate::stage::{SOON, Stage, play, play_long};
+use crate::stage::{SOON, Stage, play_long};
 
 const HOSTS: [Host; 3] = [Host::A, Host::B, Host::C];
 
@@ -120,7 +120,7 @@ async fn a_dies(stage: &mut Stage) -> Result<Clients> {
 
 #[test]
 fn a_survivor_is_protected_by_the_third_host() {
-    play("three hosts: A dies", async |stage| a_dies(stage).await?.judge().await);
+    play_long("three hosts: A dies", async |stage| a_dies(stage).await?.judge().await);
 }
 
 #[test]

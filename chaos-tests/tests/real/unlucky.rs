@@ -82,7 +82,7 @@ async fn guest_is_up(stage: &Stage) -> Result<()> {
 
 #[test]
 fn an_owner_pauses_resets_and_extends_a_protected_vm() {
-    play("the owner's doings", async |stage| {
+    play_long("the owner's doings", async |stage| {
         stage.set_with_owner().await?;
         stage.protect().await?;
         let mut client = stage.writer("o").await?;

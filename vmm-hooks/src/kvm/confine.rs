@@ -311,8 +311,9 @@ mod tests {
                 set_parent_process_death_signal(None),
             ]
         });
-        let refused = filtered.join().expect("it does not panic");
+        let ended = filtered.join();
         other.kill().and_then(|()| other.wait()).expect("it ends");
+        let refused = ended.expect("it does not panic");
         assert_eq!(refused, [Err(rustix::io::Errno::PERM); 4]);
     }
 

@@ -321,7 +321,7 @@ mod tests {
         theirs.show_vcpu(0, true);
         assert!(ours.wait_idle(1, Duration::ZERO) && !ours.wait_idle(2, Duration::ZERO));
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| ours.wait_idle(2, Duration::MAX / 4));
+            let waits = scope.spawn(|| ours.wait_idle(2, Duration::from_secs(30)));
             while theirs.shown(Shown::Watched) == 0 {
                 std::thread::yield_now();
             }

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -89,10 +89,12 @@ impl Process {
         // The command has our copy of the other end, and is dropped there.
         let spawned = by_the_lasting_thread(move || command.spawn());
         let mut child = spawned.and_then(|child| child).map_err(failed)?;
-        let handle = PidFd::open(child.id()).inspect_err(|_| {
+        let handle = PidFd::open(child.id()).map_err(|error| {
             // It cannot be waited for later. It fails if it has ended, which is as good.
             let _ = child.kill();
-            let _ = child.wait();
+            let how = how_it_ended(child.wait().ok());
+            let message = format!("the process of the microVM {name} cannot be used: {how}");
+            GuestError { message, ..GuestError::from(error) }
         })?;
         let process = Self { handle, child: Mutex::new(child), killed: AtomicBool::new(false) };
         Ok((process, Link::new(ours)))
@@ -108,11 +110,7 @@ impl Process {
             return None;
         }
         let status = self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten();
-        Some(match status.map(|status| (status.signal(), status.code())) {
-            Some((Some(signal), _)) => format!("its process was ended by signal {signal}"),
-            Some((None, Some(code))) => format!("its process ended with code {code}"),
-            _ => "its process has ended".to_owned(),
-        })
+        Some(how_it_ended(status))
     }
 
     /// Whether it was ended from here.
@@ -128,6 +126,14 @@ impl Process {
         })?;
         self.end();
         Ok(())
+    }
+}
+
+fn how_it_ended(status: Option<ExitStatus>) -> String {
+    match status.map(|status| (status.signal(), status.code())) {
+        Some((Some(signal), _)) => format!("its process was ended by signal {signal}"),
+        Some((None, Some(code))) => format!("its process ended with code {code}"),
+        _ => "its process has ended".to_owned(),
     }
 }
 
@@ -163,9 +169,20 @@ mod tests {
         process.kill().expect("it has ended");
         assert_eq!(process.end().as_deref(), Some("its process was ended by signal 9"));
         link.post(&1_u8).expect_err("nobody is there");
-        let (process, _link) = Process::start(&Program::new("/bin/cat", &[]), "none").expect("it is there");
-        assert!(process.handle().wait_exit(Duration::from_secs(30)), "there is no such file");
+        let (process, link) =
+            Process::start(&Program::new("/bin/sh", &["-c", "read word; exit 3"]), "none").expect("it is there");
+        drop(link);
+        assert!(process.handle().wait_exit(Duration::from_secs(30)), "there is nothing to read");
+        assert_eq!(process.end().as_deref(), Some("its process ended with code 3"));
         assert!(handle.has_exited());
+        // Whether it is over before or after it was looked at.
+        match Process::start(&Program::new("/bin/false", &[]), "none") {
+            Ok((process, _link)) => assert!(process.handle().wait_exit(Duration::from_secs(30)), "it does nothing"),
+            Err(error) => {
+                let message = "the process of the microVM none cannot be used: its process ended with code 1";
+                assert_eq!((error.kind, error.message.as_str()), (GuestErrorKind::Gone, message));
+            }
+        }
         Process::start(&Program::new("/nothing/here", &[]), "none").map(drop).expect_err("there is none");
     }
 }
