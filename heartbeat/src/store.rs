@@ -3,6 +3,7 @@
 //! **An error or a silence proves nothing**: the change may have been applied or not. Only a later read's
 //! answer tells (`docs/protocol.md` P4).
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -159,5 +160,38 @@ impl WitnessClient {
 impl OwnershipStore for WitnessClient {
     fn ask(&self, request: StoreRequest) -> Asked<'_> {
         Box::pin(self.ask_until(request))
+    }
+}
+
+/// The clients of an agent, one for each node that it asks: all its questions to that node go over one connection. So who asks when a
+/// primary has died finds the connection of whoever looked after the witness before, and need not dial.
+#[derive(Debug)]
+pub struct WitnessClients {
+    endpoint: Arc<Endpoint>,
+    deadline: Duration,
+    clients: std::sync::Mutex<BTreeMap<NodeId, Arc<WitnessClient>>>,
+}
+
+impl WitnessClients {
+    /// None yet. For `endpoint` and `deadline` see [`WitnessClient::new`].
+    #[must_use]
+    pub fn new(endpoint: Arc<Endpoint>, deadline: Duration) -> Self {
+        Self { endpoint, deadline, clients: std::sync::Mutex::default() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<NodeId, Arc<WitnessClient>>> {
+        self.clients.lock().expect("nobody panics while it holds the clients")
+    }
+
+    /// That of `node`.
+    #[must_use]
+    pub fn of(&self, node: NodeId) -> Arc<WitnessClient> {
+        let make = || Arc::new(WitnessClient::new(Arc::clone(&self.endpoint), node, self.deadline));
+        Arc::clone(self.lock().entry(node).or_insert_with(make))
+    }
+
+    /// Keeps those of nodes that this one is `paired` with. The connection of another ends with the last who has its client.
+    pub fn retain(&self, paired: impl Fn(NodeId) -> bool) {
+        self.lock().retain(|&node, _| paired(node));
     }
 }

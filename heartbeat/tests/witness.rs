@@ -5,15 +5,16 @@ mod common;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::{ANY, Node, patiently};
 use heartbeat::quic::{Purpose, read_message, write_message};
-use heartbeat::store::{OwnershipStore, StoreError, WitnessClient};
+use heartbeat::store::{OwnershipStore, StoreError, WitnessClient, WitnessClients};
 use heartbeat::trust::pairing::join;
 use heartbeat::trust::{IdentityError, WindowLimits};
 use heartbeat::witness::{WitnessConfig, WitnessDaemon, WitnessError};
-use heartbeat_core::ids::{Party, VmId};
+use heartbeat_core::ids::{Party, StoreId, VmId};
 use heartbeat_core::record::Owner;
 use heartbeat_core::store::{StoreAnswer, StoreOp, StoreRequest};
 use tempfile::TempDir;
@@ -172,6 +173,37 @@ async fn a_damaged_record_is_refused_at_once_and_not_taken_for_absent() {
     assert!(records.len() == 1 && records[0].state.is_err(), "{records:?}");
     let other = world.of_a.ask(request(3, VmId([7; 16]), a, StoreOp::Read)).await;
     assert_eq!(other.expect("other VMs are served").record, None);
+}
+
+/// So a failover finds the connection of whoever looked after its witness, and need not dial.
+#[tokio::test]
+async fn all_questions_to_one_node_go_over_one_connection() {
+    let (asker, witness) = (Node::start("a"), Node::start("w"));
+    common::introduce(&asker, &witness);
+    let accepted = Arc::new(AtomicU32::new(0));
+    let (counts, endpoint) = (accepted.clone(), witness.endpoint.clone());
+    let serves = tokio::spawn(async move {
+        while let Some(connection) = endpoint.accept().await {
+            counts.fetch_add(1, Ordering::SeqCst);
+            tokio::spawn(async move {
+                while let Ok((mut send, mut recv)) = connection.quic.accept_bi().await {
+                    let StoreRequest { id, vm, .. } = read_message(&mut recv, 512).await.expect("a question");
+                    let answer = StoreAnswer { id, vm, store: StoreId([1; 16]), record: None, applied: false };
+                    write_message(&mut send, &answer).await.expect("somebody hears");
+                }
+            });
+        }
+    });
+    let (a, node) = (World::party(&asker), witness.identity.node());
+    let clients = WitnessClients::new(asker.endpoint.clone(), common::PATIENCE);
+    for (id, connections) in [(1, 1), (2, 1), (3, 2)] {
+        if id == 3 {
+            clients.retain(|_| false);
+        }
+        let answer = clients.of(node).ask(request(id, VmId([1; 16]), a, StoreOp::Read)).await.expect("answer");
+        assert_eq!((answer.id, accepted.load(Ordering::SeqCst)), (id, connections));
+    }
+    serves.abort();
 }
 
 #[tokio::test]

@@ -189,6 +189,12 @@ fn a_twin_whose_waiting_process_dies_is_launched_again() {
     let mut twin = twins.prepare("relaunched", guest.recipe(), guest.layout(), &[]).expect("this host can");
     let waiting = processes("relaunched");
     assert_eq!(waiting.len(), 1, "a process waits");
+    let process = Path::new("/proc").join(waiting[0].to_string());
+    let open = fs::read_dir(process.join("fd")).expect("it lives");
+    let open: Vec<_> = open.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok()).collect();
+    let vcpus = open.iter().filter(|path| path.to_string_lossy().contains("kvm-vcpu")).count();
+    let threads = fs::read_dir(process.join("task")).expect("it lives").count();
+    assert_eq!((vcpus, threads), (2, 1), "it has its processors, and nothing that could run them: {open:?}");
     guest.pause().expect("it runs");
     guest.arm().expect("it stands");
     let mut capture = Capture::default();
@@ -214,6 +220,20 @@ fn a_twin_whose_waiting_process_dies_is_launched_again() {
         .expect("the pilot goes on");
     drop(survivor_machine);
     assert_eq!(processes("relaunched"), Vec::<u32>::new(), "it ends with its last handle");
+}
+
+#[test]
+fn a_host_that_cannot_have_the_machine_says_so_before_it_is_needed() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let machine = start("elsewhere", None);
+    let guest: Box<dyn Guest> = Box::new(attach(&machine).expect("nobody is attached"));
+    let twins = ProcessTwinHost::new(Program::new("/bin/false", &[]), TwinHostOptions::default());
+    let refused = twins.prepare("nowhere", guest.recipe(), guest.layout(), &[]).map(drop);
+    let error = refused.expect_err("its process makes no machine");
+    assert!(error.message.contains("the microVM nowhere cannot be used: its process ended with code 1"), "{error}");
+    assert_eq!(twins.twins(), Vec::<String>::new());
 }
 
 /// Found out by waiting 15 s.

@@ -1,9 +1,12 @@
 //! Whom this agent asks who may run a VM: a paired witness, etcd where it is configured, or one of the VM's own hosts where there is no third one.
+//!
+//! Promise: all questions to one node go over one connection, so that a failover finds the one that its witness was looked after by
+//! ([`super::witnesses`]), and need not dial.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use heartbeat::store::{OwnershipStore, WitnessClient};
+use heartbeat::store::OwnershipStore;
 use heartbeat::trust::{Peer, Role};
 use heartbeat_core::ids::NodeId;
 use heartbeat_core::store::StoreAnswer;
@@ -117,13 +120,13 @@ impl Agent {
 
     pub(super) fn store(&self, arbiter: &Arbiter) -> Arc<dyn OwnershipStore> {
         match arbiter {
-            Arbiter::Witness(peer) => Arc::new(WitnessClient::new(Arc::clone(&self.control), peer.node, ASK_WITHIN)),
+            Arbiter::Witness(peer) => self.clients.of(peer.node),
             Arbiter::Etcd => {
                 let etcd: Arc<dyn OwnershipStore> = self.etcd.clone().expect("named only where it is configured");
                 etcd
             }
             Arbiter::Host(node) if *node == self.me().node => Arc::new(self.keeper.clone()),
-            Arbiter::Host(node) => Arc::new(WitnessClient::new(Arc::clone(&self.control), *node, ASK_WITHIN)),
+            Arbiter::Host(node) => self.clients.of(*node),
         }
     }
 

@@ -60,7 +60,7 @@ use std::time::Duration;
 use heartbeat::beat::{Beat, BeatOptions, DetectorConfig};
 use heartbeat::etcd::EtcdStore;
 use heartbeat::quic::{Endpoint, EndpointOptions, Profile, Purpose, close};
-use heartbeat::store::OwnershipStore;
+use heartbeat::store::{OwnershipStore, WitnessClients};
 use heartbeat::trust::{Card, Identity, Peers, Role};
 use heartbeat::witness::keeper::Keeper;
 use heartbeat_core::ids::{Generation, NodeId, Party, StoreId, VmId};
@@ -180,6 +180,7 @@ struct Agent {
     peers: Arc<Peers>,
     bulk: Endpoint,
     control: Arc<Endpoint>,
+    clients: WitnessClients,
     /// Asked instead of a witness, where it is configured.
     etcd: Option<Arc<EtcdStore>>,
     /// What this host keeps itself, for VMs that no third host keeps the record of.
@@ -301,6 +302,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         identity,
         peers,
         bulk,
+        clients: WitnessClients::new(Arc::clone(&control), arbiter::ASK_WITHIN),
         control,
         etcd,
         keeper,

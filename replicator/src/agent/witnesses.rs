@@ -1,7 +1,7 @@
 //! Looks whether the paired witnesses, or etcd, answer, before they are needed.
 //!
 //! A protection asks its witness only when ownership changes, so without this a dead witness would be noticed by the failover
-//! that it stalls. The question is a read for a VM that nobody ever wrote: it makes no record and changes none.
+//! that it stalls, and a living one be dialed by it. The question is a read for a VM that nobody ever wrote: it makes no record and changes none.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(5);
 const NOBODY: VmId = VmId([0; 16]);
 
 impl Agent {
-    /// Looks for ever. A store is asked over one connection as long as that lasts.
+    /// Looks for ever.
     pub(super) async fn look_for_witnesses(self: Arc<Self>) {
         let mut clients: BTreeMap<String, Arc<dyn OwnershipStore>> = BTreeMap::new();
         let mut tick = tokio::time::interval(LOOK);
@@ -31,6 +31,7 @@ impl Agent {
         loop {
             tick.tick().await;
             let arbiters = self.arbiters();
+            self.clients.retain(|node| self.peers.by_node(node).is_some());
             clients.retain(|name, _| {
                 let stays = arbiters.contains_key(name);
                 if !stays {

@@ -15,15 +15,15 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 
+use super::bare::Bare;
 use super::chips::{self, Chips, Line};
 use super::confine::confine;
-use super::cpuid::{self, Leaf};
+use super::cpuid::Leaf;
 use super::gate::{GateBounds, KvmGate};
 use super::orders::{Clock, Orders};
 use super::pilot::abi;
 use super::process::board::{Board, OVER, RUNS, Shown};
-use super::ram::Ram;
-use super::ring::{self, Rings, check::Code};
+use super::ring::Rings;
 use super::state::machine::Parts;
 use super::state::vcpu::Room;
 use super::state::{self, StateError, Tag, Writer};
@@ -32,7 +32,6 @@ use super::virtio::block::Block;
 use super::virtio::log::DiskLog;
 use super::virtio::net::Net;
 use super::wake::Wake;
-use crate::disk::MAX_DISKS;
 use crate::guest::{Fence, GuestError, GuestErrorKind, GuestEvent};
 use crate::sys::kvm::{Kick, Vcpu, Vm, failed};
 use crate::sys::memory::SharedMemory;
@@ -44,7 +43,7 @@ const LOOKED_FOR: Duration = Duration::from_micros(100);
 /// Serial output that is kept.
 const SERIAL_MAX: usize = 64 << 10;
 /// What an operator is told who asked for rings that this host cannot have; why follows.
-const NO_RINGS: &str = "its dirty pages are found by the bitmap, which loses none, and not by the ring";
+pub(super) const NO_RINGS: &str = "its dirty pages are found by the bitmap, which loses none, and not by the ring";
 
 /// A network card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -111,6 +110,12 @@ pub(super) struct Means<'a> {
     pub(super) memory: &'a SharedMemory,
     /// What it writes to its memory stays with it.
     pub(super) private: bool,
+    pub(super) devices: Devices,
+}
+
+/// What a machine's devices are made of.
+#[derive(Debug)]
+pub(super) struct Devices {
     /// Takes and gives one frame a call; there if the machine has a card.
     pub(super) wire: Option<OwnedFd>,
     /// The images of its disks, in their order.
@@ -153,8 +158,8 @@ pub(super) struct Slot {
     /// The processor that it last entered the guest on.
     pub(super) on: AtomicUsize,
     /// As in [`Run::standing`], for who looks without the lock.
-    stands: AtomicBool,
-    room: Mutex<Room>,
+    pub(super) stands: AtomicBool,
+    pub(super) room: Mutex<Room>,
 }
 
 /// Everything of a machine.
@@ -229,49 +234,15 @@ impl Machine {
         chips: bool,
         means: Means<'_>,
     ) -> Result<Self, GuestError> {
-        let Means { memory, private, wire, disks, bounds } = means;
+        let Means { memory, private, devices } = means;
+        Self::with(Bare::new(kvm, spec, cpuid, chips, memory, private)?, devices)
+    }
+
+    /// Makes the rest of a machine. It stands.
+    pub(super) fn with(bare: Bare, devices: Devices) -> Result<Self, GuestError> {
+        let Bare { spec, cpuid, vm, rings, no_rings, chips, slots } = bare;
+        let Devices { wire, disks, bounds } = devices;
         assert_eq!(disks.len(), spec.disks.len(), "an opened image for each disk");
-        if spec.cpus == 0 || spec.disks.len() > MAX_DISKS {
-            return Err(refused(format!("a microVM has at least one vCPU and at most {MAX_DISKS} disks")));
-        }
-        let kvm_failed = |error: crate::sys::kvm::KvmError| {
-            refused(format!("the microVM {} cannot be made: {error}: {}", spec.name, error.source)).because(error)
-        };
-        let ram = Ram::map(memory, private).map_err(|error| refused(error.to_string()).because(error))?;
-        let code = if chips { Code::Kernel } else { Code::User };
-        let no_rings = (spec.dirty == Dirty::Ring).then(|| ring::check::of_host(kvm, code)).and_then(Result::err);
-        if let Some(why) = &no_rings {
-            tracing::warn!(name = spec.name, why, "{NO_RINGS}");
-        }
-        let with_rings = spec.dirty == Dirty::Ring && no_rings.is_none();
-        let ram = Arc::new(ram);
-        let vm = if with_rings { Vm::with_rings(kvm, ram, ring::LENGTH) } else { Vm::new(kvm, ram) };
-        let vm = Arc::new(vm.map_err(kvm_failed)?);
-        // Before the first vCPU, which has its part of them.
-        let chips = chips.then(|| Chips::new(&vm)).transpose().map_err(kvm_failed)?;
-        let mut slots = Vec::new();
-        for number in 0..spec.cpus {
-            let vcpu = Vcpu::new(&vm, number).map_err(kvm_failed)?;
-            let table = cpuid::table(cpuid, u32::try_from(number).expect("few"));
-            let table = table.ok_or_else(|| refused("the processor's description is too long for KVM"))?;
-            vcpu.fd().set_cpuid2(&table).map_err(failed("set what a vCPU's processor is")).map_err(kvm_failed)?;
-            let room = Room::new(kvm, &vcpu).map_err(kvm_failed)?;
-            slots.push(Slot {
-                kick: vcpu.kick(),
-                vcpu: Mutex::new(vcpu),
-                wake: Wake::default(),
-                ran: AtomicBool::new(false),
-                on: AtomicUsize::new(0),
-                stands: AtomicBool::new(false),
-                room: Mutex::new(room),
-            });
-        }
-        let rings = with_rings.then(|| {
-            let vcpus: Vec<_> = slots.iter_mut().map(|slot: &mut Slot| slot.vcpu.get_mut()).collect();
-            let vcpus = vcpus.into_iter().map(|vcpu| &*vcpu.expect("nobody panics while it holds a vCPU"));
-            Rings::new(&vm, vcpus).map(Arc::new)
-        });
-        let rings = rings.transpose().map_err(kvm_failed)?;
         let sized = disks.into_iter().zip(&spec.disks).map(|(file, disk)| sized(file, &disk.path));
         let disks = sized.collect::<Result<Vec<_>, _>>()?;
         let log = Arc::new(DiskLog::new(disks.iter().map(|&(_, bytes)| bytes).collect()));
@@ -306,7 +277,7 @@ impl Machine {
         }
         let alive = slots.len();
         let inner = Arc::new(Inner {
-            cpuid: cpuid.to_vec(),
+            cpuid,
             vm,
             rings,
             no_rings,

@@ -29,6 +29,7 @@
 //! A guest that resets itself is off, as under QEMU with `-no-reboot`.
 
 mod acpi;
+mod bare;
 pub mod boot;
 mod chips;
 mod confine;

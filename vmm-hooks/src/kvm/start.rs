@@ -10,7 +10,7 @@ use kvm_ioctls::Kvm;
 use super::boot::{self, PilotOptions, Privilege};
 use super::gate::GateBounds;
 use super::linux::{self, LinuxOptions};
-use super::machine::{Machine, Means, Spec, open_disks, refused};
+use super::machine::{Devices, Machine, Means, Spec, open_disks, refused};
 use super::pilot::abi;
 use super::{chips, cpuid};
 use crate::guest::GuestError;
@@ -109,7 +109,12 @@ impl Machine {
         bounds: GateBounds,
     ) -> Result<Self, GuestError> {
         let (memory, disks) = (new_memory(&spec)?, open_disks(&spec)?);
-        Self::boot(kvm, spec, boots, Means { memory: &memory, private: false, wire, disks, bounds })
+        Self::boot(
+            kvm,
+            spec,
+            boots,
+            Means { memory: &memory, private: false, devices: Devices { wire, disks, bounds } },
+        )
     }
 
     /// Makes a machine of `spec` that boots something. It stands.

@@ -13,7 +13,7 @@ use std::time::Instant;
 use super::cpuid;
 use super::gate::GateBounds;
 use super::guest::{BACKEND, Body, layout};
-use super::machine::{Machine, Means, NetCard, Spec, open_disks, refused};
+use super::machine::{Devices, Machine, Means, NetCard, Spec, open_disks, refused};
 use crate::guest::{
     Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
 };
@@ -220,7 +220,7 @@ impl KvmTwin {
         let memory = self.memory.block(0).expect("a machine has memory");
         let bounds = self.host.options.bounds;
         let spec = self.spec.clone();
-        let means = Means { memory, private, wire, disks: open_disks(&spec)?, bounds };
+        let means = Means { memory, private, devices: Devices { wire, disks: open_disks(&spec)?, bounds } };
         let machine = Machine::make(&self.kvm, spec, &self.cpuid, self.chips, means)
             .map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..error })?;
         machine.load(device).map_err(does_not_load).inspect_err(|_| machine.end(None))?;

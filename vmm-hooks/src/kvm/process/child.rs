@@ -1,6 +1,6 @@
 //! The process of a microVM: makes one machine, and does what its protector asks until that is gone.
 //!
-//! Promises: it is confined before it looks at what the machine is to be. When its protector's socket is closed a gate that held output is shut, and
+//! Promises: it is confined before it looks at what the machine is to be. A twin's machine has no device and no thread before it is loaded. When its protector's socket is closed a gate that held output is shut, and
 //! the process ends. A page that was found is on the board before its question is answered, whatever the answer is.
 
 use std::collections::VecDeque;
@@ -20,11 +20,12 @@ use super::wire::{
 };
 use crate::disk::DiskWrite;
 use crate::guest::{Gate as _, GuestError, GuestErrorKind};
+use crate::kvm::bare::Bare;
 use crate::kvm::boot::PilotOptions;
 use crate::kvm::confine::confine_process;
 use crate::kvm::gate::GateBounds;
 use crate::kvm::guest::Body;
-use crate::kvm::machine::{Machine, Means, Spec};
+use crate::kvm::machine::{Devices, Machine, Means, Spec};
 use crate::kvm::start::{Boots, Image, Kernel};
 use crate::kvm::state::StateError;
 use crate::kvm::track;
@@ -62,10 +63,20 @@ pub fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// What there is in the process.
+enum Life {
+    /// No machine. The reason if none may be made here.
+    Empty(Option<GuestError>),
+    Waits(Box<Waiting>),
+    Has(Box<Server>),
+    /// It was asked for what could not be made, or has shown that a state loads.
+    Over,
+}
+
 /// Answers until the other end is closed. `unfit`: why no machine may be made here.
-fn serve(socket: OwnedFd, mut unfit: Option<GuestError>) {
+fn serve(socket: OwnedFd, unfit: Option<GuestError>) {
     let (mut inbox, mut out) = (vec![0; MESSAGE_MAX], vec![0; MESSAGE_MAX]);
-    let (mut fds, mut server) = (Vec::new(), None::<Server>);
+    let (mut fds, mut life) = (Vec::new(), Life::Empty(unfit));
     loop {
         let length = match receive(&socket, &mut inbox, &mut fds) {
             Ok(length) => length,
@@ -79,22 +90,22 @@ fn serve(socket: OwnedFd, mut unfit: Option<GuestError>) {
             tracing::error!("a microVM's process was asked what it does not know");
             break;
         };
-        let answered = match (request, &mut server) {
-            (Request::Start(start), server @ None) => match unfit.take() {
-                Some(unfit) => Err(unfit),
-                None => begin(&start, std::mem::take(&mut fds)).map(|(made, answer)| {
-                    *server = made;
-                    answer
-                }),
-            },
-            (Request::Start(_), Some(_)) | (_, None) => {
-                Err(GuestError::new(GuestErrorKind::Failed, "this is asked before a machine was made, or after"))
-            }
-            (request, Some(server)) => {
-                let answered = server.answer(request);
-                server.show();
-                answered
-            }
+        let answered = if let Life::Has(server) = &mut life {
+            let answered = server.answer(request);
+            server.show();
+            answered
+        } else {
+            let passed = std::mem::take(&mut fds);
+            let become_other = match (std::mem::replace(&mut life, Life::Over), request) {
+                (Life::Empty(Some(unfit)), Request::Start(_)) => Err(unfit),
+                (Life::Empty(None), Request::Start(start)) => begin(&start, passed),
+                (Life::Waits(waiting), Request::Load { bytes, wire }) => waiting.load(bytes, wire, passed),
+                _ => Err(out_of_turn()),
+            };
+            become_other.map(|(next, answer)| {
+                life = next;
+                answer
+            })
         };
         if number == 0 {
             continue;
@@ -107,7 +118,7 @@ fn serve(socket: OwnedFd, mut unfit: Option<GuestError>) {
             break;
         }
     }
-    if let Some(server) = server
+    if let Life::Has(server) = life
         && server.machine.0.gate.closed()
     {
         server.machine.0.gate.shut();
@@ -118,14 +129,18 @@ fn refused(message: impl Into<String>) -> GuestError {
     GuestError::new(GuestErrorKind::Refused, message)
 }
 
+fn out_of_turn() -> GuestError {
+    GuestError::new(GuestErrorKind::Failed, "this is asked before a machine was made, or after")
+}
+
 fn does_not_load(error: StateError) -> GuestError {
     GuestError::new(GuestErrorKind::Failed, format!("the microVM's state does not load here: {error}"))
         .advise("the committed memory is unharmed")
         .because(error)
 }
 
-/// Makes the machine; `None`: it was only to show that a state loads.
-fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), GuestError> {
+/// Makes the machine, or of a twin's what can be made.
+fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Life, Answer), GuestError> {
     if start.version != VERSION {
         return Err(refused(format!("the microVM's process speaks version {VERSION}, not {}", start.version)));
     }
@@ -139,12 +154,12 @@ fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), G
     let wire = start.wire.then(&mut next).transpose()?;
     let text = &start.description;
     let unread = |error: serde_json::Error| refused("the description of the microVM cannot be read").because(error);
-    let (spec, boots, loads) = match &start.what {
+    let (spec, begins) = match &start.what {
         What::Pilot { path, address, prefix, gateway, log } => {
             let image = Image { file: File::from(next()?), path: PathBuf::from(path) };
             let (address, gateway) = (Ipv4Addr::from_bits(*address), gateway.map(Ipv4Addr::from_bits));
             let options = PilotOptions { address, prefix: *prefix, gateway, log: *log };
-            (serde_json::from_str(text).map_err(unread)?, Some(Boots::Pilot(image, options)), None)
+            (serde_json::from_str(text).map_err(unread)?, Ok(Boots::Pilot(image, options)))
         }
         What::Linux { path, initrd, cmdline } => {
             let image = Image { file: File::from(next()?), path: PathBuf::from(path) };
@@ -152,11 +167,11 @@ fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), G
                 |path: &String| Ok::<_, GuestError>(Image { file: File::from(next()?), path: PathBuf::from(path) });
             let initrd = initrd.as_ref().map(&mut initramfs).transpose()?;
             let kernel = Kernel { image, initrd, cmdline: cmdline.clone() };
-            (serde_json::from_str(text).map_err(unread)?, Some(Boots::Linux(kernel)), None)
+            (serde_json::from_str(text).map_err(unread)?, Ok(Boots::Linux(kernel)))
         }
-        What::State { bytes, scratch } => {
+        What::Twin { scratch } => {
             let Body { spec, cpuid, chips } = serde_json::from_str(text).map_err(unread)?;
-            (spec, None, Some((cpuid, chips, *bytes, *scratch)))
+            (spec, Err((cpuid, chips, *scratch)))
         }
     };
     let spec: Spec = spec;
@@ -165,57 +180,65 @@ fn begin(start: &Start, fds: Vec<OwnedFd>) -> Result<(Option<Server>, Answer), G
     if memory.length() != spec.memory || spec.cpus > CPUS_MAX {
         return Err(refused("the microVM is not what its description says"));
     }
-    let disks: Vec<File> = fds.map(File::from).collect();
-    if disks.len() != spec.disks.len() {
-        return Err(refused("an image is missing"));
-    }
     let bounds = GateBounds {
         bytes: usize::try_from(start.held_bytes).unwrap_or(usize::MAX),
         age: Duration::from_millis(start.held_millis),
     };
-    let private = loads.as_ref().is_some_and(|&(_, _, _, scratch)| scratch);
-    let means = Means { memory: &memory, private, wire, disks, bounds };
-    let machine = match (boots, loads) {
-        (Some(boots), _) => Machine::boot(&kvm, spec, boots, means)?,
-        (None, Some((cpuid, chips, bytes, scratch))) => {
-            let machine = Machine::make(&kvm, spec, &cpuid, chips, means)?;
-            let mut state = Vec::new();
-            if !board.read_state(bytes, &mut state) {
-                return Err(refused("a state that is too long"));
-            }
-            machine.load(&state).map_err(does_not_load).inspect_err(|_| machine.end(None))?;
-            if scratch {
-                let mut again = Vec::new();
-                let read = machine.save(&mut again).map_err(does_not_load);
-                machine.fence().fence()?;
-                read?;
-                if again.len() != state.len() {
-                    let why = "the microVM's state reads otherwise than it was loaded";
-                    return Err(GuestError::new(GuestErrorKind::Failed, why));
-                }
-                return Ok((None, Answer::Done));
-            }
-            machine
+    match begins {
+        Ok(boots) => {
+            let devices = Devices { wire, disks: images(&spec, fds)?, bounds };
+            let machine = Machine::boot(&kvm, spec, boots, Means { memory: &memory, private: false, devices })?;
+            Server::begin(machine, board, gate)
         }
-        (None, None) => unreachable!("it boots or is loaded"),
-    };
-    machine.show_on(&board);
-    let (gates, named) = (machine.clone(), std::thread::Builder::new().name("gate".to_owned()));
-    let gate_thread = named.spawn(move || serve_gate(&gates, &gate));
-    gate_thread.map_err(|error| refused("the microVM's threads cannot be started").because(error))?;
-    let inner = &machine.0;
-    let body = Body { spec: inner.spec.clone(), cpuid: machine.cpuid().to_vec(), chips: machine.has_chips() };
-    let started = Started {
-        body: serde_json::to_string(&body).expect("plain data"),
-        disks: inner.log.sizes().to_vec(),
-        note: machine.dirty_note(),
-    };
-    let tracker = track::tracker(inner);
-    let dirty = PageSet::empty(inner.vm.ram().pages());
-    let server =
-        Server { machine, board, tracker, dirty, state: Vec::new(), captured: Vec::new(), writes: VecDeque::new() };
-    server.show();
-    Ok((Some(server), Answer::Started(started)))
+        Err((cpuid, chips, scratch)) => {
+            let bare = Bare::new(&kvm, spec, &cpuid, chips, &memory, scratch)?;
+            Ok((Life::Waits(Box::new(Waiting { bare, board, gate, bounds, scratch })), Answer::Done))
+        }
+    }
+}
+
+/// The images of the disks: all that is left of what was passed on.
+fn images(spec: &Spec, fds: impl Iterator<Item = OwnedFd>) -> Result<Vec<File>, GuestError> {
+    let disks: Vec<File> = fds.map(File::from).collect();
+    if disks.len() == spec.disks.len() { Ok(disks) } else { Err(refused("an image is missing")) }
+}
+
+/// A twin's machine as far as it is there before it is loaded.
+struct Waiting {
+    bare: Bare,
+    board: Arc<Board>,
+    gate: OwnedFd,
+    bounds: GateBounds,
+    /// It is only to show that a state loads.
+    scratch: bool,
+}
+
+impl Waiting {
+    /// Makes the rest of the machine, and loads it.
+    fn load(self, bytes: u64, wire: bool, fds: Vec<OwnedFd>) -> Result<(Life, Answer), GuestError> {
+        let Self { bare, board, gate, bounds, scratch } = self;
+        let mut fds = fds.into_iter();
+        let wire = wire.then(|| fds.next().ok_or_else(|| refused("a descriptor is missing"))).transpose()?;
+        let disks = images(&bare.spec, fds)?;
+        let mut state = Vec::new();
+        if !board.read_state(bytes, &mut state) {
+            return Err(refused("a state that is too long"));
+        }
+        let machine = Machine::with(bare, Devices { wire, disks, bounds })?;
+        machine.load(&state).map_err(does_not_load).inspect_err(|_| machine.end(None))?;
+        if !scratch {
+            return Server::begin(machine, board, gate);
+        }
+        let mut again = Vec::new();
+        let read = machine.save(&mut again).map_err(does_not_load);
+        machine.fence().fence()?;
+        read?;
+        if again.len() != state.len() {
+            let why = "the microVM's state reads otherwise than it was loaded";
+            return Err(GuestError::new(GuestErrorKind::Failed, why));
+        }
+        Ok((Life::Over, Answer::Done))
+    }
 }
 
 /// Answers for the gate until the other end is closed.
@@ -260,10 +283,31 @@ fn untracked(error: crate::track::TrackError) -> GuestError {
 }
 
 impl Server {
+    /// Serves a new machine.
+    fn begin(machine: Machine, board: Arc<Board>, gate: OwnedFd) -> Result<(Life, Answer), GuestError> {
+        machine.show_on(&board);
+        let (gates, named) = (machine.clone(), std::thread::Builder::new().name("gate".to_owned()));
+        let gate_thread = named.spawn(move || serve_gate(&gates, &gate));
+        gate_thread.map_err(|error| refused("the microVM's threads cannot be started").because(error))?;
+        let inner = &machine.0;
+        let body = Body { spec: inner.spec.clone(), cpuid: machine.cpuid().to_vec(), chips: machine.has_chips() };
+        let started = Started {
+            body: serde_json::to_string(&body).expect("plain data"),
+            disks: inner.log.sizes().to_vec(),
+            note: machine.dirty_note(),
+        };
+        let tracker = track::tracker(inner);
+        let dirty = PageSet::empty(inner.vm.ram().pages());
+        let server =
+            Self { machine, board, tracker, dirty, state: Vec::new(), captured: Vec::new(), writes: VecDeque::new() };
+        server.show();
+        Ok((Life::Has(Box::new(server)), Answer::Started(started)))
+    }
+
     fn answer(&mut self, request: Request) -> Result<Answer, GuestError> {
         let inner = Arc::clone(&self.machine.0);
         match request {
-            Request::Start(_) => unreachable!("asked once"),
+            Request::Start(_) | Request::Load { .. } => return Err(out_of_turn()),
             Request::Pause => self.machine.pause()?,
             Request::Resume => self.machine.resume()?,
             Request::Epoch { begin, next } => {

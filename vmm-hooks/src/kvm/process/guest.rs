@@ -71,68 +71,105 @@ pub struct Microvm(pub(super) Arc<Inner>);
 
 /// A machine that is to be made by a process.
 pub(super) struct Plan<'a> {
-    pub(super) spec: Spec,
+    pub(super) spec: &'a Spec,
     /// See [`Start`].
     pub(super) description: String,
     pub(super) what: What,
     pub(super) memory: &'a SharedMemory,
+    /// This and what follows: nothing for a twin.
     pub(super) wire: Option<OwnedFd>,
     /// What it boots.
     pub(super) files: Vec<File>,
-    pub(super) disks: Vec<File>,
+    pub(super) disks: &'a [File],
     pub(super) bounds: GateBounds,
-    /// What it is loaded with.
-    pub(super) state: &'a [u8],
 }
 
-/// Has `process` do what `plan` says; its answer, and what is between the two then. An error is [`GuestErrorKind::Gone`] if the process ended meanwhile, and only then.
-pub(super) fn ask_to_start(
+/// A process, and what is between it and this one.
+#[derive(Debug)]
+pub(super) struct Ends {
+    pub(super) process: Process,
+    link: Link,
+    board: Arc<Board>,
+    gate: ProcessGate,
+}
+
+fn unusable(name: &str, why: &dyn std::fmt::Display) -> GuestError {
+    GuestError::new(GuestErrorKind::Failed, format!("the process of the microVM {name} cannot be used: {why}"))
+}
+
+/// Asks for what makes a machine. An error is [`GuestErrorKind::Gone`] if the process ended meanwhile, and only then.
+fn ask_to_make(
     process: &Process,
     link: &mut Link,
-    plan: &Plan<'_>,
-) -> Result<(Answer, Arc<Board>, ProcessGate), GuestError> {
-    let name = &plan.spec.name;
-    if plan.spec.cpus == 0 || plan.spec.cpus > CPUS_MAX {
-        return Err(refused(format!("a microVM has at least one vCPU and at most {CPUS_MAX}")));
-    }
-    let failed = |error: &dyn std::fmt::Display| {
-        GuestError::new(GuestErrorKind::Failed, format!("the process of the microVM {name} cannot be used: {error}"))
-    };
-    let kvm = open_kvm()?;
-    let board = Board::new(name, plan.spec.cpus, plan.memory.length() / PAGE_SIZE as u64);
-    let board = Arc::new(board.map_err(|error| failed(&error))?);
-    if !board.put_state(plan.state) {
-        return Err(failed(&"the state is too long"));
-    }
-    let (ours, theirs) = pair().map_err(|error| failed(&error))?;
-    if let Some(wire) = &plan.wire {
-        rustix::io::ioctl_fionbio(wire, true).map_err(|error| failed(&error))?;
-    }
-    let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), plan.memory.fd()];
-    fds.extend(board.fds());
-    fds.push(theirs.as_fd());
-    fds.extend(plan.wire.as_ref().map(AsFd::as_fd));
-    fds.extend(plan.files.iter().chain(&plan.disks).map(AsFd::as_fd));
-    let start = Request::Start(Start {
-        version: VERSION,
-        description: plan.description.clone(),
-        what: plan.what.clone(),
-        wire: plan.wire.is_some(),
-        held_bytes: plan.bounds.bytes as u64,
-        held_millis: u64::try_from(plan.bounds.age.as_millis()).unwrap_or(u64::MAX),
-    });
-    let answer = match link.ask(&start, &fds, START_MAX) {
-        Ok(Answer::Failed(failure)) => return Err(failure.into()),
-        Ok(answer) => answer,
+    name: &str,
+    request: &Request,
+    fds: &[BorrowedFd<'_>],
+) -> Result<Answer, GuestError> {
+    match link.ask(request, fds, START_MAX) {
+        Ok(Answer::Failed(failure)) => Err(failure.into()),
+        Ok(answer) => Ok(answer),
         Err(LinkError::Closed) => {
             let _ = process.handle().wait_exit(Duration::from_secs(1));
-            let why = failed(&process.end().unwrap_or_else(|| "it does not listen".to_owned()));
-            return Err(GuestError { kind: GuestErrorKind::Gone, ..why });
+            let why = unusable(name, &process.end().unwrap_or_else(|| "it does not listen".to_owned()));
+            Err(GuestError { kind: GuestErrorKind::Gone, ..why })
         }
-        Err(error) => return Err(failed(&error)),
-    };
-    let gate = ProcessGate::new(name, Link::new(ours), Arc::clone(&board));
-    Ok((answer, board, gate))
+        Err(error) => Err(unusable(name, &error)),
+    }
+}
+
+impl Ends {
+    /// Starts a process of this name and has it do what `plan` says; its answer. For errors see [`ask_to_make`].
+    pub(super) fn start(program: &Program, name: &str, plan: &Plan<'_>) -> Result<(Self, Answer), GuestError> {
+        if plan.spec.cpus == 0 || plan.spec.cpus > CPUS_MAX {
+            return Err(refused(format!("a microVM has at least one vCPU and at most {CPUS_MAX}")));
+        }
+        let failed = |error: &dyn std::fmt::Display| unusable(name, error);
+        let (process, mut link) = Process::start(program, name)?;
+        let kvm = open_kvm()?;
+        let board = Board::new(name, plan.spec.cpus, plan.memory.length() / PAGE_SIZE as u64);
+        let board = Arc::new(board.map_err(|error| failed(&error))?);
+        let (ours, theirs) = pair().map_err(|error| failed(&error))?;
+        let mut fds: Vec<BorrowedFd<'_>> = vec![kvm.as_fd(), plan.memory.fd()];
+        fds.extend(board.fds());
+        fds.push(theirs.as_fd());
+        not_blocking(name, plan.wire.as_ref())?;
+        fds.extend(plan.wire.as_ref().map(AsFd::as_fd));
+        fds.extend(plan.files.iter().chain(plan.disks).map(AsFd::as_fd));
+        let start = Request::Start(Start {
+            version: VERSION,
+            description: plan.description.clone(),
+            what: plan.what.clone(),
+            wire: plan.wire.is_some(),
+            held_bytes: plan.bounds.bytes as u64,
+            held_millis: u64::try_from(plan.bounds.age.as_millis()).unwrap_or(u64::MAX),
+        });
+        let answer = ask_to_make(&process, &mut link, name, &start, &fds)?;
+        let gate = ProcessGate::new(name, Link::new(ours), Arc::clone(&board));
+        Ok((Self { process, link, board, gate }, answer))
+    }
+
+    /// Has a process with a twin that waits load `state`; its answer. For errors see [`ask_to_make`].
+    pub(super) fn load(
+        &mut self,
+        name: &str,
+        state: &[u8],
+        wire: Option<&OwnedFd>,
+        disks: &[File],
+    ) -> Result<Answer, GuestError> {
+        if !self.board.put_state(state) {
+            return Err(unusable(name, &"the state is too long"));
+        }
+        not_blocking(name, wire)?;
+        let fds: Vec<BorrowedFd<'_>> = wire.map(AsFd::as_fd).into_iter().chain(disks.iter().map(AsFd::as_fd)).collect();
+        let request = Request::Load { bytes: state.len() as u64, wire: wire.is_some() };
+        ask_to_make(&self.process, &mut self.link, name, &request, &fds)
+    }
+}
+
+/// A confined process may not see to that itself.
+fn not_blocking(name: &str, wire: Option<&OwnedFd>) -> Result<(), GuestError> {
+    let done = wire.map_or(Ok(()), |wire| rustix::io::ioctl_fionbio(wire, true));
+    done.map_err(|error| unusable(name, &error))
 }
 
 impl Microvm {
@@ -165,26 +202,30 @@ impl Microvm {
         let memory = new_memory(&spec)?;
         let description = serde_json::to_string(&spec).expect("plain data");
         let disks = open_disks(&spec)?;
-        let plan = Plan { spec, description, what, memory: &memory, wire, files, disks, bounds, state: &[] };
-        let (process, link) = Process::start(program, &plan.spec.name)?;
-        Self::of(process, link, plan)
+        let plan = Plan { spec: &spec, description, what, memory: &memory, wire, files, disks: &disks, bounds };
+        let (ends, answer) = Ends::start(program, &spec.name, &plan)?;
+        Self::of(ends, answer, spec, &memory, &disks)
     }
 
-    /// Has a process that waits make a machine.
-    pub(super) fn of(process: Process, mut link: Link, plan: Plan<'_>) -> Result<Self, GuestError> {
-        let (answer, board, gate) = ask_to_start(&process, &mut link, &plan)?;
+    /// What a process has made, as it `answer`s.
+    pub(super) fn of(
+        ends: Ends,
+        answer: Answer,
+        spec: Spec,
+        memory: &SharedMemory,
+        images: &[File],
+    ) -> Result<Self, GuestError> {
         let Answer::Started(Started { body, disks: sizes, note }) = answer else {
-            return Err(unexpected(&plan.spec.name));
+            return Err(unexpected(&spec.name));
         };
         // All that is believed of it is what it alone can know: what its guest is told of the processor.
-        let bytes =
-            plan.disks.iter().map(|disk| disk.metadata().map(|about| about.len())).collect::<Result<Vec<_>, _>>();
-        let described = serde_json::from_str::<Body>(&body).is_ok_and(|body| body.spec == plan.spec);
+        let bytes = images.iter().map(|disk| disk.metadata().map(|about| about.len())).collect::<Result<Vec<_>, _>>();
+        let described = serde_json::from_str::<Body>(&body).is_ok_and(|body| body.spec == spec);
         if !described || bytes.ok().as_ref() != Some(&sizes) {
-            return Err(unexpected(&plan.spec.name));
+            return Err(unexpected(&spec.name));
         }
-        let ram = Ram::map(plan.memory, false).map_err(|error| refused(error.to_string()).because(error))?;
-        let spec = plan.spec;
+        let ram = Ram::map(memory, false).map_err(|error| refused(error.to_string()).because(error))?;
+        let Ends { process, link, board, gate } = ends;
         let disks = sizes.iter().zip(&spec.disks);
         let disks = disks.map(|(&bytes, disk)| DiskSpec { name: disk.name.clone(), bytes }).collect();
         Ok(Self(Arc::new(Inner {
@@ -310,7 +351,7 @@ impl Microvm {
     }
 }
 
-fn unexpected(name: &str) -> GuestError {
+pub(super) fn unexpected(name: &str) -> GuestError {
     GuestError::new(GuestErrorKind::Failed, format!("the process of the microVM {name} answers what was not asked"))
         .advise("end the microVM: its guest may have broken out of it")
 }

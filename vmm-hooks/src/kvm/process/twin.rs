@@ -1,19 +1,18 @@
-//! The standby's side: a twin is committed memory, and a process that waits; at its activation that process makes the machine.
+//! The standby's side: a twin is committed memory, and a process that waits with a machine that has processors and memory, and neither devices nor
+//! threads. At its activation these are made, and the state is loaded.
 //!
-//! Promises: the memory outlives the process, so one that dies while it waits, or while it loads, is launched again. A rehearsal is another process,
-//! whose writes to the memory stay with it. A twin that was fenced is never activated.
+//! Promises: a host that cannot have the machine says so when the twin is prepared. The memory outlives the process, so one that dies while it waits, or
+//! while it loads, is launched again. A rehearsal is another process, whose writes to the memory stay with it. A twin that was fenced is never activated.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use super::guest::{Microvm, Plan, ask_to_start};
-use super::link::Link;
-use super::spawn::{Process, Program};
+use super::guest::{Ends, Microvm, Plan, unexpected};
+use super::spawn::Program;
 use super::wire::{Answer, What};
 use crate::guest::{
     Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
@@ -53,6 +52,24 @@ impl ProcessTwinHost {
         self.lock().keys().cloned().collect()
     }
 
+    /// A process called `name` that waits with the machine of `body` around `memory`. `scratch`: see [`What::Twin`].
+    fn wait(&self, name: &str, body: &Body, memory: &BlockMemory, scratch: bool) -> Result<Ends, GuestError> {
+        let plan = Plan {
+            spec: &body.spec,
+            description: serde_json::to_string(body).expect("plain data"),
+            what: What::Twin { scratch },
+            memory: memory.block(0).expect("a machine has memory"),
+            wire: None,
+            files: Vec::new(),
+            disks: &[],
+            bounds: self.options.bounds,
+        };
+        match Ends::start(&self.program, name, &plan)? {
+            (ends, Answer::Done) => Ok(ends),
+            _ => Err(unexpected(name)),
+        }
+    }
+
     /// The microVM of an activated twin, which is its taker's business from now on: another twin of its name may be made.
     #[must_use]
     pub fn take(&self, name: &str) -> Option<Microvm> {
@@ -77,14 +94,14 @@ impl TwinHost for ProcessTwinHost {
         let mut body = described(&*crate::kvm::host()?, name, recipe, wanted, images)?;
         let memory = BlockMemory::new(name, wanted)
             .map_err(|error| refused("there is no memory for the twin").because(error))?;
-        let waits = Process::start(&self.program, name)?;
+        let waits = self.wait(name, &body, &memory, false)?;
         let mut twins = self.lock();
         if twins.contains_key(name) {
             return Err(refused(format!("there is a twin called {name} already")));
         }
         let tap = self.options.make_tap(&mut body.spec)?;
         twins.insert(name.to_owned(), None);
-        let end = Arc::new(End { ended: AtomicBool::new(false), life: Mutex::new(Life::Waits(waits.0, waits.1)) });
+        let end = Arc::new(End { ended: AtomicBool::new(false), life: Mutex::new(Life::Waits(Box::new(waits))) });
         Ok(Box::new(ProcessTwin { host: self.clone(), body, memory: Arc::new(memory), end, tap }))
     }
 }
@@ -92,7 +109,7 @@ impl TwinHost for ProcessTwinHost {
 /// What there is of a twin beside its memory.
 #[derive(Debug)]
 enum Life {
-    Waits(Process, Link),
+    Waits(Box<Ends>),
     Runs(Microvm),
     /// Nothing: it was ended, or its activation failed.
     Over,
@@ -117,7 +134,7 @@ impl Fence for End {
         let life = self.lock();
         self.ended.store(true, Ordering::SeqCst);
         match &*life {
-            Life::Waits(process, _) => process.kill(),
+            Life::Waits(ends) => ends.process.kill(),
             Life::Runs(machine) => machine.fence().fence(),
             Life::Over => Ok(()),
         }
@@ -140,36 +157,35 @@ struct ProcessTwin {
     tap: Option<Tap>,
 }
 
+/// What goes wrong with a twin's process is no end of a guest.
+fn failed(error: GuestError) -> GuestError {
+    GuestError { kind: GuestErrorKind::Failed, ..error }
+}
+
 impl ProcessTwin {
-    fn plan<'a>(&'a self, device: &'a [u8], scratch: bool, disks: Vec<File>) -> Plan<'a> {
-        Plan {
-            spec: self.body.spec.clone(),
-            description: serde_json::to_string(&self.body).expect("plain data"),
-            what: What::State { bytes: device.len() as u64, scratch },
-            memory: self.memory.block(0).expect("a machine has memory"),
-            wire: None,
-            files: Vec::new(),
-            disks,
-            bounds: self.host.options.bounds,
-            state: device,
-        }
+    fn wait(&self, name: &str, scratch: bool) -> Result<Ends, GuestError> {
+        self.host.wait(name, &self.body, &self.memory, scratch)
     }
 
-    /// Has `waits` make the machine; whether it may be tried again if it fails.
-    fn load(&self, process: Process, link: Link, device: &[u8]) -> Result<Microvm, (GuestError, bool)> {
-        let plan = || -> Result<Plan<'_>, GuestError> {
-            let spec = &self.body.spec;
+    /// Has the machine that waits go on from `device`; whether it may be tried again if it fails.
+    fn load(&self, mut ends: Ends, device: &[u8]) -> Result<Microvm, (GuestError, bool)> {
+        let spec = &self.body.spec;
+        let mut made = || {
             let wire = spec.net.as_ref().map(|card| (self.host.options.join)(card)).transpose();
             let wire = wire.map_err(|error| {
                 GuestError::new(GuestErrorKind::Failed, format!("the twin cannot be joined to the network: {error}"))
                     .advise("the committed memory is unharmed; make the tap interface and try again")
                     .because(error)
             })?;
-            Ok(Plan { wire, ..self.plan(device, false, open_disks(spec)?) })
+            let disks = open_disks(spec)?;
+            let answer = ends.load(&spec.name, device, wire.as_ref(), &disks)?;
+            Ok((answer, disks))
         };
-        let failed = |error: GuestError| GuestError { kind: GuestErrorKind::Failed, ..error };
-        let plan = plan().map_err(|error| (failed(error), false))?;
-        Microvm::of(process, link, plan).map_err(|error| {
+        let loaded = made().and_then(|(answer, disks)| {
+            let memory = self.memory.block(0).expect("a machine has memory");
+            Microvm::of(ends, answer, spec.clone(), memory, &disks)
+        });
+        loaded.map_err(|error| {
             let died = error.kind == GuestErrorKind::Gone;
             (failed(error), died)
         })
@@ -184,24 +200,21 @@ impl Twin for ProcessTwin {
     fn rehearse(&mut self, device: &[u8]) -> Result<Rehearsal, GuestError> {
         let start = Instant::now();
         let name = format!("{}-rehearsal", self.body.spec.name);
-        let (process, mut link) = Process::start(&self.host.program, &name)?;
+        let mut ends = self.wait(&name, true)?;
         // Nobody is at the other end, and the scratch machine never runs.
         let wire = self.body.spec.net.is_some().then(UnixDatagram::pair).transpose();
         let wire = wire.map_err(|error| {
             GuestError::new(GuestErrorKind::Failed, "there is no socket for a rehearsal").because(error)
         })?;
         let (wire, _other) = wire.map_or((None, None), |(ours, theirs)| (Some(ours.into()), Some(theirs)));
-        let launch = start.elapsed();
         let disks = open_disks(&self.body.spec)?;
-        let plan = Plan { wire, ..self.plan(device, true, disks) };
-        let answer = ask_to_start(&process, &mut link, &plan);
-        let answered =
-            answer.map(|(answer, ..)| answer).map_err(|error| GuestError { kind: GuestErrorKind::Failed, ..error });
+        let launch = start.elapsed();
+        let answer = ends.load(&name, device, wire.as_ref(), &disks);
         let load = start.elapsed() - launch;
-        process.kill()?;
-        match answered? {
+        ends.process.kill()?;
+        match answer.map_err(failed)? {
             Answer::Done => Ok(Rehearsal { launch, load }),
-            _ => Err(GuestError::new(GuestErrorKind::Failed, "the scratch microVM answers what was not asked")),
+            _ => Err(unexpected(&name)),
         }
     }
 
@@ -213,14 +226,14 @@ impl Twin for ProcessTwin {
         }
         let mut relaunched = 0;
         let machine = loop {
-            let (process, link) = match std::mem::replace(&mut *life, Life::Over) {
-                Life::Waits(process, link) if !process.handle().has_exited() => (process, link),
+            let ends = match std::mem::replace(&mut *life, Life::Over) {
+                Life::Waits(ends) if !ends.process.handle().has_exited() => *ends,
                 _ => {
                     relaunched += 1;
-                    Process::start(&self.host.program, &self.body.spec.name)?
+                    self.wait(&self.body.spec.name, false).map_err(failed)?
                 }
             };
-            match self.load(process, link, device) {
+            match self.load(ends, device) {
                 Ok(machine) => break machine,
                 Err((error, again)) if again && relaunched < RELAUNCHES_MAX => {
                     tracing::warn!(vm = self.body.spec.name, %error, "a twin died while it loaded, and is launched again");

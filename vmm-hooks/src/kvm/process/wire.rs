@@ -9,7 +9,7 @@ use bincode::{Decode, Encode};
 use crate::guest::{GuestError, GuestErrorKind, GuestEvent};
 
 /// Changes with every change of a message or of the board.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// Longest message.
 pub(super) const MESSAGE_MAX: usize = 64 << 10;
 /// Longest sentence of an error.
@@ -33,9 +33,14 @@ pub(super) fn decode<T: Decode<()>>(bytes: &[u8]) -> Option<(u32, T)> {
 /// What a process is asked. Of number zero nobody waits for the answer.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(super) enum Request {
-    /// Make the machine. Descriptors: KVM, memory, board, bell, the gate's socket, then the wire, the kernel and the initramfs if there are such, and
-    /// the disks.
+    /// Make the machine. Descriptors: KVM, memory, board, bell, the gate's socket, then, unless it is a twin's, the wire, the kernel and the initramfs
+    /// if there are such, and the disks.
     Start(Start),
+    /// Make the rest of a twin's machine, and load the first so many bytes of the board's state into it. Descriptors: the wire if there is one, and the disks.
+    Load {
+        bytes: u64,
+        wire: bool,
+    },
     /// Stop it.
     Pause,
     /// Let it run.
@@ -91,7 +96,7 @@ pub(super) enum GateRequest {
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub(super) struct Start {
     pub(super) version: u32,
-    /// JSON: a `Spec`, or for a state the body of a recipe.
+    /// JSON: a `Spec`, or for a twin the body of a recipe.
     pub(super) description: String,
     pub(super) what: What,
     /// Whether a wire is among the descriptors.
@@ -116,9 +121,8 @@ pub(super) enum What {
         initrd: Option<String>,
         cmdline: String,
     },
-    /// The first so many bytes of the board's state. `scratch`: its memory is its own, and it only shows that the state loads.
-    State {
-        bytes: u64,
+    /// Nothing yet: it waits for a state. `scratch`: its memory is its own, and it only shows that the state loads.
+    Twin {
         scratch: bool,
     },
 }
@@ -306,7 +310,8 @@ mod tests {
         };
         for request in [
             Request::Start(start.clone()),
-            Request::Start(Start { what: What::State { bytes: 9, scratch: true }, ..start }),
+            Request::Start(Start { what: What::Twin { scratch: true }, ..start }),
+            Request::Load { bytes: 9, wire: true },
             Request::Epoch { begin: false, next: u64::MAX },
             Request::TakeWrites { bytes: 1, micros: 2 },
             Request::Order { words: vec![1, 2], millis: 3 },
