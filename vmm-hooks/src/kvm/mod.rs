@@ -51,6 +51,7 @@ mod orders;
 pub mod pilot;
 pub mod process;
 pub mod ram;
+mod registry;
 pub mod ring;
 mod start;
 mod state;

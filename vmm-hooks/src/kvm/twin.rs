@@ -14,6 +14,7 @@ use super::cpuid;
 use super::gate::GateBounds;
 use super::guest::{BACKEND, Body, layout};
 use super::machine::{Devices, Machine, Means, NetCard, Spec, open_disks, refused};
+use super::registry::Registry;
 use crate::guest::{
     Activation, Fence, GuestError, GuestErrorKind, Recipe, Rehearsal, Survivor, Twin, TwinHost, TwinMemory,
 };
@@ -53,39 +54,32 @@ impl fmt::Debug for TwinHostOptions {
 #[derive(Debug, Clone, Default)]
 pub struct KvmTwinHost {
     options: TwinHostOptions,
-    twins: Arc<Mutex<BTreeMap<String, Option<Machine>>>>,
+    twins: Registry<Machine>,
 }
 
 impl KvmTwinHost {
     /// A host without twins.
     #[must_use]
     pub fn new(options: TwinHostOptions) -> Self {
-        Self { options, twins: Arc::default() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Machine>>> {
-        self.twins.lock().expect("nobody panics while it holds the twins")
+        Self { options, twins: Registry::default() }
     }
 
     /// The names of the twins that are here, activated or not.
     #[must_use]
     pub fn twins(&self) -> Vec<String> {
-        self.lock().keys().cloned().collect()
+        self.twins.names()
     }
 
     /// The machine of an activated twin.
     #[must_use]
     pub fn machine(&self, name: &str) -> Option<Machine> {
-        self.lock().get(name).cloned().flatten()
+        self.twins.machine(name)
     }
 
     /// The machine of an activated twin, which is its taker's business from now on: another twin of its name may be made.
     #[must_use]
     pub fn take(&self, name: &str) -> Option<Machine> {
-        let mut twins = self.lock();
-        let machine = twins.get_mut(name)?.take()?;
-        twins.remove(name);
-        Some(machine)
+        self.twins.take(name)
     }
 }
 
@@ -148,12 +142,7 @@ impl TwinHost for KvmTwinHost {
         let Body { mut spec, cpuid, chips } = described(&kvm, name, recipe, wanted, images)?;
         let memory = BlockMemory::new(name, wanted)
             .map_err(|error| refused("there is no memory for the twin").because(error))?;
-        let mut twins = self.lock();
-        if twins.contains_key(name) {
-            return Err(refused(format!("there is a twin called {name} already")));
-        }
-        let tap = self.options.make_tap(&mut spec)?;
-        twins.insert(name.to_owned(), None);
+        let tap = self.twins.add(name, || self.options.make_tap(&mut spec))?;
         Ok(Box::new(KvmTwin {
             host: self.clone(),
             kvm,
@@ -275,7 +264,7 @@ impl Twin for KvmTwin {
         let resume = start.elapsed() - load;
         machine.announce();
         *end = Some(machine.clone());
-        self.host.lock().insert(self.spec.name.clone(), Some(machine));
+        self.host.twins.activated(&self.spec.name, machine);
         Ok(Activation { load, resume, relaunched: 0 })
     }
 
@@ -289,7 +278,7 @@ impl Twin for KvmTwin {
 
     fn destroy(self: Box<Self>) -> Result<(), GuestError> {
         self.end.fence()?;
-        self.host.lock().remove(&self.spec.name);
+        self.host.twins.remove(&self.spec.name);
         self.tap.map_or(Ok(()), Tap::remove)
     }
 

@@ -4,7 +4,6 @@
 //! Promises: a host that cannot have the machine says so when the twin is prepared. The memory outlives the process, so one that dies while it waits, or
 //! while it loads, is launched again. A rehearsal is another process, whose writes to the memory stay with it. A twin that was fenced is never activated.
 
-use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +18,7 @@ use crate::guest::{
 };
 use crate::kvm::guest::{BACKEND, Body};
 use crate::kvm::machine::{open_disks, refused};
+use crate::kvm::registry::Registry;
 use crate::kvm::twin::{TwinHostOptions, described};
 use crate::layout::Layout;
 use crate::sys::memory::BlockMemory;
@@ -32,24 +32,20 @@ const RELAUNCHES_MAX: u32 = 3;
 pub struct ProcessTwinHost {
     program: Program,
     options: TwinHostOptions,
-    twins: Arc<Mutex<BTreeMap<String, Option<Microvm>>>>,
+    twins: Registry<Microvm>,
 }
 
 impl ProcessTwinHost {
     /// A host without twins, whose processes are of `program`.
     #[must_use]
     pub fn new(program: Program, options: TwinHostOptions) -> Self {
-        Self { program, options, twins: Arc::default() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Option<Microvm>>> {
-        self.twins.lock().expect("nobody panics while it holds the twins")
+        Self { program, options, twins: Registry::default() }
     }
 
     /// The names of the twins that are here, activated or not.
     #[must_use]
     pub fn twins(&self) -> Vec<String> {
-        self.lock().keys().cloned().collect()
+        self.twins.names()
     }
 
     /// A process called `name` that waits with the machine of `body` around `memory`. `scratch`: see [`What::Twin`].
@@ -73,10 +69,7 @@ impl ProcessTwinHost {
     /// The microVM of an activated twin, which is its taker's business from now on: another twin of its name may be made.
     #[must_use]
     pub fn take(&self, name: &str) -> Option<Microvm> {
-        let mut twins = self.lock();
-        let machine = twins.get_mut(name)?.take()?;
-        twins.remove(name);
-        Some(machine)
+        self.twins.take(name)
     }
 }
 
@@ -95,12 +88,7 @@ impl TwinHost for ProcessTwinHost {
         let memory = BlockMemory::new(name, wanted)
             .map_err(|error| refused("there is no memory for the twin").because(error))?;
         let waits = self.wait(name, &body, &memory, false)?;
-        let mut twins = self.lock();
-        if twins.contains_key(name) {
-            return Err(refused(format!("there is a twin called {name} already")));
-        }
-        let tap = self.options.make_tap(&mut body.spec)?;
-        twins.insert(name.to_owned(), None);
+        let tap = self.twins.add(name, || self.options.make_tap(&mut body.spec))?;
         let end = Arc::new(End { ended: AtomicBool::new(false), life: Mutex::new(Life::Waits(Box::new(waits))) });
         Ok(Box::new(ProcessTwin { host: self.clone(), body, memory: Arc::new(memory), end, tap }))
     }
@@ -255,7 +243,7 @@ impl Twin for ProcessTwin {
             tracing::warn!(vm = self.body.spec.name, %error, "the network was not told where the guest is now");
         }
         *life = Life::Runs(machine.clone());
-        self.host.lock().insert(self.body.spec.name.clone(), Some(machine));
+        self.host.twins.activated(&self.body.spec.name, machine);
         Ok(Activation { load, resume, relaunched })
     }
 
@@ -269,7 +257,7 @@ impl Twin for ProcessTwin {
 
     fn destroy(self: Box<Self>) -> Result<(), GuestError> {
         self.end.fence()?;
-        self.host.lock().remove(&self.body.spec.name);
+        self.host.twins.remove(&self.body.spec.name);
         self.tap.map_or(Ok(()), Tap::remove)
     }
 
