@@ -11,9 +11,11 @@ use super::chips::Chips;
 use super::cpuid::{self, Leaf};
 use super::machine::{Dirty, NO_RINGS, Slot, Spec, refused};
 use super::ram::Ram;
-use super::ring::{self, Rings, check::Code};
+use super::ring::{self, Rings};
 use super::state::vcpu::Room;
+use super::trial::Code;
 use super::wake::Wake;
+use super::worth;
 use crate::disk::MAX_DISKS;
 use crate::guest::GuestError;
 use crate::sys::kvm::{KvmError, Vcpu, Vm, failed};
@@ -28,6 +30,8 @@ pub(super) struct Bare {
     pub(super) rings: Option<Arc<Rings>>,
     /// Why they are not, though it was to have rings.
     pub(super) no_rings: Option<String>,
+    /// For how many harvests a page is worth being left writable, by the bitmap.
+    pub(super) worth: u8,
     /// What a kernel needs beside processors, memory and virtio devices.
     pub(super) chips: Option<Chips>,
     pub(super) slots: Vec<Slot>,
@@ -59,6 +63,8 @@ impl Bare {
             tracing::warn!(name = spec.name, why, "{NO_RINGS}");
         }
         let with_rings = spec.dirty == Dirty::Ring && no_rings.is_none();
+        // One that is not protected is not asked.
+        let worth = if with_rings || private { 1 } else { worth::of_host(kvm, code) };
         let ram = Arc::new(ram);
         let vm = if with_rings { Vm::with_rings(kvm, ram, ring::LENGTH) } else { Vm::new(kvm, ram) };
         let vm = Arc::new(vm.map_err(kvm_failed)?);
@@ -87,6 +93,6 @@ impl Bare {
             Rings::new(&vm, vcpus).map(Arc::new)
         });
         let rings = rings.transpose().map_err(kvm_failed)?;
-        Ok(Self { cpuid: cpuid.to_vec(), vm, rings, no_rings, chips, slots, spec })
+        Ok(Self { cpuid: cpuid.to_vec(), vm, rings, no_rings, worth, chips, slots, spec })
     }
 }

@@ -172,6 +172,8 @@ pub(super) struct Inner {
     pub(super) rings: Option<Arc<Rings>>,
     /// Why they are not, though it was to have rings.
     no_rings: Option<String>,
+    /// See [`Bare::worth`].
+    pub(super) worth: u8,
     /// What a kernel needs beside processors, memory and virtio devices.
     pub(super) chips: Option<Chips>,
     pub(super) slots: Vec<Slot>,
@@ -240,7 +242,7 @@ impl Machine {
 
     /// Makes the rest of a machine. It stands.
     pub(super) fn with(bare: Bare, devices: Devices) -> Result<Self, GuestError> {
-        let Bare { spec, cpuid, vm, rings, no_rings, chips, slots } = bare;
+        let Bare { spec, cpuid, vm, rings, no_rings, worth, chips, slots } = bare;
         let Devices { wire, disks, bounds } = devices;
         assert_eq!(disks.len(), spec.disks.len(), "an opened image for each disk");
         let sized = disks.into_iter().zip(&spec.disks).map(|(file, disk)| sized(file, &disk.path));
@@ -281,6 +283,7 @@ impl Machine {
             vm,
             rings,
             no_rings,
+            worth,
             chips,
             clock: Clock::new(slots.len()),
             slots,

@@ -56,10 +56,12 @@ pub mod ring;
 mod start;
 mod state;
 mod track;
+mod trial;
 pub mod twin;
 mod vcpu;
 mod virtio;
 mod wake;
+mod worth;
 
 pub use boot::PilotOptions;
 pub use gate::GateBounds;

@@ -1,7 +1,7 @@
 //! Dirty pages by KVM's bitmap or by its rings, joined with what the VMM itself wrote.
 //!
 //! With manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) reading the log changes nothing, and a harvest takes two system calls:
-//! a page is in the harvest before its mark is cleared. Marks of pages that are written all the time are not cleared each time ([`super::hot`]). A harvest of rings takes one, and as long as there are dirty pages, not pages.
+//! a page is in the harvest before its mark is cleared. Marks of pages that are written again and again are not cleared each time ([`super::hot`]). A harvest of rings takes one, and as long as there are dirty pages, not pages.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub(super) fn tracker(machine: &Inner) -> Box<dyn Tracker> {
     let vm = Arc::clone(&machine.vm);
     match &machine.rings {
         Some(rings) => Box::new(RingTracker { vm, rings: Arc::clone(rings), armed: false }),
-        None => Box::new(BitmapTracker::new(vm)),
+        None => Box::new(BitmapTracker::new(vm, machine.worth)),
     }
 }
 
@@ -33,9 +33,9 @@ struct BitmapTracker {
 }
 
 impl BitmapTracker {
-    fn new(vm: Arc<Vm>) -> Self {
+    fn new(vm: Arc<Vm>, worth: u8) -> Self {
         let bits = vec![0; vm.log_words()];
-        let hot = Hot::new(bits.len());
+        let hot = Hot::new(bits.len(), worth);
         Self { vm, armed: false, bits, hot }
     }
 
