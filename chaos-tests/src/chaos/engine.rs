@@ -233,7 +233,7 @@ impl<'a> Arena<'a> {
             workload,
             sniffer,
             _capture: capture,
-            leaks: Leaks::new(if setting.backend == Backend::Qemu { 1 } else { 0 }),
+            leaks: Leaks::default(),
             leaks_output: plan.leak,
             judge: Judge::new(Host::A),
             settled: BTreeMap::new(),

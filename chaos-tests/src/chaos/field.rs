@@ -88,7 +88,7 @@ impl Field<'_> {
 
     /// The one QEMU on a host.
     pub(super) fn qemu(&self, host: Host) -> Result<u32> {
-        let all = qemus(&self.lab.namespace(host.role()));
+        let all = vms(&self.lab.namespace(host.role()));
         match all[..] {
             [pid] => Ok(pid),
             _ => bail!("{} runs {} QEMUs", host.name(), all.len()),
@@ -298,7 +298,7 @@ impl Field<'_> {
             self.lab.lose_agent(host, SOON).await?;
             return self.start_agent(host).await;
         }
-        if side == Side::Standby && qemus(&self.lab.namespace(host.role())).is_empty() {
+        if side == Side::Standby && vms(&self.lab.namespace(host.role())).is_empty() {
             return self.without_twin().await;
         }
         Ok(())
@@ -375,15 +375,17 @@ pub fn set_deaf(space: &str, interface: &str, address: &str, on: bool) -> Result
     }
 }
 
-/// The QEMUs in a namespace.
+/// The processes in a namespace that are a VM: QEMUs, and those of microVMs.
 #[must_use]
-pub fn qemus(space: &str) -> Vec<u32> {
-    let is_qemu =
-        |pid: &u32| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"));
+pub fn vms(space: &str) -> Vec<u32> {
+    let is_vm = |pid: &u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+        name.is_ok_and(|name| name.starts_with("qemu-system") || name.trim_end() == "us-microvm")
+    };
     processes_in(space)
         .into_iter()
         .filter_map(|pid| u32::try_from(pid.as_raw_nonzero().get()).ok())
-        .filter(is_qemu)
+        .filter(is_vm)
         .collect()
 }
 

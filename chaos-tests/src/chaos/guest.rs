@@ -12,7 +12,7 @@ use replicator::demo::lab::{COMMAND, GUEST, Host, Lab, Machine, REDIS, VM};
 use replicator::demo::wait::until;
 use vmm_hooks::disk::DiskSpec;
 
-use super::field::qemus;
+use super::field::vms;
 use super::storage::run;
 
 /// Size of the guest's disk, and of a microVM's ([`Microvm::new`]).
@@ -56,8 +56,8 @@ pub(super) async fn shut_down(lab: &Lab) -> Result<PathBuf> {
     tell_redis(lab, "SHUTDOWN NOSAVE", "").context("Redis did not take its leave")?;
     let spaces = [Host::A, Host::B].map(|host| lab.namespace(host.role()));
     until("the guest to shut down, and its twin with it", END, async || {
-        let left: Vec<u32> = spaces.iter().flat_map(|space| qemus(space)).collect();
-        Ok(if left.is_empty() { Ok(()) } else { Err(format!("QEMUs {left:?}")) })
+        let left: Vec<u32> = spaces.iter().flat_map(|space| vms(space)).collect();
+        Ok(if left.is_empty() { Ok(()) } else { Err(format!("the processes {left:?}")) })
     })
     .await?;
     run("e2fsck", &["-f", "-n", &image.display().to_string()]).context("the guest's file system is broken")?;
@@ -130,9 +130,8 @@ pub(super) async fn disk(lab: &Lab) -> Result<(Host, PathBuf)> {
         if !(status.state == ProtectionState::Protected && status.role.word() == "primary") {
             continue;
         }
-        let runs = if lab.is_microvm() { vec![lab.microvm_pid(host)?] } else { qemus(&lab.namespace(host.role())) };
         let mut images = BTreeSet::new();
-        for pid in runs {
+        for pid in vms(&lab.namespace(host.role())) {
             for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
                 let Ok(file) = fs::read_link(entry?.path()) else { continue };
                 let is_image = fs::metadata(&file).is_ok_and(|meta| meta.is_file() && meta.len() == bytes);

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use replicator::demo::lab::{Host, Lab};
 use replicator::demo::netns::processes_in;
 
-use super::field::qemus;
+use super::field::vms;
 
 /// How many descriptors or threads more than at its leanest an agent may have: connections come and go.
 const SLACK: usize = 40;
@@ -15,10 +15,10 @@ const SLACK: usize = 40;
 /// What one host has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holdings {
-    /// Processes that are neither the agent nor a QEMU.
+    /// Processes that are neither the agent nor a VM.
     pub strangers: usize,
-    /// QEMUs: the VM, or its twin.
-    pub qemus: usize,
+    /// VMs: the VM, or its twin.
+    pub vms: usize,
     /// Interfaces, by name.
     pub interfaces: Vec<String>,
     /// Directories of twins.
@@ -37,13 +37,13 @@ impl Holdings {
     pub fn of(lab: &Lab, host: Host) -> Result<Self> {
         let space = lab.namespace(host.role());
         let agent = lab.agent_pid(host)?;
-        let qemus = qemus(&space).len();
+        let vms = vms(&space).len();
         let count = |what: &str| -> Result<usize> {
             Ok(fs::read_dir(format!("/proc/{agent}/{what}")).context("the agent has ended")?.count())
         };
         Ok(Self {
-            strangers: processes_in(&space).len().saturating_sub(1 + qemus),
-            qemus,
+            strangers: processes_in(&space).len().saturating_sub(1 + vms),
+            vms,
             interfaces: interfaces(&space)?.into_keys().collect(),
             twins: fs::read_dir(lab.run_dir(host).join("twins")).map_or(0, Iterator::count),
             descriptors: count("fd")?,
@@ -51,14 +51,14 @@ impl Holdings {
         })
     }
 
-    /// What is too much of it. Its own tap belongs to host A for good.
-    fn excess(&self, host: Host, qemus: usize) -> Vec<String> {
+    /// What is too much of it, or not there. Its own tap belongs to host A for good.
+    fn excess(&self, host: Host) -> Vec<String> {
         let mut found = Vec::new();
         if self.strangers != 0 {
-            found.push(format!("{} processes that are neither agent nor QEMU", self.strangers));
+            found.push(format!("{} processes that are neither agent nor VM", self.strangers));
         }
-        if self.qemus != qemus {
-            found.push(format!("{} QEMUs", self.qemus));
+        if self.vms != 1 {
+            found.push(format!("{} VMs", self.vms));
         }
         let taps = self.interfaces.iter().filter(|name| !["lo", "br0", "uplink", "tap0"].contains(&name.as_str()));
         if taps.count() > 1 {
@@ -86,24 +86,16 @@ pub fn interfaces(space: &str) -> Result<BTreeMap<String, u32>> {
 }
 
 /// Compares what hosts have with the least they had.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Leaks {
-    /// How many QEMUs each has, no more and no less.
-    qemus: usize,
     /// By host and whether it was the primary: descriptors, threads.
     least: Vec<((Host, bool), (usize, usize))>,
 }
 
 impl Leaks {
-    /// Of hosts that have so many QEMUs each while their VM is protected.
-    #[must_use]
-    pub fn new(qemus: usize) -> Self {
-        Self { qemus, least: Vec::new() }
-    }
-
     /// What is too much on a host.
     pub fn excess(&mut self, host: Host, primary: bool, has: &Holdings) -> Vec<String> {
-        let mut found = has.excess(host, self.qemus);
+        let mut found = has.excess(host);
         let key = (host, primary);
         let at = self.least.iter().position(|(its, _)| *its == key).unwrap_or_else(|| {
             self.least.push((key, (has.descriptors, has.threads)));
@@ -128,13 +120,13 @@ mod tests {
     fn what_is_left_behind_is_found() {
         let fine = Holdings {
             strangers: 0,
-            qemus: 1,
+            vms: 1,
             interfaces: ["br0", "lo", "uplink", "us1"].map(str::to_owned).into(),
             twins: 1,
             descriptors: 60,
             threads: 20,
         };
-        let mut leaks = Leaks::new(1);
+        let mut leaks = Leaks::default();
         assert!(leaks.excess(Host::B, true, &fine).is_empty());
         let more = |change: fn(&mut Holdings)| {
             let mut has = fine.clone();
@@ -143,8 +135,8 @@ mod tests {
         };
         let bad = [
             more(|has| has.strangers = 1),
-            more(|has| has.qemus = 2),
-            more(|has| has.qemus = 0),
+            more(|has| has.vms = 2),
+            more(|has| has.vms = 0),
             more(|has| has.interfaces.push("us2".to_owned())),
             more(|has| has.twins = 2),
             more(|has| has.descriptors += SLACK + 1),

@@ -1,7 +1,7 @@
 //! What was protected is protected again: after a failover, after a planned one, and when agents restart.
 
 use anyhow::{Context as _, ensure};
-use chaos_tests::chaos::field::qemus;
+use chaos_tests::chaos::field::vms;
 use replicator::control::api::{Role, VmStatus};
 use replicator::demo::lab::{COMMAND, Host, VM};
 use rustix::process::{Pid, Signal, kill_process};
@@ -153,7 +153,7 @@ fn a_winner_that_dies_before_its_copy_ran_gives_the_vm_back() {
         stage.set().await?;
         stage.protect_for_good().await?;
         let mut client = stage.writer("g").await?;
-        let twin = qemus(&stage.lab.namespace(Host::B.role())).first().copied().context("no twin")?;
+        let twin = vms(&stage.lab.namespace(Host::B.role())).first().copied().context("no twin")?;
         let twin = Pid::from_raw(i32::try_from(twin)?).context("a pid")?;
         // It does not get to run: it does not even load.
         kill_process(twin, Signal::STOP)?;
