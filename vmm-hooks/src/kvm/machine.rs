@@ -143,8 +143,8 @@ struct Run {
     /// How it ended.
     end: Option<GuestEvent>,
     events: Vec<GuestEvent>,
-    /// Somebody waits for vCPUs to stand that may run.
-    watched: bool,
+    /// So many wait for vCPUs to stand.
+    awaited: usize,
 }
 
 /// One vCPU and what belongs to it.
@@ -303,7 +303,7 @@ impl Machine {
                 off: false,
                 end: None,
                 events: Vec::new(),
-                watched: false,
+                awaited: 0,
             }),
             go: Condvar::new(),
             stood: Condvar::new(),
@@ -409,21 +409,25 @@ impl Machine {
             return Err(inner.gone(&run));
         }
         run.want = Want::Stand;
-        inner.show(&run);
-        inner.halt();
         let here = rustix::thread::sched_getcpu();
         let mut beside = true;
         for (slot, _) in inner.slots.iter().zip(&run.standing).filter(|&(_, standing)| !standing) {
             slot.kick.kick();
             beside &= slot.on.load(Ordering::Relaxed) != here;
         }
+        // While they are on their way. A request that one of them begins meanwhile it finishes before it stands.
+        inner.show(&run);
+        inner.halt();
         drop(run);
         if beside {
             inner.look_for_stand();
         }
         let waits = |run: &mut Run| run.standing.contains(&false) && run.end.is_none();
-        let waited = inner.stood.wait_timeout_while(inner.run(), STAND_MAX, waits);
-        let (run, late) = waited.expect("nobody panics while it holds the machine");
+        run = inner.run();
+        run.awaited += 1;
+        let waited = inner.stood.wait_timeout_while(run, STAND_MAX, waits);
+        let (mut run, late) = waited.expect("nobody panics while it holds the machine");
+        run.awaited -= 1;
         if run.end.is_some() {
             return Err(inner.gone(&run));
         }
@@ -474,12 +478,12 @@ impl Machine {
     pub(super) fn wait_idle(&self, most: Duration) -> bool {
         let inner = &self.0;
         let mut run = inner.run();
-        run.watched = true;
+        run.awaited += 1;
         // One that stands and was woken will stand again: then it is looked at again.
         let idle = |run: &Run| !run.standing.contains(&false) && inner.slots.iter().all(|slot| slot.wake.quiet());
         let waited = inner.stood.wait_timeout_while(run, most, |run| !idle(run) && run.end.is_none());
         run = waited.expect("nobody panics while it holds the machine").0;
-        run.watched = false;
+        run.awaited -= 1;
         idle(&run)
     }
 
@@ -689,7 +693,8 @@ impl Inner {
         let mut run = self.run();
         run.standing[number] = true;
         slot.stands.store(true, Ordering::Release);
-        if run.want == Want::Stand || run.watched {
+        // A system call, also if nobody waits; and who looks at `stands` needs the lock next.
+        if run.awaited > 0 {
             self.stood.notify_all();
         }
         if let Some(most) = rest {

@@ -83,8 +83,12 @@ impl DiskLog {
 
     /// Lets writes wait (`false`), or give up waiting (`true`).
     pub(in crate::kvm) fn stop(&self, stop: bool) {
-        self.lock().stop = stop;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.stop = stop;
+        // Nobody waits for room that is there, and no pause is to pay for telling nobody.
+        if stop && state.bytes > BYTES_MAX {
+            self.changed.notify_all();
+        }
     }
 
     /// Waits until there is room for a write. False if it is to be tried again when the machine runs again.

@@ -98,7 +98,10 @@ impl Net {
     /// Lets the receiving thread write memory, or makes it wait; afterwards it does not write any more.
     pub(in crate::kvm) fn run(&self, runs: bool) {
         self.lock().runs = runs;
-        self.changed.notify_all();
+        // Nobody waits for it to stand.
+        if runs {
+            self.changed.notify_all();
+        }
     }
 
     /// Ends the receiving thread.
