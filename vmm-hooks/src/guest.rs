@@ -90,7 +90,17 @@ pub struct Capture {
     pub disk: Vec<DiskWrite>,
 }
 
-/// Where a capture's pause went. Parts may overlap; `total` is from the call of pause to the return of resume.
+/// What becomes of a guest whose epoch was captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// It stands until it is resumed.
+    Stand,
+    /// It is resumed next, and may go on by itself before that, as soon as nothing of the epoch has to be taken from it any more.
+    Run,
+}
+
+/// Where a capture's pause went. Parts may overlap; `total` is from the call of pause until the guest ran again: to `ran_again`, or else to the return
+/// of resume.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct PauseParts {
     /// Until the vCPUs stood and I/O was drained.
@@ -105,6 +115,22 @@ pub struct PauseParts {
     pub resume: Duration,
     /// The whole pause.
     pub total: Duration,
+    /// When the guest went on by itself, if it did: its capture returned later.
+    pub ran_again: Option<Instant>,
+}
+
+impl PauseParts {
+    /// Fills `resume` and `total` of a pause that was called for at `start`, after the call of resume at `resuming` has returned; when the guest
+    /// ran again.
+    pub fn end(&mut self, start: Instant, resuming: Instant) -> Instant {
+        let ran = self.ran_again.unwrap_or_else(|| {
+            let now = Instant::now();
+            self.resume = now.saturating_duration_since(resuming);
+            now
+        });
+        self.total = ran.saturating_duration_since(start);
+        ran
+    }
 }
 
 /// What a guest did that its protector must know.
@@ -213,7 +239,8 @@ pub trait Guest: Send {
     fn capture(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError>;
 
     /// Pauses, seals the epoch's output (`begin`: holds output from now on), so that what is emitted later is of epoch `next`, and captures: a back end
-    /// that has a way to its guest goes it once. Fills `parts` but for `resume` and `total`. How many frames the sealed epoch holds.
+    /// that has a way to its guest goes it once. Fills `parts` but for `total`, and for `resume` if the guest stands still. How many frames the sealed
+    /// epoch holds.
     ///
     /// # Errors
     /// As for [`Guest::pause`] and [`Guest::capture`]; the guest may stand then, and is to be resumed.
@@ -221,10 +248,12 @@ pub trait Guest: Send {
         &mut self,
         begin: bool,
         next: u64,
+        _after: After,
         into: &mut Capture,
         parts: &mut PauseParts,
     ) -> Result<u64, GuestError> {
         let start = Instant::now();
+        parts.ran_again = None;
         self.pause()?;
         parts.stop = start.elapsed();
         let held = if begin {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use vmm_hooks::guest::{Capture, Fence, Guest, PauseParts, TwinHost};
+use vmm_hooks::guest::{After, Capture, Fence, Guest, PauseParts, TwinHost};
 use vmm_hooks::kvm::pilot::abi;
 use vmm_hooks::kvm::process::guest::Boot;
 use vmm_hooks::kvm::process::{self, Microvm, Program};
@@ -90,11 +90,10 @@ fn a_pause_allocates_nothing() {
             let mut parts = PauseParts::default();
             let counted = Region::new(ALLOCATIONS);
             let start = Instant::now();
-            guest.capture_epoch(false, epoch as u64, &mut capture, &mut parts).expect("it runs");
-            let captured = Instant::now();
+            guest.capture_epoch(false, epoch as u64, After::Run, &mut capture, &mut parts).expect("it runs");
+            let resuming = Instant::now();
             guest.resume().expect("it stands");
-            parts.resume = captured.elapsed();
-            parts.total = start.elapsed();
+            parts.end(start, resuming);
             let counted = counted.change();
             if epoch >= 2 {
                 assert_eq!((counted.allocations, counted.reallocations), (0, 0), "{size} pages, epoch {epoch}");
@@ -203,9 +202,12 @@ fn sustained(kvm: &Arc<Kvm>, process: bool) {
         let mut epoch = spares.try_recv().unwrap_or_default();
         let start = Instant::now();
         let next_epoch = pauses.len() as u64;
-        guest.capture_epoch(false, next_epoch, &mut epoch, &mut PauseParts::default()).expect("it runs");
+        let mut parts = PauseParts::default();
+        guest.capture_epoch(false, next_epoch, After::Run, &mut epoch, &mut parts).expect("it runs");
+        let resuming = Instant::now();
         guest.resume().expect("it stands");
-        pauses.push(start.elapsed());
+        parts.end(start, resuming);
+        pauses.push(parts.total);
         pages += epoch.pages.len();
         captured.send(epoch).expect("the other thread lives");
         let next = begun + EPOCH * u32::try_from(pauses.len()).expect("few");

@@ -11,11 +11,12 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
-use vmm_hooks::guest::{Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, TwinHost};
-use vmm_hooks::kvm::pilot::abi;
+use vmm_hooks::disk::DiskChange;
+use vmm_hooks::guest::{After, Capture, Guest, GuestErrorKind, GuestEvent, PauseParts, TwinHost};
+use vmm_hooks::kvm::pilot::{abi, check_worker};
 use vmm_hooks::kvm::process::guest::Boot;
 use vmm_hooks::kvm::process::{Microvm, ProcessTwinHost, Program, attach};
-use vmm_hooks::kvm::{Dirty, GateBounds, LinuxOptions, NetCard, PilotOptions, Spec, TwinHostOptions, host};
+use vmm_hooks::kvm::{Dirty, DiskFile, GateBounds, LinuxOptions, NetCard, PilotOptions, Spec, TwinHostOptions, host};
 use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 use vmm_hooks::sys::process::PidFd;
 
@@ -42,13 +43,17 @@ fn start(name: &str, wire: Option<OwnedFd>) -> Microvm {
 }
 
 fn start_with(name: &str, wire: Option<OwnedFd>, dirty: Dirty) -> Microvm {
+    start_of(name, wire, dirty, Vec::new())
+}
+
+fn start_of(name: &str, wire: Option<OwnedFd>, dirty: Dirty, disks: Vec<DiskFile>) -> Microvm {
     let card = NetCard { mac: [2, 0, 0, 0, 0, 8], tap: "none".to_owned(), bridge: None };
     let spec = Spec {
         name: name.to_owned(),
         memory: abi::MEMORY_MIN,
         cpus: 2,
         net: wire.is_some().then_some(card),
-        disks: Vec::new(),
+        disks,
         dirty,
     };
     let options = PilotOptions { address: Ipv4Addr::new(10, 0, 0, 2), ..PilotOptions::default() };
@@ -88,7 +93,7 @@ fn a_host_whose_rings_are_whole_is_found_to_be_so_in_a_confined_process() {
     let page = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
     machine.order(&[abi::order::FILL, page, 7], PATIENCE).expect("it works");
     let mut capture = Capture::default();
-    guest.capture_epoch(false, 1, &mut capture, &mut PauseParts::default()).expect("it runs");
+    guest.capture_epoch(false, 1, After::Stand, &mut capture, &mut PauseParts::default()).expect("it runs");
     assert!(capture.pages.contains(&page.into()), "{:?}", capture.pages);
     machine.fence().fence().expect("it ends");
 }
@@ -160,13 +165,189 @@ fn a_process_that_is_killed_is_a_guest_that_died() {
     assert_eq!(guest.events(), [], "it is told once");
     assert!(machine.is_over() && !machine.is_running());
     let mut capture = Capture::default();
-    let error = guest.capture_epoch(false, 2, &mut capture, &mut PauseParts::default()).expect_err("it is gone");
+    let error =
+        guest.capture_epoch(false, 2, After::Run, &mut capture, &mut PauseParts::default()).expect_err("it is gone");
     assert_eq!(error.kind, GuestErrorKind::Gone, "{error}");
     assert!(error.message.contains("signal 9"), "{error}");
     // None of these waits or panics.
     guest.gate().release(7);
     guest.gate().shut();
     assert!(guest.gate().wait_output(Instant::now()).is_none() || guest.gate().held().frames > 0);
+}
+
+/// What a standby has of a guest's memory.
+struct Copy(Vec<u8>);
+
+impl Copy {
+    fn page(&self, number: u64) -> Vec<u8> {
+        let start = usize::try_from(number).expect("small") * PAGE_SIZE;
+        self.0[start..start + PAGE_SIZE].to_vec()
+    }
+
+    fn apply(&mut self, capture: &Capture) {
+        for (&page, bytes) in capture.pages.iter().zip(capture.bytes.chunks(PAGE_SIZE)) {
+            let start = usize::try_from(page).expect("small") * PAGE_SIZE;
+            self.0[start..start + PAGE_SIZE].copy_from_slice(bytes);
+        }
+    }
+}
+
+/// The steps that two workers that write at once have done in memory of one moment.
+fn steps(page: impl Fn(u64) -> Vec<u8>) -> [u64; 2] {
+    let [zero, one] = [0, 1].map(|cpu| check_worker(cpu, &page).unwrap_or_else(|error| panic!("{error}")));
+    assert!(zero.seen <= one.done && one.seen <= zero.done, "memory of two moments: {zero:?}, {one:?}");
+    [zero.done, one.done]
+}
+
+/// The steps that the worker with this page has done.
+fn done(page: &[u8]) -> u64 {
+    let start = usize::try_from(abi::worker::DONE * 8).expect("inside a page");
+    u64::from_le_bytes(page[start..start + 8].try_into().expect("eight"))
+}
+
+/// Tracks a guest from here on.
+fn track(guest: &mut dyn Guest) {
+    guest.pause().and_then(|()| guest.arm()).and_then(|()| guest.resume()).expect("it runs");
+}
+
+/// Few pages, of which the process copies what is dirty, and more, which its protector does.
+#[test]
+fn a_guest_that_goes_on_by_itself_is_whole_in_each_epoch() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let machine = start("goes-on", None);
+    let work = |cpu: u32, first: u32, pages: u32, pattern: u64| {
+        let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small") + first;
+        let order = [abi::order::WORK, cpu, first, pages, u32::try_from(pattern).expect("small"), 200];
+        machine.order(&order, PATIENCE).expect("the pilot works");
+    };
+    let mut guest = attach(&machine).expect("nobody is");
+    guest.pause().and_then(|()| guest.arm()).expect("it runs");
+    let mut copy = Copy(Vec::new());
+    let all: Vec<u64> = PageSet::full(guest.layout().pages()).iter().collect();
+    guest.read_pages(&all, &mut copy.0).expect("it is there");
+    guest.resume().expect("it stands");
+    let (mut capture, mut alone, mut owed) = (Capture::default(), 0, false);
+    for round in 0..80 {
+        match round {
+            0 => {
+                work(0, 0, 40, abi::SCATTERED);
+                work(1, 100, 30, abi::SEQUENTIAL);
+            }
+            40 => {
+                work(0, 200, 700, abi::SCATTERED);
+                work(1, 1000, 500, abi::SEQUENTIAL);
+            }
+            _ => {}
+        }
+        let (mut page, deadline) = (Vec::new(), Instant::now() + PATIENCE);
+        let mut now = |guest: &mut dyn Guest| {
+            guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + 1], &mut page).expect("it is there");
+            done(&page)
+        };
+        let before = now(&mut guest);
+        while now(&mut guest) < before + 20 {
+            assert!(Instant::now() < deadline, "the second worker stands");
+            std::thread::yield_now();
+        }
+        let after = if round % 8 == 7 { After::Stand } else { After::Run };
+        let mut parts = PauseParts::default();
+        guest.capture_epoch(false, round, after, &mut capture, &mut parts).expect("it runs");
+        let by_itself = parts.ran_again.is_some();
+        assert_eq!(by_itself, after == After::Run && !owed && capture.pages.len() <= 128, "round {round}");
+        if after == After::Stand {
+            assert!(!machine.is_running(), "it was not let");
+            let mut bytes = Vec::new();
+            guest.read_pages(&capture.pages, &mut bytes).expect("it is there");
+            assert!(bytes == capture.bytes, "it has run since");
+        } else {
+            assert_eq!(machine.is_running(), by_itself);
+        }
+        guest.resume().expect("it is there");
+        assert!(machine.is_running());
+        alone += u32::from(by_itself);
+        // One that is not committed belongs to the next.
+        owed = round % 8 == 3;
+        if owed {
+            let mut back = PageSet::empty(guest.layout().pages());
+            capture.pages.iter().for_each(|&page| back.insert(page));
+            guest.put_back(&back);
+        } else {
+            copy.apply(&capture);
+            if round > 0 {
+                steps(|number| copy.page(number));
+            }
+        }
+    }
+    assert!(alone >= 20, "{alone} of the first 40 went on by themselves");
+    machine.fence().fence().expect("it ends");
+}
+
+#[test]
+fn a_guest_whose_capture_fails_or_is_long_stands_and_its_writes_come_in_their_order() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("disk");
+    fs::write(&path, vec![0; 1 << 20]).expect("room");
+    let disks = vec![DiskFile { name: "disk".to_owned(), path: path.clone() }];
+    let machine = start_of("writes", None, Dirty::Bitmap, disks);
+    let mut guest = attach(&machine).expect("nobody is");
+    track(&mut guest);
+    let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small");
+    let fill = |page: u32| machine.order(&[abi::order::FILL, first + page, 7], PATIENCE).expect("the pilot works");
+    let write = |sector: u32, sectors: u32, byte: u32| {
+        machine.order(&[abi::order::WRITE, 0, sector, sectors, byte], PATIENCE).expect("the pilot works");
+    };
+    let (mut capture, mut parts) = (Capture::default(), PauseParts::default());
+    // Its first copy is missing.
+    guest.mirror_disks().expect("it works");
+    fill(1);
+    guest.capture_epoch(false, 1, After::Run, &mut capture, &mut parts).expect_err("a disk is missing");
+    assert!(!machine.is_running() && parts.ran_again.is_none(), "nothing of it could be sent");
+    guest.resume().expect("it stands");
+    assert!(machine.is_running());
+    let mut writes = Vec::new();
+    while !guest.mirror_progress().expect("it is whole").ready {
+        guest.take_writes(&mut writes, 1, Duration::ZERO);
+    }
+    let mut disk = vec![0; 1 << 20];
+    let mut apply = |writes: &mut Vec<vmm_hooks::disk::DiskWrite>| {
+        for write in writes.drain(..) {
+            let range = usize::try_from(write.offset).expect("small")..;
+            match &write.change {
+                DiskChange::Data(data) => disk[range][..data.len()].copy_from_slice(data),
+                DiskChange::Zero(bytes) => disk[range][..usize::try_from(*bytes).expect("small")].fill(0),
+            }
+        }
+        disk == fs::read(&path).expect("its image")
+    };
+    apply(&mut writes);
+    // What it had found comes with the next one, which is therefore not its own to copy; then it is.
+    for (number, alone) in [(2, false), (3, true)] {
+        fill(number);
+        write(number, 1, number);
+        guest.capture_epoch(false, 2, After::Run, &mut capture, &mut parts).expect("all is there");
+        assert_eq!(parts.ran_again.is_some(), alone);
+        guest.resume().expect("it is there");
+        for page in if alone { vec![number] } else { vec![1, number] } {
+            let at = capture.pages.binary_search(&u64::from(first + page)).expect("no page is lost");
+            assert!(capture.bytes[at * PAGE_SIZE..][..PAGE_SIZE].iter().all(|&byte| byte == 7));
+        }
+        assert!(apply(&mut capture.disk), "a write is missing");
+    }
+    // More than there is room for at once.
+    for number in 0..280 {
+        write(64 * (number % 30), 64, 1 + number % 200);
+    }
+    guest.capture_epoch(false, 3, After::Run, &mut capture, &mut parts).expect("all is there");
+    assert!(parts.ran_again.is_none() && capture.pages.len() <= 128, "{} pages", capture.pages.len());
+    assert!(capture.disk.iter().map(vmm_hooks::disk::DiskWrite::bytes).sum::<u64>() > 8 << 20);
+    guest.resume().expect("it stands");
+    assert!(apply(&mut capture.disk), "a write is missing");
+    machine.fence().fence().expect("it ends");
 }
 
 /// The processes of microVMs called `name`.
@@ -254,12 +435,14 @@ fn an_answer_that_comes_too_late_loses_no_page() {
     machine.order(&[abi::order::FILL, u32::try_from(page).expect("small"), 9], PATIENCE).expect("the pilot works");
     signal(&machine, Signal::STOP);
     let (mut capture, mut parts) = (Capture::default(), PauseParts::default());
-    let error = guest.capture_epoch(false, 2, &mut capture, &mut parts).expect_err("nobody answers");
+    let error = guest.capture_epoch(false, 2, After::Run, &mut capture, &mut parts).expect_err("nobody answers");
     assert_eq!(error.kind, GuestErrorKind::Failed, "{error}");
     guest.resume().expect("it is only told");
     signal(&machine, Signal::CONT);
     assert!(machine.is_running(), "it was let run after what came too late");
-    guest.capture_epoch(false, 2, &mut capture, &mut parts).expect("it answers again");
+    // Whether it had gone on by itself, or by what it was told.
+    guest.capture_epoch(false, 2, After::Run, &mut capture, &mut parts).expect("it answers again");
+    assert_eq!(parts.ran_again, None, "the process does not know what was lost");
     assert!(capture.pages.contains(&page), "a page of the lost answer was lost");
     guest.resume().expect("it stands");
     machine.fence().fence().expect("it ends");

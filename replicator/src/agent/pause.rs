@@ -17,7 +17,7 @@ use heartbeat_core::time::Time;
 use replicator_core::pacing::OnOutput;
 use tokio::sync::mpsc::UnboundedSender;
 use vmm_hooks::disk::{DiskWrite, MirrorProgress};
-use vmm_hooks::guest::{Capture, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts};
+use vmm_hooks::guest::{After, Capture, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts};
 use vmm_hooks::layout::{PAGE_SIZE, PageSet};
 
 use super::lag::Stand;
@@ -246,8 +246,13 @@ impl PauseThread {
 
     /// Lets the guest run.
     fn let_run(&mut self) -> Result<(), GuestError> {
+        self.let_run_on(None)
+    }
+
+    /// Lets the guest run; `since`: it does since then.
+    fn let_run_on(&mut self, since: Option<Instant>) -> Result<(), GuestError> {
         let resumed = self.guest.resume();
-        self.running_since = Instant::now();
+        self.running_since = since.unwrap_or_else(Instant::now);
         if resumed.is_ok() {
             self.stand.runs(self.running_since);
         }
@@ -375,11 +380,9 @@ impl PauseThread {
         let resume = Instant::now();
         // A guest that its owner or the core has stopped stays stopped.
         let stay = self.stopped || (order.stay_paused && result.is_ok());
-        let resumed = if stay { Ok(()) } else { self.let_run() };
+        let resumed = if stay { Ok(()) } else { self.let_run_on(parts.ran_again) };
         self.stopped = stay;
-        self.running_since = Instant::now();
-        parts.resume = resume.elapsed();
-        parts.total = start.elapsed();
+        self.running_since = parts.end(start, resume);
         let held_frames = match result.and_then(|held| resumed.map(|()| held)) {
             Ok(held) => held,
             Err(error) => {
@@ -409,7 +412,8 @@ impl PauseThread {
         capture.disk.clear();
         // It may stand from now on, also if it fails; then it is let run again.
         self.stand.stops(Instant::now());
-        self.guest.capture_epoch(order.begin_hold, order.epoch + 1, capture, parts).inspect_err(|_| {
+        let after = if self.stopped || order.stay_paused { After::Stand } else { After::Run };
+        self.guest.capture_epoch(order.begin_hold, order.epoch + 1, after, capture, parts).inspect_err(|_| {
             // The back end has put the pages back.
             capture.pages.clear();
         })
@@ -563,3 +567,6 @@ impl PauseThread {
         Ok(Next::Go)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -71,6 +71,12 @@ impl<T: Tracker> DirtyLedger<T> {
         self.owed.union_with(dirty);
     }
 
+    /// Whether the next harvest hands out pages that the tracker does not know of.
+    #[must_use]
+    pub fn owes(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
     /// Stops tracking.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use vmm_hooks::guest::{Capture, Guest, PauseParts, TwinHost, TwinMemory};
+use vmm_hooks::guest::{After, Capture, Guest, PauseParts, TwinHost, TwinMemory};
 use vmm_hooks::kvm::pilot::abi;
 use vmm_hooks::kvm::process::guest::Boot;
 use vmm_hooks::kvm::process::{Microvm, ProcessGuest, Program, attach};
@@ -118,10 +118,10 @@ fn done(guest: &mut ProcessGuest, page: &mut Vec<u8>) -> Result<u64> {
 fn capture(guest: &mut ProcessGuest, epoch: u64, capture: &mut Capture) -> Result<PauseParts> {
     let mut parts = PauseParts::default();
     let begun = Instant::now();
-    guest.capture_epoch(false, epoch + 1, capture, &mut parts)?;
+    guest.capture_epoch(false, epoch + 1, After::Run, capture, &mut parts)?;
     let resuming = Instant::now();
     guest.resume()?;
-    (parts.resume, parts.total) = (resuming.elapsed(), begun.elapsed());
+    parts.end(begun, resuming);
     Ok(parts)
 }
 

@@ -1,10 +1,11 @@
 //! The memory that a microVM's process and its protector both have: what the machine shows of itself, the pages that were found dirty, the
-//! device state of a capture, and disk writes on their way. And a bell that the process rings when what is shown is waited for.
+//! device state of a capture, copies of the pages of a small one, and disk writes on their way. And a bell that the process rings when what is shown is
+//! waited for.
 //!
 //! Promise: who looks, and then waits for the bell, misses nothing that is rung for. Each word is of one writer, or is joined by atomic operations; what a process that was broken into writes here can make its protector
 //! lose this guest's pages, and nothing else.
 //!
-//! Layout: a page of words, the bitmap, the state, the writes.
+//! Layout: a page of words, the bitmap, the state, the copies, the writes.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -55,6 +56,10 @@ const WORD: usize = 8;
 /// Room for the state of devices, and of each vCPU.
 const STATE: u64 = 1 << 20;
 const STATE_OF_VCPU: u64 = 64 << 10;
+/// Most pages that a process copies itself, to go on by itself: with more its protector has two threads that copy.
+pub(super) const FEW: usize = 128;
+/// Room for their copies.
+const COPIES: u64 = (FEW * PAGE_SIZE) as u64;
 /// Room for writes: more than the longest and its head.
 const WRITES: usize = 8 << 20;
 const HEAD: usize = 24;
@@ -76,6 +81,11 @@ pub(super) fn instant(nanos: u64) -> Option<Instant> {
     Some(now.checked_sub(Duration::from_nanos(ago)).unwrap_or(now))
 }
 
+/// The bytes that go with the head of a write.
+fn data(write: &DiskWrite) -> &[u8] {
+    if let DiskChange::Data(data) = &write.change { data } else { &[] }
+}
+
 /// The memory.
 #[derive(Debug)]
 pub(in crate::kvm) struct Board {
@@ -86,6 +96,7 @@ pub(in crate::kvm) struct Board {
     bitmap_words: usize,
     state: u64,
     state_max: usize,
+    copies: u64,
     writes: u64,
 }
 
@@ -96,7 +107,8 @@ impl Board {
         let bitmap = page;
         let state = bitmap + (words as u64 * WORD as u64).next_multiple_of(page);
         let state_max = STATE + cpus.min(CPUS_MAX) * STATE_OF_VCPU;
-        let writes = state + state_max;
+        let copies = state + state_max;
+        let writes = copies + COPIES;
         (memory.length() == writes + WRITES as u64).then(|| Self {
             memory,
             bell,
@@ -104,13 +116,14 @@ impl Board {
             bitmap_words: words,
             state,
             state_max: usize::try_from(state_max).expect("bounded"),
+            copies,
             writes,
         })
     }
 
     fn bytes(cpus: u64, pages: u64) -> u64 {
         let bitmap = (pages.div_ceil(64) * WORD as u64).next_multiple_of(PAGE_SIZE as u64);
-        PAGE_SIZE as u64 + bitmap + STATE + cpus.min(CPUS_MAX) * STATE_OF_VCPU + WRITES as u64
+        PAGE_SIZE as u64 + bitmap + STATE + cpus.min(CPUS_MAX) * STATE_OF_VCPU + COPIES + WRITES as u64
     }
 
     /// One for a machine with so many vCPUs and pages.
@@ -204,13 +217,18 @@ impl Board {
         }
     }
 
+    /// Whether there is room for a state of so many bytes.
+    pub(super) fn takes_state(&self, bytes: usize) -> bool {
+        bytes <= self.state_max
+    }
+
     /// Puts a state there. False: it is too long.
     pub(super) fn put_state(&self, bytes: &[u8]) -> bool {
-        if bytes.len() > self.state_max {
-            return false;
+        let takes = self.takes_state(bytes.len());
+        if takes {
+            self.memory.write(self.state, bytes);
         }
-        self.memory.write(self.state, bytes);
-        true
+        takes
     }
 
     /// Reads a state of so many bytes into `into`, which is cleared. False: none is so long.
@@ -221,11 +239,37 @@ impl Board {
         true
     }
 
+    /// Puts copies of pages there, at most [`FEW`].
+    pub(super) fn put_copies(&self, bytes: &[u8]) {
+        assert!(bytes.len() <= FEW * PAGE_SIZE, "too many pages");
+        self.memory.write(self.copies, bytes);
+    }
+
+    /// Reads the copies of so many pages into `into`, which gets their length. False: there are never so many.
+    pub(super) fn read_copies(&self, pages: usize, into: &mut Vec<u8>) -> bool {
+        if pages > FEW {
+            return false;
+        }
+        into.resize(pages * PAGE_SIZE, 0);
+        self.memory.read(self.copies, into);
+        true
+    }
+
+    /// Whether there is room for all of the writes at once.
+    pub(super) fn takes_writes(writes: &std::collections::VecDeque<DiskWrite>) -> bool {
+        let mut at = 0;
+        writes.iter().all(|write| {
+            let end = at + HEAD + data(write).len();
+            at = end.next_multiple_of(WORD);
+            end <= WRITES
+        })
+    }
+
     /// Puts as many of the writes there as there is room for, and takes them away; how many.
     pub(super) fn put_writes(&self, writes: &mut std::collections::VecDeque<DiskWrite>) -> u32 {
         let (mut at, mut count) = (0, 0);
         while let Some(write) = writes.front() {
-            let data: &[u8] = if let DiskChange::Data(data) = &write.change { data } else { &[] };
+            let data = data(write);
             if at + HEAD + data.len() > WRITES {
                 break;
             }
@@ -332,6 +376,11 @@ mod tests {
         assert!(theirs.put_state(&[7; 1000]) && !theirs.put_state(&vec![0; 2 << 20]));
         let mut state = vec![1; 5000];
         assert!(ours.read_state(1000, &mut state) && state == [7; 1000] && !ours.read_state(2 << 20, &mut state));
+        theirs.put_copies(&[9; 2 * PAGE_SIZE]);
+        let mut copies = vec![1; 7 * PAGE_SIZE];
+        assert!(ours.read_copies(2, &mut copies) && copies == [9; 2 * PAGE_SIZE]);
+        assert!(ours.read_copies(FEW, &mut copies) && !ours.read_copies(FEW + 1, &mut copies));
+        assert!(ours.read_state(1000, &mut state) && state == [7; 1000], "they are apart");
     }
 
     #[test]
@@ -346,7 +395,9 @@ mod tests {
         let mut waiting: VecDeque<DiskWrite> = all.iter().cloned().collect();
         let (mut read, mut parts) = (Vec::new(), 0);
         while !waiting.is_empty() {
+            let takes = Board::takes_writes(&waiting);
             let count = board.put_writes(&mut waiting);
+            assert_eq!(takes, waiting.is_empty(), "it is known before");
             assert!(count > 0, "one at least");
             board.read_writes(count, &[16 << 20], &mut read).expect("they are inside");
             parts += 1;

@@ -1,7 +1,8 @@
 //! The process of a microVM: makes one machine, and does what its protector asks until that is gone.
 //!
 //! Promises: it is confined before it looks at what the machine is to be. A twin's machine has no device and no thread before it is loaded. When its protector's socket is closed a gate that held output is shut, and
-//! the process ends. A page that was found is on the board before its question is answered, whatever the answer is.
+//! the process ends. A page that was found is on the board before its question is answered, whatever the answer is. A machine goes on by itself only
+//! when nothing of its capture can fail any more, and all of it is copied that the guest can change.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,10 +14,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::board::{Board, CPUS_MAX, MIRRORED, Shown, TRACKED};
+use super::board::{Board, CPUS_MAX, FEW, MIRRORED, Shown, TRACKED, nanos};
 use super::link::{LinkError, receive, send};
 use super::wire::{
-    Answer, Captured, Event, GateRequest, MESSAGE_MAX, Request, Start, Started, VERSION, What, Writes, decode, encode,
+    Answer, Captured, Event, GateRequest, GoneOn, MESSAGE_MAX, Request, Start, Started, VERSION, What, Writes, decode,
+    encode,
 };
 use crate::disk::DiskWrite;
 use crate::guest::{Gate as _, GuestError, GuestErrorKind};
@@ -26,10 +28,12 @@ use crate::kvm::confine::confine_process;
 use crate::kvm::gate::GateBounds;
 use crate::kvm::guest::Body;
 use crate::kvm::machine::{Devices, Machine, Means, Spec};
+use crate::kvm::ram::Ram;
 use crate::kvm::start::{Boots, Image, Kernel};
 use crate::kvm::state::StateError;
 use crate::kvm::track;
 use crate::layout::{PAGE_SIZE, PageSet};
+use crate::sys::copy::by_runs;
 use crate::sys::isolate::ignore_endings;
 use crate::sys::memory::SharedMemory;
 use crate::track::Tracker;
@@ -272,10 +276,46 @@ struct Server {
     tracker: Box<dyn Tracker>,
     /// Pages of one harvest; kept to be used again, as the next ones are.
     dirty: PageSet,
+    few: Few,
     state: Vec<u8>,
     captured: Vec<DiskWrite>,
     /// Writes that are on their way.
     writes: VecDeque<DiskWrite>,
+}
+
+/// The pages of a small epoch, copied while the machine stands. Not on the board yet: what its protector has read last is slow to write.
+#[derive(Default)]
+struct Few {
+    pages: Vec<u64>,
+    /// As long as it ever is, and written once, so that no pause waits for memory.
+    bytes: Vec<u8>,
+}
+
+impl Few {
+    /// To be called before the first of them are found.
+    fn make_room(&mut self) {
+        self.pages.reserve(FEW + 1);
+        self.bytes.resize(FEW * PAGE_SIZE, 0xff);
+    }
+
+    /// Whether there are few of these; then they are what is copied next.
+    fn are(&mut self, dirty: &PageSet) -> bool {
+        self.pages.clear();
+        self.pages.extend(dirty.iter().take(FEW + 1));
+        self.pages.len() <= FEW
+    }
+
+    fn copy(&mut self, ram: &Ram) {
+        by_runs(ram, &self.pages, &mut self.bytes[..self.pages.len() * PAGE_SIZE]);
+    }
+
+    fn copied(&self) -> &[u8] {
+        &self.bytes[..self.pages.len() * PAGE_SIZE]
+    }
+}
+
+fn length(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 fn untracked(error: crate::track::TrackError) -> GuestError {
@@ -298,8 +338,16 @@ impl Server {
         };
         let tracker = track::tracker(inner);
         let dirty = PageSet::empty(inner.vm.ram().pages());
-        let server =
-            Self { machine, board, tracker, dirty, state: Vec::new(), captured: Vec::new(), writes: VecDeque::new() };
+        let server = Self {
+            machine,
+            board,
+            tracker,
+            dirty,
+            few: Few::default(),
+            state: Vec::new(),
+            captured: Vec::new(),
+            writes: VecDeque::new(),
+        };
         server.show();
         Ok((Life::Has(Box::new(server)), Answer::Started(started)))
     }
@@ -310,7 +358,7 @@ impl Server {
             Request::Start(_) | Request::Load { .. } => return Err(out_of_turn()),
             Request::Pause => self.machine.pause()?,
             Request::Resume => self.machine.resume()?,
-            Request::Epoch { begin, next } => {
+            Request::Epoch { begin, next, go_on } => {
                 self.machine.pause()?;
                 let mut held = 0;
                 if begin {
@@ -318,12 +366,19 @@ impl Server {
                 } else {
                     held = inner.gate.seal(next);
                 }
-                return self.capture(held).map(Answer::Captured);
+                return self.capture(held, go_on).map(Answer::Captured);
             }
-            Request::Capture => return self.capture(0).map(Answer::Captured),
+            Request::Capture => return self.capture(0, false).map(Answer::Captured),
             Request::MoreWrites => return Ok(Answer::Writes(self.next_writes())),
-            Request::Arm => self.tracker.arm().map_err(untracked)?,
-            Request::Harvest => self.harvest()?,
+            Request::Arm => {
+                self.few.make_room();
+                self.tracker.arm().map_err(untracked)?;
+            }
+            Request::Harvest => {
+                let harvested = self.harvest();
+                self.board.add_found(&self.dirty);
+                harvested?;
+            }
             Request::Mirror => {
                 self.writes.clear();
                 inner.log.start();
@@ -371,17 +426,36 @@ impl Server {
         Ok(Answer::Done)
     }
 
-    /// Puts the dirty pages on the board.
+    /// Finds the dirty pages. Also if it fails they are to be put on the board: the tracker may not find them again.
     fn harvest(&mut self) -> Result<(), GuestError> {
         self.dirty.clear();
-        let harvested = self.tracker.harvest(&mut self.dirty);
-        // Also if it failed: the tracker may not find them again.
-        self.board.add_found(&self.dirty);
-        harvested.map_err(untracked)
+        self.tracker.harvest(&mut self.dirty).map_err(untracked)
     }
 
-    /// Puts an epoch on the board.
-    fn capture(&mut self, held: u64) -> Result<Captured, GuestError> {
+    /// Puts an epoch on the board; `go_on`: lets the machine run again as soon as it can.
+    fn capture(&mut self, held: u64, go_on: bool) -> Result<Captured, GuestError> {
+        let captured = self.take(go_on);
+        // Perhaps while it runs: they are taken when this is answered.
+        self.board.add_found(&self.dirty);
+        let (harvest, device, gone_on) = captured?;
+        if gone_on.is_some() {
+            self.board.put_copies(self.few.copied());
+            // It was asked before whether it fits.
+            self.board.put_state(&self.state);
+        }
+        Ok(Captured {
+            held,
+            harvest_nanos: length(harvest),
+            device_nanos: length(device),
+            state: self.state.len() as u64,
+            writes: self.next_writes(),
+            gone_on,
+        })
+    }
+
+    /// Takes an epoch, and lets the machine run if that may be and the epoch is small; else its state is on the board. How long the harvest and the
+    /// state took.
+    fn take(&mut self, go_on: bool) -> Result<(Duration, Duration, Option<GoneOn>), GuestError> {
         let start = Instant::now();
         self.harvest()?;
         let harvested = Instant::now();
@@ -389,22 +463,31 @@ impl Server {
             GuestError::new(GuestErrorKind::Failed, format!("the microVM's state could not be read: {error}"))
                 .because(error)
         })?;
-        if !self.board.put_state(&self.state) {
+        if !self.board.takes_state(self.state.len()) {
             return Err(GuestError::new(GuestErrorKind::Failed, "the microVM's state is too long"));
         }
-        let saved = Instant::now();
+        let (harvest, mut device) = (harvested - start, harvested.elapsed());
+        // After what can fail: writes that were taken from the log are no longer within its bound.
         if !self.machine.0.log.capture(&mut self.captured) {
             return Err(crate::kvm::guest::not_whole());
         }
         self.writes.extend(self.captured.drain(..));
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        Ok(Captured {
-            held,
-            harvest_nanos: nanos(harvested - start),
-            device_nanos: nanos(saved - harvested),
-            state: self.state.len() as u64,
-            writes: self.next_writes(),
-        })
+        let copying = Instant::now();
+        if !(go_on && self.few.are(&self.dirty) && Board::takes_writes(&self.writes)) {
+            self.board.put_state(&self.state);
+            device += copying.elapsed();
+            return Ok((harvest, device, None));
+        }
+        self.few.copy(self.machine.0.vm.ram());
+        let copied = Instant::now();
+        self.machine.resume()?;
+        let gone_on = GoneOn {
+            at: nanos(),
+            copy_nanos: length(copied - copying),
+            resume_nanos: length(copied.elapsed()),
+            pages: self.few.pages.len() as u64,
+        };
+        Ok((harvest, device, Some(gone_on)))
     }
 
     fn next_writes(&mut self) -> Writes {

@@ -13,9 +13,9 @@ use super::board::{Board, CPUS_MAX, MIRRORED, OVER, RUNS, Shown, TRACKED};
 use super::gate::ProcessGate;
 use super::link::{Link, LinkError, pair};
 use super::spawn::{Process, Program, open_kvm};
-use super::wire::{Answer, Captured, Request, Start, Started, VERSION, What, Writes};
+use super::wire::{Answer, Request, Start, Started, VERSION, What};
 use crate::disk::{DiskSpec, DiskWrite, MirrorProgress};
-use crate::guest::{Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
+use crate::guest::{After, Capture, Fence, Gate, Guest, GuestError, GuestErrorKind, GuestEvent, PauseParts, Recipe};
 use crate::kvm::boot::PilotOptions;
 use crate::kvm::copying::Copying;
 use crate::kvm::gate::GateBounds;
@@ -31,11 +31,9 @@ use crate::sys::sched::{Urgency, realtime_of};
 use crate::track::{DirtyLedger, TrackError, Tracker};
 
 /// Longest wait for an answer: longer than a machine waits for its vCPUs.
-const ANSWER_MAX: Duration = Duration::from_secs(15);
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(15);
 /// Longest wait for a machine to be made: its host's rings may have to be tried.
 const START_MAX: Duration = Duration::from_secs(90);
-/// Most bytes of disk writes on the board that one capture can hold: more than a log does.
-const WRITES_MAX: usize = 256 << 20;
 
 /// What a new machine boots, as its operator names it.
 #[derive(Debug, Clone)]
@@ -49,14 +47,14 @@ pub enum Boot {
 /// Everything of the handle.
 #[derive(Debug)]
 pub(super) struct Inner {
-    spec: Spec,
+    pub(super) spec: Spec,
     recipe: Recipe,
     layout: Layout,
     /// Of its disks.
-    sizes: Vec<u64>,
+    pub(super) sizes: Vec<u64>,
     note: Option<String>,
     ram: Arc<Ram>,
-    board: Arc<Board>,
+    pub(super) board: Arc<Board>,
     link: Mutex<Link>,
     pub(super) gate: Arc<ProcessGate>,
     pub(super) process: Arc<Process>,
@@ -120,11 +118,21 @@ fn ask_to_make(
 impl Ends {
     /// Starts a process of this name and has it do what `plan` says; its answer. For errors see [`ask_to_make`].
     pub(super) fn start(program: &Program, name: &str, plan: &Plan<'_>) -> Result<(Self, Answer), GuestError> {
+        let (process, link) = Process::start(program, name)?;
+        Self::begin(process, link, name, plan)
+    }
+
+    /// The same of a process that was started.
+    pub(super) fn begin(
+        process: Process,
+        mut link: Link,
+        name: &str,
+        plan: &Plan<'_>,
+    ) -> Result<(Self, Answer), GuestError> {
         if plan.spec.cpus == 0 || plan.spec.cpus > CPUS_MAX {
             return Err(refused(format!("a microVM has at least one vCPU and at most {CPUS_MAX}")));
         }
         let failed = |error: &dyn std::fmt::Display| unusable(name, error);
-        let (process, mut link) = Process::start(program, name)?;
         let kvm = open_kvm()?;
         let board = Board::new(name, plan.spec.cpus, plan.memory.length() / PAGE_SIZE as u64);
         let board = Arc::new(board.map_err(|error| failed(&error))?);
@@ -381,7 +389,7 @@ impl Inner {
         }
     }
 
-    fn ask(&self, request: &Request) -> Result<Answer, GuestError> {
+    pub(super) fn ask(&self, request: &Request) -> Result<Answer, GuestError> {
         self.ask_within(request, ANSWER_MAX)
     }
 
@@ -409,7 +417,7 @@ impl Fence for ProcessFence {
 
 /// The pages that the process has put on the board.
 #[derive(Debug)]
-struct BoardTracker(Arc<Board>);
+pub(super) struct BoardTracker(Arc<Board>);
 
 impl Tracker for BoardTracker {
     fn name(&self) -> &'static str {
@@ -439,19 +447,24 @@ impl Tracker for BoardTracker {
 /// A microVM that is protected.
 #[derive(Debug)]
 pub struct ProcessGuest {
-    machine: Microvm,
-    ledger: DirtyLedger<BoardTracker>,
+    pub(super) machine: Microvm,
+    pub(super) ledger: DirtyLedger<BoardTracker>,
     /// The pages of one capture. Kept to be used again.
-    dirty: PageSet,
+    pub(super) dirty: PageSet,
     /// Disk writes that were given back.
-    returned: Vec<DiskWrite>,
-    copying: Copying,
+    pub(super) returned: Vec<DiskWrite>,
+    pub(super) copying: Copying,
     /// It has told of its death, and its process has not ended.
     dying: Option<GuestEvent>,
-    mirrored: bool,
+    pub(super) mirrored: bool,
     /// Writes were lost.
-    broken: bool,
-    paused: bool,
+    pub(super) broken: bool,
+    /// Pages may be on the board, or come there late, that were not taken: those of a question whose answer was an error or is missing.
+    pub(super) untaken: bool,
+    /// It stands, or may stand: it is to be resumed.
+    pub(super) paused: bool,
+    /// It went on by itself from where its caller believes that it stands.
+    pub(super) gone_on: bool,
 }
 
 /// Attaches to a microVM of this process's.
@@ -477,86 +490,15 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
         dying: None,
         mirrored: false,
         broken: false,
+        untaken: false,
         paused: false,
+        gone_on: false,
     })
 }
 
 impl ProcessGuest {
     fn must_stand(&self, call: &str) {
         assert!(self.paused, "{call} of a guest that was not paused");
-    }
-
-    /// Asks for a capture.
-    fn ask_captured(&mut self, request: &Request) -> Result<Captured, GuestError> {
-        if self.broken {
-            return Err(not_whole());
-        }
-        match self.machine.0.ask(request) {
-            Ok(Answer::Captured(captured)) => Ok(captured),
-            other => {
-                let error = other.map_or_else(|error| error, |_| unexpected(&self.machine.0.spec.name));
-                // Of one that is only late the writes would come with nothing.
-                self.broken |= self.mirrored && error.source.as_ref().is_some_and(|source| source.is::<LinkError>());
-                Err(error)
-            }
-        }
-    }
-
-    /// Takes an epoch from the board.
-    fn take(&mut self, captured: &Captured, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
-        let start = Instant::now();
-        self.dirty.clear();
-        self.ledger.harvest(&mut self.dirty).expect("the board is there");
-        into.pages.clear();
-        into.pages.extend(self.dirty.iter());
-        parts.harvest = Duration::from_nanos(captured.harvest_nanos) + start.elapsed();
-        parts.device = Duration::from_nanos(captured.device_nanos);
-        let copying = Instant::now();
-        let taken = self.take_the_rest(captured, into);
-        parts.copy = copying.elapsed();
-        if taken.is_err() {
-            self.ledger.put_back(&self.dirty);
-        }
-        taken
-    }
-
-    fn take_the_rest(&mut self, captured: &Captured, into: &mut Capture) -> Result<(), GuestError> {
-        let (board, device) = (&self.machine.0.board, &mut into.device);
-        let read = self.copying.copy(&into.pages, &mut into.bytes, || board.read_state(captured.state, device));
-        if !read {
-            return Err(unexpected(&self.machine.0.spec.name));
-        }
-        into.disk.clear();
-        into.disk.append(&mut self.returned);
-        self.fetch(captured.writes, &mut into.disk)
-    }
-
-    /// Takes writes from the board, and those that wait behind them.
-    fn fetch(&mut self, mut writes: Writes, into: &mut Vec<DiskWrite>) -> Result<(), GuestError> {
-        let fetched = self.fetch_all(&mut writes, into);
-        if fetched.is_err() {
-            self.broken = true;
-        }
-        fetched
-    }
-
-    fn fetch_all(&self, writes: &mut Writes, into: &mut Vec<DiskWrite>) -> Result<(), GuestError> {
-        let inner = &self.machine.0;
-        let (mut bytes, begun) = (0, Instant::now());
-        loop {
-            let read = inner.board.read_writes(writes.count, &inner.sizes, into);
-            bytes += read.map_err(|why| unexpected(&inner.spec.name).because(why))?;
-            if !writes.more {
-                return Ok(());
-            }
-            if writes.count == 0 || bytes > WRITES_MAX || begun.elapsed() > ANSWER_MAX {
-                return Err(unexpected(&inner.spec.name));
-            }
-            *writes = match inner.ask(&Request::MoreWrites)? {
-                Answer::Writes(writes) => writes,
-                _ => return Err(unexpected(&inner.spec.name)),
-            };
-        }
     }
 }
 
@@ -574,6 +516,7 @@ impl Guest for ProcessGuest {
     }
 
     fn pause(&mut self) -> Result<(), GuestError> {
+        self.gone_on = false;
         if !self.paused {
             self.machine.pause()?;
             self.paused = true;
@@ -582,7 +525,9 @@ impl Guest for ProcessGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        self.machine.resume()?;
+        if !std::mem::take(&mut self.gone_on) {
+            self.machine.resume()?;
+        }
         self.paused = false;
         Ok(())
     }
@@ -603,13 +548,16 @@ impl Guest for ProcessGuest {
         self.must_stand("arming");
         self.machine.0.must(&Request::Arm)?;
         self.ledger.arm().expect("the board is there");
+        self.untaken = false;
         Ok(())
     }
 
     fn harvest(&mut self, dirty: &mut PageSet) -> Result<(), GuestError> {
         self.must_stand("a harvest");
+        self.untaken = true;
         self.machine.0.must(&Request::Harvest)?;
         self.ledger.harvest(dirty).expect("the board is there");
+        self.untaken = false;
         Ok(())
     }
 
@@ -635,14 +583,16 @@ impl Guest for ProcessGuest {
 
     fn capture(&mut self, into: &mut Capture, parts: &mut PauseParts) -> Result<(), GuestError> {
         self.must_stand("a capture");
+        let start = Instant::now();
         let captured = self.ask_captured(&Request::Capture)?;
-        self.take(&captured, into, parts)
+        self.take(&captured, start.elapsed(), into, parts)
     }
 
     fn capture_epoch(
         &mut self,
         begin: bool,
         next: u64,
+        after: After,
         into: &mut Capture,
         parts: &mut PauseParts,
     ) -> Result<u64, GuestError> {
@@ -650,15 +600,7 @@ impl Guest for ProcessGuest {
             // On the gate's own socket, behind what was asked there and given up: an opening that comes later would be heard.
             self.machine.0.gate.hold(next)?;
         }
-        let start = Instant::now();
-        // It may, whatever is answered.
-        self.paused = true;
-        let captured = self.ask_captured(&Request::Epoch { begin, next })?;
-        // The way there and back counts as stopping it.
-        let inside = Duration::from_nanos(captured.harvest_nanos.saturating_add(captured.device_nanos));
-        parts.stop = start.elapsed().saturating_sub(inside);
-        self.take(&captured, into, parts)?;
-        Ok(captured.held)
+        self.epoch(begin, next, after, into, parts)
     }
 
     fn hold_output(&mut self, epoch: u64) -> Result<(), GuestError> {

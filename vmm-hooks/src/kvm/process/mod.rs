@@ -3,7 +3,7 @@
 //!
 //! Promises:
 //! - Guest memory, the pages that were found dirty and the device state lie in memory that both processes map; a capture is one message each way, and
-//!   one more lets the guest run.
+//!   one more lets the guest run. With few dirty pages the process copies them, if it may, and lets the guest run before it answers.
 //! - A page that was found stays found until the protector has taken it: an answer that is lost, or comes too late, loses no page. Disk writes of a lost
 //!   answer are gone, so the mirror counts as broken from then on.
 //! - Output that is held is heard only by a message that releases it. A protector that dies sends none: the gate of a protected machine is shut
@@ -21,9 +21,11 @@
 //! | [`child`] | the process itself |
 //! | `gate` | its gate, as its protector has it |
 //! | [`guest`] | its handle, and it as a [`crate::guest::Guest`] |
+//! | `capture` | what it has captured, as its protector takes it |
 //! | [`twin`] | a standby's twins, each in a process that waits |
 
 pub(super) mod board;
+mod capture;
 pub mod child;
 mod gate;
 pub mod guest;

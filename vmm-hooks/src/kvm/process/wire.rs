@@ -9,7 +9,7 @@ use bincode::{Decode, Encode};
 use crate::guest::{GuestError, GuestErrorKind, GuestEvent};
 
 /// Changes with every change of a message or of the board.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 /// Longest message.
 pub(super) const MESSAGE_MAX: usize = 64 << 10;
 /// Longest sentence of an error.
@@ -45,10 +45,12 @@ pub(super) enum Request {
     Pause,
     /// Let it run.
     Resume,
-    /// Stop it, seal its output (`begin`: hold it from now on) so that what comes is of epoch `next`, and capture.
+    /// Stop it, seal its output (`begin`: hold it from now on) so that what comes is of epoch `next`, and capture. `go_on`: let it run again if
+    /// what was captured is small enough ([`Captured::gone_on`]).
     Epoch {
         begin: bool,
         next: u64,
+        go_on: bool,
     },
     /// Capture a machine that stands.
     Capture,
@@ -161,6 +163,19 @@ pub(super) struct Captured {
     /// Bytes of its state.
     pub(super) state: u64,
     pub(super) writes: Writes,
+    /// There if the machine was let run already: then copies of its pages are on the board, too, and its writes are there all.
+    pub(super) gone_on: Option<GoneOn>,
+}
+
+/// A machine that was let run again before its capture was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub(super) struct GoneOn {
+    /// When, in nanoseconds of the monotonic clock.
+    pub(super) at: u64,
+    pub(super) copy_nanos: u64,
+    pub(super) resume_nanos: u64,
+    /// How many pages' copies are on the board, ascending: of all pages there that were found.
+    pub(super) pages: u64,
 }
 
 /// Disk writes on the board.
@@ -312,7 +327,7 @@ mod tests {
             Request::Start(start.clone()),
             Request::Start(Start { what: What::Twin { scratch: true }, ..start }),
             Request::Load { bytes: 9, wire: true },
-            Request::Epoch { begin: false, next: u64::MAX },
+            Request::Epoch { begin: false, next: u64::MAX, go_on: true },
             Request::TakeWrites { bytes: 1, micros: 2 },
             Request::Order { words: vec![1, 2], millis: 3 },
             Request::Serial,
@@ -320,9 +335,12 @@ mod tests {
             round(&request);
         }
         let writes = Writes { count: 3, more: true };
+        let stands = Captured { held: 1, harvest_nanos: 2, device_nanos: 3, state: 4, writes, gone_on: None };
+        let gone_on = Some(GoneOn { at: 5, copy_nanos: 6, resume_nanos: 7, pages: 8 });
         for answer in [
             Answer::Done,
-            Answer::Captured(Captured { held: 1, harvest_nanos: 2, device_nanos: 3, state: 4, writes }),
+            Answer::Captured(stands),
+            Answer::Captured(Captured { gone_on, ..stands }),
             Answer::Events(vec![Event::Shutdown, Event::Died("it fell".to_owned())]),
             Answer::Started(Started { body: "{}".to_owned(), disks: vec![1], note: None }),
         ] {
