@@ -20,6 +20,8 @@ use crate::quic::{Connection, Endpoint, MessageError, Purpose, QuicError, close,
 
 /// Pause before the second dial of one request; it doubles.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
+/// How long a question waits for an answer over a connection that was there before, until another is dialed: its path may be the one that failed.
+const STALE: Duration = Duration::from_millis(250);
 /// Longest pause between two dials.
 const LONGEST_RETRY: Duration = Duration::from_millis(500);
 
@@ -92,23 +94,38 @@ impl WitnessClient {
         self.witness
     }
 
-    /// A connection that was alive a moment ago, dialed if there is none.
-    async fn connection(&self) -> Result<quinn::Connection, StoreError> {
+    /// A connection that was alive a moment ago, dialed if there is none but `stale`; whether it was there.
+    async fn connection(&self, stale: Option<usize>) -> Result<(quinn::Connection, bool), StoreError> {
         let mut slot = self.connection.lock().await;
         if let Some(connection) = &*slot
             && connection.quic.close_reason().is_none()
+            && Some(connection.quic.stable_id()) != stale
         {
-            return Ok(connection.quic.clone());
+            return Ok((connection.quic.clone(), true));
         }
         let connection =
             self.endpoint.connect(self.witness, Purpose::Witness).await.map_err(StoreError::Unreachable)?;
         let quic = connection.quic.clone();
         *slot = Some(connection);
-        Ok(quic)
+        Ok((quic, false))
     }
 
+    /// Asks over one connection; if that was there before and brings no answer in time, over another.
     async fn ask_once(&self, request: &StoreRequest) -> Result<StoreAnswer, StoreError> {
-        let connection = self.connection().await?;
+        let (connection, was_there) = self.connection(None).await?;
+        if !was_there {
+            return Self::ask_over(&connection, request).await;
+        }
+        match tokio::time::timeout(STALE, Self::ask_over(&connection, request)).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let (other, _) = self.connection(Some(connection.stable_id())).await?;
+                Self::ask_over(&other, request).await
+            }
+        }
+    }
+
+    async fn ask_over(connection: &quinn::Connection, request: &StoreRequest) -> Result<StoreAnswer, StoreError> {
         let broken = StoreError::Broken;
         let (mut send, mut recv) = connection
             .open_bi()

@@ -206,6 +206,40 @@ async fn all_questions_to_one_node_go_over_one_connection() {
     serves.abort();
 }
 
+/// The path that it goes over may have failed with the primary.
+#[tokio::test]
+async fn a_connection_that_brings_no_answer_any_more_is_replaced() {
+    let (asker, witness) = (Node::start("a"), Node::start("w"));
+    common::introduce(&asker, &witness);
+    let accepted = Arc::new(AtomicU32::new(0));
+    let (counts, endpoint) = (accepted.clone(), witness.endpoint.clone());
+    let serves = tokio::spawn(async move {
+        while let Some(connection) = endpoint.accept().await {
+            let first = counts.fetch_add(1, Ordering::SeqCst) == 0;
+            tokio::spawn(async move {
+                let (mut answered, mut unanswered) = (0, Vec::new());
+                while let Ok((mut send, mut recv)) = connection.quic.accept_bi().await {
+                    let StoreRequest { id, vm, .. } = read_message(&mut recv, 512).await.expect("a question");
+                    answered += 1;
+                    if first && answered > 1 {
+                        unanswered.push((send, recv));
+                        continue;
+                    }
+                    let answer = StoreAnswer { id, vm, store: StoreId([1; 16]), record: None, applied: false };
+                    write_message(&mut send, &answer).await.expect("somebody hears");
+                }
+            });
+        }
+    });
+    let a = World::party(&asker);
+    let client = WitnessClient::new(asker.endpoint.clone(), witness.identity.node(), common::PATIENCE);
+    for (id, connections) in [(1, 1), (2, 2), (3, 2)] {
+        let answer = patiently(client.ask(request(id, VmId([1; 16]), a, StoreOp::Read))).await.expect("answer");
+        assert_eq!((answer.id, accepted.load(Ordering::SeqCst)), (id, connections));
+    }
+    serves.abort();
+}
+
 #[tokio::test]
 async fn a_witness_that_is_not_there_is_a_silence() {
     let world = World::start().await;

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -47,7 +48,9 @@ fn start_with(name: &str, wire: Option<OwnedFd>, dirty: Dirty) -> Microvm {
 }
 
 fn start_of(name: &str, wire: Option<OwnedFd>, dirty: Dirty, disks: Vec<DiskFile>) -> Microvm {
-    let card = NetCard { mac: [2, 0, 0, 0, 0, 8], tap: "none".to_owned(), bridge: None };
+    // It is joined to neither.
+    let (tap, bridge) = ("us-none".to_owned(), Some("us-br0".to_owned()));
+    let card = NetCard { mac: [2, 0, 0, 0, 0, 8], tap, bridge };
     let spec = Spec {
         name: name.to_owned(),
         memory: abi::MEMORY_MIN,
@@ -210,13 +213,22 @@ fn track(guest: &mut dyn Guest) {
     guest.pause().and_then(|()| guest.arm()).and_then(|()| guest.resume()).expect("it runs");
 }
 
-/// Few pages, of which the process copies what is dirty, and more, which its protector does.
 #[test]
 fn a_guest_that_goes_on_by_itself_is_whole_in_each_epoch() {
     if let Some(missing) = missing() {
         return println!("skipped: {missing}");
     }
-    let machine = start("goes-on", None);
+    // Few pages, of which the process copies what is dirty.
+    let alone = whole_in_each_epoch("few", [40, 30]);
+    assert!(alone >= 20, "{alone} of 40 went on by themselves");
+    // And more, which its protector does.
+    whole_in_each_epoch("many", [700, 500]);
+}
+
+/// Captures 40 epochs of a guest whose two workers have so many pages, and looks at each of them; how many it went on from by itself. A machine of
+/// its own: a worker that is begun again while it works does its next steps in its former pages.
+fn whole_in_each_epoch(name: &str, pages: [u32; 2]) -> u32 {
+    let machine = start(name, None);
     let work = |cpu: u32, first: u32, pages: u32, pattern: u64| {
         let first = u32::try_from(abi::FREE / PAGE_SIZE as u64).expect("small") + first;
         let order = [abi::order::WORK, cpu, first, pages, u32::try_from(pattern).expect("small"), 200];
@@ -229,27 +241,20 @@ fn a_guest_that_goes_on_by_itself_is_whole_in_each_epoch() {
     guest.read_pages(&all, &mut copy.0).expect("it is there");
     guest.resume().expect("it stands");
     let (mut capture, mut alone, mut owed) = (Capture::default(), 0, false);
-    for round in 0..80 {
-        match round {
-            0 => {
-                work(0, 0, 40, abi::SCATTERED);
-                work(1, 100, 30, abi::SEQUENTIAL);
+    work(0, 0, pages[0], abi::SCATTERED);
+    work(1, 1000, pages[1], abi::SEQUENTIAL);
+    for round in 0..40 {
+        for cpu in [0, 1] {
+            let (mut page, deadline) = (Vec::new(), Instant::now() + PATIENCE);
+            let mut now = |guest: &mut dyn Guest| {
+                guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + cpu], &mut page).expect("it is there");
+                done(&page)
+            };
+            let before = now(&mut guest);
+            while now(&mut guest) < before + 20 {
+                assert!(Instant::now() < deadline, "worker {cpu} stands");
+                std::thread::yield_now();
             }
-            40 => {
-                work(0, 200, 700, abi::SCATTERED);
-                work(1, 1000, 500, abi::SEQUENTIAL);
-            }
-            _ => {}
-        }
-        let (mut page, deadline) = (Vec::new(), Instant::now() + PATIENCE);
-        let mut now = |guest: &mut dyn Guest| {
-            guest.read_pages(&[abi::WORKERS / PAGE_SIZE as u64 + 1], &mut page).expect("it is there");
-            done(&page)
-        };
-        let before = now(&mut guest);
-        while now(&mut guest) < before + 20 {
-            assert!(Instant::now() < deadline, "the second worker stands");
-            std::thread::yield_now();
         }
         let after = if round % 8 == 7 { After::Stand } else { After::Run };
         let mut parts = PauseParts::default();
@@ -280,8 +285,8 @@ fn a_guest_that_goes_on_by_itself_is_whole_in_each_epoch() {
             }
         }
     }
-    assert!(alone >= 20, "{alone} of the first 40 went on by themselves");
     machine.fence().fence().expect("it ends");
+    alone
 }
 
 #[test]
@@ -401,6 +406,60 @@ fn a_twin_whose_waiting_process_dies_is_launched_again() {
         .expect("the pilot goes on");
     drop(survivor_machine);
     assert_eq!(processes("relaunched"), Vec::<u32>::new(), "it ends with its last handle");
+}
+
+/// What [`a_twin_goes_on_on_the_bridge_of_its_own_host`] does in a network of its own.
+#[test]
+#[ignore = "only the other tests start it, as another process"]
+fn helper_on_another_bridge() {
+    let bridge = Command::new("ip").args(["link", "add", "us-br7", "type", "bridge"]).status();
+    assert!(bridge.expect("it is there").success());
+    let (ours, _theirs) = UnixDatagram::pair().expect("a pair");
+    let machine = start("there", Some(ours.into()));
+    let mut guest: Box<dyn Guest> = Box::new(attach(&machine).expect("nobody is attached"));
+    let (here, _others) = UnixDatagram::pair().expect("a pair");
+    let options = TwinHostOptions {
+        join: Arc::new(move |card| {
+            assert_eq!(card.bridge.as_deref(), Some("us-br7"));
+            Ok(here.try_clone()?.into())
+        }),
+        bounds: GateBounds::default(),
+        bridges: Some(BTreeMap::from([("us-br0".to_owned(), "us-br7".to_owned())])),
+    };
+    let twins = ProcessTwinHost::new(program(), options);
+    let mut twin = twins.prepare("here", guest.recipe(), guest.layout(), &[]).expect("this host can");
+    guest.pause().and_then(|()| guest.arm()).expect("it runs");
+    let (mut capture, memory) = (Capture::default(), twin.memory());
+    guest.capture(&mut capture, &mut PauseParts::default()).expect("it stands");
+    let (all, mut bytes) = (PageSet::full(memory.pages()).iter().collect::<Vec<_>>(), Vec::new());
+    guest.read_pages(&all, &mut bytes).expect("it is there");
+    all.iter().zip(bytes.chunks(PAGE_SIZE)).for_each(|(&page, bytes)| memory.write(page, 0, bytes));
+    twin.rehearse(&capture.device).expect("it loads");
+    let activation = twin.activate(&capture.device).expect("it is the machine that it is said to be");
+    assert_eq!(activation.relaunched, 0);
+    twin.destroy().expect("it ends");
+    println!("\nwent on");
+}
+
+#[test]
+fn a_twin_goes_on_on_the_bridge_of_its_own_host() {
+    if let Some(missing) = missing() {
+        return println!("skipped: {missing}");
+    }
+    if !rustix::process::geteuid().is_root() {
+        return println!("skipped: a network of its own takes root");
+    }
+    let helper = Command::new("unshare")
+        .arg("--net")
+        .arg(std::env::current_exe().expect("it is there"))
+        .args(["--ignored", "--exact", "helper_on_another_bridge", "--nocapture", "--test-threads=1"])
+        .output();
+    let helper = match helper {
+        Ok(helper) => helper,
+        Err(error) => return println!("skipped: unshare cannot be run: {error}"),
+    };
+    let said = String::from_utf8_lossy(&helper.stdout);
+    assert!(helper.status.success() && said.contains("went on"), "{said}{}", String::from_utf8_lossy(&helper.stderr));
 }
 
 #[test]

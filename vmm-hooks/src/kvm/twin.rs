@@ -84,13 +84,16 @@ impl KvmTwinHost {
 }
 
 impl TwinHostOptions {
-    /// Sees to the tap of a twin's card; what was made for it, and the bridge that it is on here.
-    pub(super) fn make_tap(&self, spec: &mut Spec) -> Result<Option<Tap>, GuestError> {
-        let (Some(card), Some(bridges)) = (&mut spec.net, &self.bridges) else { return Ok(None) };
-        if let Some(here) = card.bridge.as_ref().and_then(|bridge| bridges.get(bridge)) {
-            card.bridge = Some(here.clone());
-        }
+    /// Sees to the tap of a twin's card; what was made for it.
+    pub(super) fn make_tap(&self, spec: &Spec) -> Result<Option<Tap>, GuestError> {
+        let (Some(card), true) = (&spec.net, self.bridges.is_some()) else { return Ok(None) };
         Tap::ensure(&card.tap, card.bridge.as_deref(), None)
+    }
+
+    /// The bridge that a card is on here, which was on `there`.
+    fn bridge(&self, there: Option<String>) -> Option<String> {
+        let here = there.as_ref().and_then(|bridge| self.bridges.as_ref()?.get(bridge)).cloned();
+        here.or(there)
     }
 }
 
@@ -101,6 +104,7 @@ pub(super) fn described(
     recipe: &Recipe,
     wanted: &Layout,
     images: &[PathBuf],
+    options: &TwinHostOptions,
 ) -> Result<Body, GuestError> {
     if recipe.backend != BACKEND {
         return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
@@ -127,6 +131,9 @@ pub(super) fn described(
         disk.path.clone_from(image);
     }
     name.clone_into(&mut spec.name);
+    if let Some(card) = &mut spec.net {
+        card.bridge = options.bridge(card.bridge.take());
+    }
     Ok(Body { spec, cpuid, chips })
 }
 
@@ -139,10 +146,10 @@ impl TwinHost for KvmTwinHost {
         images: &[PathBuf],
     ) -> Result<Box<dyn Twin>, GuestError> {
         let kvm = super::host()?;
-        let Body { mut spec, cpuid, chips } = described(&kvm, name, recipe, wanted, images)?;
+        let Body { spec, cpuid, chips } = described(&kvm, name, recipe, wanted, images, &self.options)?;
         let memory = BlockMemory::new(name, wanted)
             .map_err(|error| refused("there is no memory for the twin").because(error))?;
-        let tap = self.twins.add(name, || self.options.make_tap(&mut spec))?;
+        let tap = self.twins.add(name, || self.options.make_tap(&spec))?;
         Ok(Box::new(KvmTwin {
             host: self.clone(),
             kvm,

@@ -70,7 +70,7 @@ impl ProcessGuest {
     }
 
     /// What an answer says cannot be. The disk writes that came with it are lost.
-    fn not_believed(&mut self) -> GuestError {
+    pub(super) fn not_believed(&mut self) -> GuestError {
         self.broken |= self.mirrored;
         unexpected(&self.machine.0.spec.name)
     }

@@ -517,7 +517,8 @@ impl Guest for ProcessGuest {
 
     fn pause(&mut self) -> Result<(), GuestError> {
         self.gone_on = false;
-        if !self.paused {
+        // An epoch that was not answered may end, and its guest go on, at any time.
+        if !self.paused || self.untaken {
             self.machine.pause()?;
             self.paused = true;
         }
@@ -585,6 +586,9 @@ impl Guest for ProcessGuest {
         self.must_stand("a capture");
         let start = Instant::now();
         let captured = self.ask_captured(&Request::Capture)?;
+        if captured.gone_on.is_some() {
+            return Err(self.not_believed());
+        }
         self.take(&captured, start.elapsed(), into, parts)
     }
 

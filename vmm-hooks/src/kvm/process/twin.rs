@@ -84,11 +84,11 @@ impl TwinHost for ProcessTwinHost {
         if recipe.backend != BACKEND {
             return Err(refused(format!("this host builds microVMs, not guests of the back end {}", recipe.backend)));
         }
-        let mut body = described(&*crate::kvm::host()?, name, recipe, wanted, images)?;
+        let body = described(&*crate::kvm::host()?, name, recipe, wanted, images, &self.options)?;
         let memory = BlockMemory::new(name, wanted)
             .map_err(|error| refused("there is no memory for the twin").because(error))?;
-        let waits = self.wait(name, &body, &memory, false)?;
-        let tap = self.twins.add(name, || self.options.make_tap(&mut body.spec))?;
+        let waits = self.wait(name, &body, &memory, false).map_err(failed)?;
+        let tap = self.twins.add(name, || self.options.make_tap(&body.spec))?;
         let end = Arc::new(End { ended: AtomicBool::new(false), life: Mutex::new(Life::Waits(Box::new(waits))) });
         Ok(Box::new(ProcessTwin { host: self.clone(), body, memory: Arc::new(memory), end, tap }))
     }
@@ -147,7 +147,14 @@ struct ProcessTwin {
 
 /// What goes wrong with a twin's process is no end of a guest.
 fn failed(error: GuestError) -> GuestError {
-    GuestError { kind: GuestErrorKind::Failed, ..error }
+    let kind = if error.kind == GuestErrorKind::Gone { GuestErrorKind::Failed } else { error.kind };
+    GuestError { kind, ..error }
+}
+
+/// The same, and whether the process died.
+fn failed_or_died(error: GuestError) -> (GuestError, bool) {
+    let died = error.kind == GuestErrorKind::Gone;
+    (failed(error), died)
 }
 
 impl ProcessTwin {
@@ -173,10 +180,7 @@ impl ProcessTwin {
             let memory = self.memory.block(0).expect("a machine has memory");
             Microvm::of(ends, answer, spec.clone(), memory, &disks)
         });
-        loaded.map_err(|error| {
-            let died = error.kind == GuestErrorKind::Gone;
-            (failed(error), died)
-        })
+        loaded.map_err(failed_or_died)
     }
 }
 
@@ -188,7 +192,7 @@ impl Twin for ProcessTwin {
     fn rehearse(&mut self, device: &[u8]) -> Result<Rehearsal, GuestError> {
         let start = Instant::now();
         let name = format!("{}-rehearsal", self.body.spec.name);
-        let mut ends = self.wait(&name, true)?;
+        let mut ends = self.wait(&name, true).map_err(failed)?;
         // Nobody is at the other end, and the scratch machine never runs.
         let wire = self.body.spec.net.is_some().then(UnixDatagram::pair).transpose();
         let wire = wire.map_err(|error| {
@@ -214,14 +218,14 @@ impl Twin for ProcessTwin {
         }
         let mut relaunched = 0;
         let machine = loop {
-            let ends = match std::mem::replace(&mut *life, Life::Over) {
-                Life::Waits(ends) if !ends.process.handle().has_exited() => *ends,
+            let waits = match std::mem::replace(&mut *life, Life::Over) {
+                Life::Waits(ends) if !ends.process.handle().has_exited() => Ok(*ends),
                 _ => {
                     relaunched += 1;
-                    self.wait(&self.body.spec.name, false).map_err(failed)?
+                    self.wait(&self.body.spec.name, false).map_err(failed_or_died)
                 }
             };
-            match self.load(ends, device) {
+            match waits.and_then(|ends| self.load(ends, device)) {
                 Ok(machine) => break machine,
                 Err((error, again)) if again && relaunched < RELAUNCHES_MAX => {
                     tracing::warn!(vm = self.body.spec.name, %error, "a twin died while it loaded, and is launched again");

@@ -27,6 +27,11 @@ const TSC_DEADLINE: u32 = 0x6e0;
 const FRESH: Duration = Duration::from_millis(100);
 
 /// Room for a vCPU's state, made once, so that reading it allocates nothing.
+/// `IA32_TSC`.
+const TSC: u32 = 0x10;
+/// Many seconds of any processor.
+const ELSEWHERE: u64 = 1 << 38;
+
 #[derive(Debug)]
 pub(in crate::kvm) struct Room {
     xsave: Xsave,
@@ -180,6 +185,11 @@ impl Parsed {
             fd.set_tsc_khz(self.khz).map_err(named("load a vCPU's clock rate"))?;
             room.khz = self.khz;
         }
+        if number == 0
+            && let Some(elsewhere) = self.tsc_elsewhere()
+        {
+            fd.set_msrs(&elsewhere).map_err(named("load a vCPU's time stamp counter"))?;
+        }
         let loaded = fd.set_msrs(&self.msrs).map_err(named("load a vCPU's model-specific registers"))?;
         if let Some(refused) = self.msrs.as_slice().get(loaded) {
             return Err(StateError::Msr { vcpu: number, index: refused.index });
@@ -190,6 +200,15 @@ impl Parsed {
             Err(error) if error.errno() != libc::EINVAL => Err(named("tell a vCPU that it stood")(error)),
             _ => Ok(()),
         }
+    }
+
+    /// A time stamp counter that is far from the one to be loaded. KVM takes a value within a second of what the machine's would be now for an attempt to
+    /// write the same to all vCPUs, and lets the counter be as it was (`kvm_synchronize_tsc`); a machine that has waited may come near a guest's. So the first
+    /// vCPU's is written elsewhere first.
+    fn tsc_elsewhere(&self) -> Option<Msrs> {
+        let tsc = self.msrs.as_slice().iter().find(|msr| msr.index == TSC)?;
+        let entry = kvm_msr_entry { index: TSC, data: tsc.data.wrapping_add(ELSEWHERE), ..Default::default() };
+        Some(Msrs::from_entries(&[entry]).expect("one fits"))
     }
 
     /// Writes it as [`save`] writes a vCPU's.
