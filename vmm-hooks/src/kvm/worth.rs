@@ -105,7 +105,7 @@ mod tests {
             let costs = measure(&kvm, code).expect("this host runs guests");
             println!("{code:?}: {costs:?}, {} harvests; after {:?}", costs.harvests(), begun.elapsed());
             assert!(costs.copy > Duration::ZERO);
-            assert_eq!(of_host(&kvm, code), of_host(&kvm, code));
+            assert!((1..=MOST).contains(&of_host(&kvm, code)));
         }
     }
 }
