@@ -22,7 +22,7 @@ use seccompiler::{
 use crate::guest::{GuestError, GuestErrorKind};
 
 /// Calls with any argument: the guest's disks and wire, waiting, memory, the clock, and the end of a thread.
-const CALLS: [libc::c_long; 38] = [
+const CALLS: [libc::c_long; 39] = [
     libc::SYS_read,
     libc::SYS_readv,
     libc::SYS_pread64,
@@ -59,6 +59,7 @@ const CALLS: [libc::c_long; 38] = [
     libc::SYS_rt_sigreturn,
     libc::SYS_restart_syscall,
     libc::SYS_getcpu,
+    libc::SYS_getrusage,
     libc::SYS_sched_getaffinity,
     libc::SYS_exit,
 ];

@@ -148,15 +148,17 @@ impl Vm {
         self.logs.load(Ordering::SeqCst)
     }
 
-    /// Takes harvested entries of all rings back and tracks their pages anew; how many. May be fewer than there are, if a signal came.
+    /// Takes harvested entries of all rings back and tracks their pages anew. Linux 6.16 and later look for signals between entries, and break off
+    /// without protecting the pages of those that they have gathered (`kvm_dirty_ring_reset`, virt/kvm/dirty_ring.c); so none is delivered meanwhile,
+    /// but for those that stop a thread.
     ///
     /// # Errors
     /// If the machine has no rings.
-    pub fn reset_rings(&self) -> Result<usize, KvmError> {
+    pub fn reset_rings(&self) -> Result<Taken, KvmError> {
         // SAFETY: takes no argument, and changes nothing but the flags of entries, which are atomics everywhere.
-        let taken = unsafe { ioctl(&self.fd, KVM_RESET_DIRTY_RINGS()) };
-        check(taken, "take its rings of dirty pages back")?;
-        Ok(usize::try_from(taken).expect("not negative"))
+        let reset = || check(unsafe { ioctl(&self.fd, KVM_RESET_DIRTY_RINGS()) }, "take its rings of dirty pages back");
+        let (taken, waited) = unsignalled(reset);
+        Ok(Taken { entries: usize::try_from(taken?).expect("not negative"), broken_off: waited })
     }
 
     /// How many words a dirty log has.
@@ -175,7 +177,7 @@ impl Vm {
         let log = kvm_dirty_log { slot: SLOT, padding1: 0, __bindgen_anon_1: bitmap };
         // SAFETY: KVM reads one `kvm_dirty_log` and writes one bit for each page of the slot, rounded up to 64: `log_words`.
         let result = unsafe { ioctl_with_ref(&self.fd, KVM_GET_DIRTY_LOG(), &log) };
-        check(result, "read which pages are dirty")
+        check(result, "read which pages are dirty").map(drop)
     }
 
     /// Clears the pages in `bits`, as read by [`Vm::dirty`], and tracks them anew.
@@ -189,12 +191,47 @@ impl Vm {
         let mut log = kvm_clear_dirty_log { slot: SLOT, num_pages, first_page: 0, __bindgen_anon_1: bitmap };
         // SAFETY: KVM reads one `kvm_clear_dirty_log` and one bit for each page of the slot; it does not write the bitmap.
         let result = unsafe { ioctl_with_mut_ref(&self.fd, KVM_CLEAR_DIRTY_LOG(), &mut log) };
-        check(result, "clear which pages are dirty")
+        check(result, "clear which pages are dirty").map(drop)
     }
 }
 
-fn check(result: i32, what: &'static str) -> Result<(), KvmError> {
-    if result < 0 { Err(KvmError { what, source: io::Error::last_os_error() }) } else { Ok(()) }
+fn check(result: i32, what: &'static str) -> Result<i32, KvmError> {
+    if result < 0 { Err(KvmError { what, source: io::Error::last_os_error() }) } else { Ok(result) }
+}
+
+/// What [`Vm::reset_rings`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Taken {
+    /// How many entries were taken back.
+    pub entries: usize,
+    /// The pages of the last of them may not be tracked.
+    pub broken_off: bool,
+}
+
+/// How often this thread has waited for something, or was stopped.
+fn waits() -> i64 {
+    // SAFETY: any bytes are a `rusage`.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: writes one `rusage`.
+    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
+    usage.ru_nvcsw
+}
+
+/// Does `call` while no signal is delivered to this thread that can be blocked: they come afterwards. Whether the thread stood meanwhile, as one does that
+/// is stopped by one that cannot.
+fn unsignalled<R>(call: impl FnOnce() -> R) -> (R, bool) {
+    // SAFETY: any bytes are a set of signals; the first call fills it.
+    let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
+    // SAFETY: writes one set.
+    unsafe { libc::sigfillset(&raw mut all) };
+    // SAFETY: reads one set and writes one; the mask is this thread's alone, and is put back below.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+    let before_it = waits();
+    let result = call();
+    let waited = waits() != before_it;
+    // SAFETY: reads the set that was written above.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    (result, waited)
 }
 
 /// One vCPU. Keeps its machine's memory mapped.

@@ -60,6 +60,12 @@ impl Entry {
         self.flags.store(DIRTY, Ordering::Release);
     }
 
+    /// What the kernel reads in a reset.
+    #[cfg(test)]
+    pub(crate) fn page(&self) -> u64 {
+        self.offset.load(Ordering::Relaxed)
+    }
+
     /// What the kernel does in a reset; false: the entry was not harvested.
     #[cfg(test)]
     pub(crate) fn reset(&self) -> bool {

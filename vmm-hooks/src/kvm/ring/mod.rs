@@ -3,7 +3,8 @@
 //!
 //! Promises: a page is in the set of its epoch before its entry is given back. A ring that overflowed is never taken for a whole one: the
 //! kernel overwrites entries then, which leaves every entry dirty, which a ring that is emptied in time never is. Nothing is found any more from
-//! then on, and every harvest fails.
+//! then on, and every harvest fails. A reset that was broken off leaves pages untracked ([`crate::sys::kvm::Vm::reset_rings`]): the harvest of their epoch, which
+//! has them, tracks all memory anew before the next one begins.
 //!
 //! A vCPU whose ring is full empties all of them itself, into the set of the epoch that it is in, and goes on: see [`Rings::full`].
 
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::layout::PageSet;
-use crate::sys::kvm::{KvmError, SLOT, Vcpu, Vm};
+use crate::sys::kvm::{KvmError, SLOT, Taken, Vcpu, Vm};
 use crate::sys::ring::{Entry, Ring};
 
 /// Entries of each vCPU's ring: 64 KiB of memory that cannot be swapped out.
@@ -62,6 +63,8 @@ struct State {
     /// What was found since the last harvest.
     found: PageSet,
     broken: bool,
+    /// Pages that were found since the last harvest may not be tracked any more: KVM's reset was broken off.
+    torn: bool,
     /// How often entries were collected.
     rounds: u64,
     /// For each vCPU: at which round it last stopped at a full ring that was found empty.
@@ -71,19 +74,22 @@ struct State {
 impl State {
     fn new(rings: usize, pages: u64) -> Self {
         let (next, vain) = (vec![0; rings], vec![None; rings]);
-        Self { next, found: PageSet::empty(pages), broken: false, rounds: 0, vain }
+        Self { next, found: PageSet::empty(pages), broken: false, torn: false, rounds: 0, vain }
     }
 
     /// Reads what `rings` hold, and has it taken back by `reset`, which says how many entries it took. How many there were.
     fn collect<R: AsRef<[Entry]>>(
         &mut self,
         rings: &[R],
-        reset: impl FnMut() -> Result<usize, KvmError>,
+        reset: impl FnMut() -> Result<Taken, KvmError>,
     ) -> Result<usize, RingError> {
         if self.broken {
             return Err(RingError::Broken);
         }
-        let collected = self.read(rings).and_then(|harvested| take_back(harvested, reset).map(|()| harvested));
+        let collected = self.read(rings).and_then(|harvested| {
+            self.torn |= take_back(harvested, reset)?;
+            Ok(harvested)
+        });
         // What is not known or not tracked any more cannot become known.
         self.broken = collected.is_err();
         self.rounds += u64::from(matches!(collected, Ok(1..)));
@@ -99,6 +105,18 @@ impl State {
         // KVM counts entries that are not there, and would stop this vCPU again at once, for ever.
         self.broken = true;
         Err(RingError::Broken)
+    }
+
+    /// Forgets what was found, of a machine that stands; `track_anew`: has all pages tracked that are not.
+    fn take(&mut self, track_anew: impl FnOnce() -> Result<(), KvmError>) -> Result<(), RingError> {
+        self.found.clear();
+        if std::mem::take(&mut self.torn) {
+            tracing::debug!("the reset of a ring of dirty pages was broken off; all memory is tracked anew");
+            let tracked = track_anew();
+            self.broken |= tracked.is_err();
+            tracked?;
+        }
+        Ok(())
     }
 
     fn read<R: AsRef<[Entry]>>(&mut self, rings: &[R]) -> Result<usize, RingError> {
@@ -126,20 +144,21 @@ impl State {
     }
 }
 
-/// Has `harvested` entries taken back.
-fn take_back(harvested: usize, mut reset: impl FnMut() -> Result<usize, KvmError>) -> Result<(), RingError> {
-    let (mut taken, mut vain) = (0, 0);
+/// Has `harvested` entries taken back. Whether that was broken off, so that not all of their pages may be tracked.
+fn take_back(harvested: usize, mut reset: impl FnMut() -> Result<Taken, KvmError>) -> Result<bool, RingError> {
+    let (mut taken, mut vain, mut torn) = (0, 0, false);
     while taken < harvested && vain < RESETS_MAX {
         match reset() {
-            Ok(some) => {
-                taken += some;
-                vain += u32::from(some == 0);
+            Ok(Taken { entries, broken_off }) => {
+                taken += entries;
+                vain += u32::from(entries == 0);
+                torn |= broken_off || (entries > 0 && taken < harvested);
             }
-            Err(error) if error.source.kind() == std::io::ErrorKind::Interrupted => vain += 1,
+            Err(error) if error.source.kind() == std::io::ErrorKind::Interrupted => (vain, torn) = (vain + 1, true),
             Err(error) => return Err(error.into()),
         }
     }
-    if taken == harvested { Ok(()) } else { Err(RingError::Reset { harvested, taken }) }
+    if taken == harvested { Ok(torn) } else { Err(RingError::Reset { harvested, taken }) }
 }
 
 /// The rings of one machine.
@@ -163,23 +182,22 @@ impl Rings {
         self.state.lock().expect("nobody panics while it reads rings")
     }
 
-    /// Adds what was written since the last harvest to `dirty`; `take`: and it is not found again.
+    /// Adds what was written since the last harvest to `dirty`; `take`: and it is not found again, for which the machine must stand.
     pub(super) fn harvest(&self, dirty: &mut PageSet, take: bool) -> Result<(), RingError> {
         let mut state = self.lock();
         state.collect(&self.rings, || self.vm.reset_rings())?;
         dirty.union_with(&state.found);
         if take {
-            state.found.clear();
+            state.take(|| self.vm.log(false).and_then(|()| self.vm.log(true)))?;
         }
         Ok(())
     }
 
-    /// Forgets what was written.
+    /// Forgets what was written. No page is tracked then before logging is begun anew.
     pub(super) fn forget(&self) -> Result<(), RingError> {
         let mut state = self.lock();
         state.collect(&self.rings, || self.vm.reset_rings())?;
-        state.found.clear();
-        Ok(())
+        state.take(|| Ok(()))
     }
 
     /// How often a vCPU stopped because its ring was full.
@@ -199,7 +217,8 @@ impl Rings {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
+    use std::collections::BTreeSet;
 
     use proptest::prelude::*;
 
@@ -215,11 +234,21 @@ mod tests {
         ring: Vec<Entry>,
         dirty: Cell<usize>,
         reset: Cell<usize>,
+        /// Pages whose writes it does not see.
+        untracked: RefCell<BTreeSet<u64>>,
     }
 
     impl Kernel {
         fn new() -> Self {
-            Self { ring: (0..SHORT).map(|_| Entry::default()).collect(), dirty: Cell::new(0), reset: Cell::new(0) }
+            let ring = (0..SHORT).map(|_| Entry::default()).collect();
+            Self { ring, dirty: Cell::new(0), reset: Cell::new(0), untracked: RefCell::default() }
+        }
+
+        /// The guest writes.
+        fn write(&self, page: u64) {
+            if self.untracked.borrow_mut().insert(page) {
+                self.push(page);
+            }
         }
 
         fn full(&self) -> bool {
@@ -232,15 +261,31 @@ mod tests {
             self.dirty.set(self.dirty.get() + 1);
         }
 
-        /// At most so many, as when a signal comes.
-        fn reset(&self, most: usize) -> usize {
+        /// At most so many, as when a signal comes: the page of the last one is then not tracked.
+        fn reset(&self, most: usize) -> Taken {
             let begun = self.reset.get();
             let mut at = begun;
-            while at < self.dirty.get() && at - begun < most && self.ring[at % SHORT].reset() {
+            let (mut gathered, mut broken_off) = (None, false);
+            loop {
+                if at - begun == most {
+                    (gathered, broken_off) = (None, true);
+                    break;
+                }
+                let entry = &self.ring[at % SHORT];
+                let page = entry.page();
+                if at == self.dirty.get() || !entry.reset() {
+                    break;
+                }
                 at += 1;
+                if let Some(page) = gathered.replace(page) {
+                    self.untracked.borrow_mut().remove(&page);
+                }
+            }
+            if let Some(page) = gathered {
+                self.untracked.borrow_mut().remove(&page);
             }
             self.reset.set(at);
-            at - begun
+            Taken { entries: at - begun, broken_off }
         }
     }
 
@@ -250,8 +295,17 @@ mod tests {
         }
     }
 
+    fn whole(entries: usize) -> Taken {
+        Taken { entries, broken_off: false }
+    }
+
     fn collect(state: &mut State, kernels: &[Kernel], most: usize) -> Result<usize, RingError> {
-        state.collect(kernels, || Ok(kernels.iter().map(|kernel| kernel.reset(most)).sum()))
+        let all = || kernels.iter().map(|kernel| kernel.reset(most));
+        let sum = |sum: Taken, next: Taken| Taken {
+            entries: sum.entries + next.entries,
+            broken_off: sum.broken_off || next.broken_off,
+        };
+        state.collect(kernels, || Ok(all().fold(whole(0), sum)))
     }
 
     #[test]
@@ -287,14 +341,14 @@ mod tests {
     fn a_page_that_is_not_there_and_a_reset_that_takes_something_else_are_errors() {
         let (mut state, kernel) = (State::new(1, PAGES), Kernel::new());
         kernel.ring[0].push(SLOT, PAGES);
-        assert!(matches!(state.collect(&[&kernel], || Ok(1)), Err(RingError::Entry { .. })));
+        assert!(matches!(state.collect(&[&kernel], || Ok(whole(1))), Err(RingError::Entry { .. })));
         let (mut state, kernel) = (State::new(1, PAGES), Kernel::new());
         kernel.ring[0].push(SLOT + 1, 3);
-        assert!(matches!(state.collect(&[&kernel], || Ok(1)), Err(RingError::Entry { .. })));
+        assert!(matches!(state.collect(&[&kernel], || Ok(whole(1))), Err(RingError::Entry { .. })));
         for taken in [0, 2] {
             let (mut state, kernel) = (State::new(1, PAGES), Kernel::new());
             kernel.push(3);
-            let collected = state.collect(&[&kernel], || Ok(taken));
+            let collected = state.collect(&[&kernel], || Ok(whole(taken)));
             assert!(matches!(collected, Err(RingError::Reset { harvested: 1, taken: its }) if its == taken));
         }
         // What the kernel refuses is told.
@@ -342,7 +396,7 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Write { cpu, page } => {
-                        kernels[cpu].push(page);
+                        kernels[cpu].write(page);
                         written.insert(page);
                         if kernels[cpu].full() {
                             prop_assert!(collect(&mut state, &kernels, most).expect("emptied in time") >= SOFT);
@@ -351,7 +405,11 @@ mod tests {
                     Step::Harvest => {
                         collect(&mut state, &kernels, most).expect("emptied in time");
                         prop_assert_eq!(&state.found, &written);
-                        state.found.clear();
+                        let anew = || {
+                            kernels.iter().for_each(|kernel| kernel.untracked.borrow_mut().clear());
+                            Ok(())
+                        };
+                        state.take(anew).expect("it is tracked anew");
                         written.clear();
                     }
                 }
