@@ -153,6 +153,11 @@ pub(super) fn enter(vcpu: &Vcpu, number: u64, entry: u64, privilege: Privilege) 
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PML4, CR4, EFER);
+    if privilege == Privilege::User {
+        // No way to CPL 0: with no descriptor that can be loaded there is none that a guest could write itself.
+        (sregs.gdt.limit, sregs.idt.limit) = (0, 0);
+        sregs.ldt = kvm_segment { unusable: 1, ..Default::default() };
+    }
     vcpu.fd().set_sregs(&sregs).map_err(failed("set a vCPU's system registers"))?;
     let regs = kvm_regs { rip: entry, rdi: number, rflags: privilege.flags(), ..Default::default() };
     vcpu.fd().set_regs(&regs).map_err(failed("set a vCPU's registers"))

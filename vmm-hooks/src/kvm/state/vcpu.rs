@@ -25,23 +25,48 @@ const TSC_DEADLINE: u32 = 0x6e0;
 
 /// How long the state of a vCPU that has not run since is what it was: its clock goes on.
 const FRESH: Duration = Duration::from_millis(100);
-
-/// Room for a vCPU's state, made once, so that reading it allocates nothing.
 /// `IA32_TSC`.
 const TSC: u32 = 0x10;
 /// Many seconds of any processor.
 const ELSEWHERE: u64 = 1 << 38;
+/// `IA32_EFER.SCE`: there is a `SYSCALL`.
+const SYSCALL: u64 = 1;
+/// `IA32_SYSENTER_CS`: with none there is no `SYSENTER`.
+const SYSENTER_CS: u32 = 0x174;
 
+/// Room for a vCPU's state, made once, so that reading it allocates nothing.
 #[derive(Debug)]
 pub(in crate::kvm) struct Room {
     xsave: Xsave,
     msrs: Msrs,
+    /// `IA32_TSC` alone, and which of `msrs` it is.
+    tsc: Option<(Msrs, usize)>,
+    /// What only code at CPL 0 can change, of a guest that cannot come there: beside `msrs`.
+    settled: Option<Settled>,
     khz: u32,
     /// Whether the vCPU was run at all.
     ran: bool,
     /// The state that was read last, and when.
     last: Vec<u8>,
     read: Option<Instant>,
+}
+
+/// See [`Room::settled`].
+#[derive(Debug, Clone, Copy)]
+struct Settled {
+    mp_state: kvm_mp_state,
+    xcrs: kvm_xcrs,
+    debug: kvm_debugregs,
+}
+
+/// Whether a guest that is at CPL 3 with these registers stays there, whatever it does: it has no interrupt or exception that is delivered, no gate or
+/// segment that it could load, and no fast system call. (Intel SDM volume 3A, chapters "Protection" and "Interrupt and Exception Handling".)
+fn stays_at_user_level(sregs: &kvm_sregs, msrs: &[kvm_msr_entry]) -> bool {
+    let at_user_level = sregs.ss.dpl == 3 && sregs.cs.selector & 3 == 3;
+    let no_tables = sregs.idt.limit == 0 && sregs.gdt.limit == 0 && sregs.ldt.unusable != 0;
+    let sysenter = msrs.iter().find(|msr| msr.index == SYSENTER_CS);
+    let no_calls = sregs.efer & SYSCALL == 0 && sysenter.is_some_and(|msr| msr.data & 0xfffc == 0);
+    at_user_level && no_tables && no_calls
 }
 
 impl Room {
@@ -62,15 +87,19 @@ impl Room {
             .collect();
         entries.sort_by_key(|entry| entry.index == TSC_DEADLINE);
         let msrs = Msrs::from_entries(&entries).expect("KVM lists no more than it takes");
+        let tsc = entries.iter().position(|entry| entry.index == TSC);
+        let tsc = tsc.map(|place| (Msrs::from_entries(&entries[place..=place]).expect("one fits"), place));
         let khz = vcpu.fd().get_tsc_khz().unwrap_or(0);
-        Ok(Self { xsave: vcpu.new_xsave()?, msrs, khz, ran: false, last: Vec::new(), read: None })
+        let xsave = vcpu.new_xsave()?;
+        Ok(Self { xsave, msrs, tsc, settled: None, khz, ran: false, last: Vec::new(), read: None })
     }
 }
 
 /// Writes the state of a vCPU that stands; `ran`: it was in the guest since this was last called; `chips`: it has a local APIC.
 ///
-/// Each question to a vCPU costs some microseconds, so none is asked twice: one that was not in the guest is as it was, and what KVM leaves
-/// with each exit is taken from there. A local APIC takes in events also while its vCPU stands: then all is asked, each time.
+/// Each question to a vCPU costs some microseconds, so none is asked twice: one that was not in the guest is as it was, what KVM leaves
+/// with each exit is taken from there, and what a guest at CPL 3 cannot change, which cannot come to CPL 0, is asked once. A local APIC takes in events
+/// also while its vCPU stands: then all is asked, each time.
 pub(in crate::kvm) fn save(
     vcpu: &Vcpu,
     room: &mut Room,
@@ -97,7 +126,15 @@ pub(in crate::kvm) fn save(
 fn read(vcpu: &Vcpu, room: &mut Room, number: u64, chips: bool, into: &mut Writer<'_>) -> Result<(), StateError> {
     let fd = vcpu.fd();
     let named = |what| move |error| StateError::Vcpu { vcpu: number, source: failed(what)(error) };
-    into.structure(Tag::MpState, &fd.get_mp_state().map_err(named("read a vCPU's activity"))?);
+    let settled = match room.settled {
+        Some(settled) => settled,
+        None => Settled {
+            mp_state: fd.get_mp_state().map_err(named("read a vCPU's activity"))?,
+            xcrs: fd.get_xcrs().map_err(named("read a vCPU's extended control registers"))?,
+            debug: fd.get_debug_regs().map_err(named("read a vCPU's debug registers"))?,
+        },
+    };
+    into.structure(Tag::MpState, &settled.mp_state);
     let left_with = vcpu.left_with().filter(|_| room.ran && !chips);
     let (regs, sregs) = match &left_with {
         Some(left) => (left.regs, left.sregs),
@@ -108,25 +145,37 @@ fn read(vcpu: &Vcpu, room: &mut Room, number: u64, chips: bool, into: &mut Write
     };
     into.structure(Tag::Regs, &regs);
     into.structure(Tag::Sregs, &sregs);
-    into.structure(Tag::Xcrs, &fd.get_xcrs().map_err(named("read a vCPU's extended control registers"))?);
+    into.structure(Tag::Xcrs, &settled.xcrs);
     vcpu.read_xsave(&mut room.xsave).map_err(|source| StateError::Vcpu { vcpu: number, source })?;
     write_xsave(&room.xsave, into);
-    into.structure(Tag::DebugRegs, &fd.get_debug_regs().map_err(named("read a vCPU's debug registers"))?);
+    into.structure(Tag::DebugRegs, &settled.debug);
     if chips {
         into.structure(Tag::Lapic, &fd.get_lapic().map_err(named("read a vCPU's local APIC"))?);
     }
-    let read = fd.get_msrs(&mut room.msrs).map_err(named("read a vCPU's model-specific registers"))?;
-    let msrs = room.msrs.as_slice();
-    if let Some(missing) = msrs.get(read) {
-        return Err(StateError::Msr { vcpu: number, index: missing.index });
+    let registers = named("read a vCPU's model-specific registers");
+    match &mut room.tsc {
+        Some((tsc, place)) if room.settled.is_some() => {
+            if fd.get_msrs(tsc).map_err(registers)? != 1 {
+                return Err(StateError::Msr { vcpu: number, index: TSC });
+            }
+            room.msrs.as_mut_slice()[*place] = tsc.as_slice()[0];
+        }
+        _ => {
+            let read = fd.get_msrs(&mut room.msrs).map_err(registers)?;
+            if let Some(missing) = room.msrs.as_slice().get(read) {
+                return Err(StateError::Msr { vcpu: number, index: missing.index });
+            }
+        }
     }
-    into.structure(Tag::Msrs, msrs);
+    into.structure(Tag::Msrs, room.msrs.as_slice());
     into.structure(Tag::TscKhz, &room.khz);
     let events = match left_with {
         Some(left) => left.events,
         None => fd.get_vcpu_events().map_err(named("read a vCPU's events"))?,
     };
     into.structure(Tag::Events, &events);
+    let stays = !chips && room.tsc.is_some() && stays_at_user_level(&sregs, room.msrs.as_slice());
+    room.settled = stays.then_some(settled);
     Ok(())
 }
 
@@ -168,6 +217,7 @@ impl Parsed {
     pub(in crate::kvm) fn load(&self, vcpu: &Vcpu, room: &mut Room, number: u64) -> Result<(), StateError> {
         let fd = vcpu.fd();
         let named = |what| move |error| StateError::Vcpu { vcpu: number, source: failed(what)(error) };
+        (room.settled, room.read) = (None, None);
         fd.set_mp_state(self.mp_state).map_err(named("load a vCPU's activity"))?;
         fd.set_regs(&self.regs).map_err(named("load a vCPU's registers"))?;
         fd.set_sregs(&self.sregs).map_err(named("load a vCPU's system registers"))?;
@@ -275,6 +325,29 @@ mod tests {
     use crate::kvm::{Dirty, GateBounds, Machine, PilotOptions, Spec, host};
 
     #[test]
+    fn a_guest_that_may_come_to_another_level_is_asked_everything() {
+        let mut sregs = kvm_sregs::default();
+        (sregs.ss.dpl, sregs.cs.selector, sregs.ldt.unusable, sregs.efer) = (3, 0xb, 1, 0x500);
+        let sysenter = |data| [kvm_msr_entry { index: SYSENTER_CS, data, ..Default::default() }];
+        assert!(stays_at_user_level(&sregs, &sysenter(0)));
+        assert!(!stays_at_user_level(&sregs, &sysenter(8)) && !stays_at_user_level(&sregs, &[]));
+        type Change = fn(&mut kvm_sregs);
+        let changes: [Change; 6] = [
+            |sregs| sregs.ss.dpl = 0,
+            |sregs| sregs.cs.selector = 8,
+            |sregs| sregs.idt.limit = 0xfff,
+            |sregs| sregs.gdt.limit = 31,
+            |sregs| sregs.ldt.unusable = 0,
+            |sregs| sregs.efer |= SYSCALL,
+        ];
+        for change in changes {
+            let mut changed = sregs;
+            change(&mut changed);
+            assert!(!stays_at_user_level(&changed, &sysenter(0)), "{changed:?}");
+        }
+    }
+
+    #[test]
     fn what_kvm_is_not_asked_is_what_it_would_say() {
         const PILOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/pilot/pilot");
         let kvm = match host() {
@@ -319,6 +392,15 @@ mod tests {
                 assert_eq!(said.xcrs.as_bytes(), fd.get_xcrs().expect("it stands").as_bytes());
                 assert_eq!(said.mp_state.as_bytes(), fd.get_mp_state().expect("it stands").as_bytes());
                 assert_eq!(said.khz, fd.get_tsc_khz().unwrap_or(0));
+                let mut msrs = said.msrs.clone();
+                fd.get_msrs(&mut msrs).expect("it stands");
+                for (said, is) in said.msrs.as_slice().iter().zip(msrs.as_slice()) {
+                    // The clock goes on.
+                    let same = if is.index == TSC { said.data < is.data } else { said.data == is.data };
+                    assert!(same, "register {:#x}: {:#x}, it is {:#x}", is.index, said.data, is.data);
+                }
+                let settled = slot.room.lock().expect("nobody panics").settled;
+                assert!(settled.is_some(), "a pilot stays at CPL 3, so it is asked less");
                 places[usize::try_from(number).expect("two")] = regs.rip;
             }
         }
