@@ -15,9 +15,6 @@ pub const TEMPORARY: &str = ".tmp";
 ///
 /// # Errors
 /// The system's reason.
-///
-/// # Errors
-/// The system's.
 pub fn make_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
@@ -30,9 +27,6 @@ pub fn make_dir(dir: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// The system's reason.
-///
-/// # Errors
-/// The system's.
 pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
@@ -42,10 +36,7 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 /// One writer at a time per `path`: the caller sees to that.
 ///
 /// # Errors
-/// The system's reason. After an error of the last sync nobody knows which text a power loss would leave.
-///
-/// # Errors
-/// The system's; `path` is as it was then, or already new.
+/// The system's reason; `path` is as it was then, or already new. After an error of the last sync nobody knows which of them a power loss would leave.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let (temporary, dir) = neighbours(path)?;
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
@@ -60,9 +51,6 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 ///
 /// # Errors
 /// The system's reason.
-///
-/// # Errors
-/// The system's.
 pub fn remove(path: &Path) -> io::Result<()> {
     let (_, dir) = neighbours(path)?;
     match std::fs::remove_file(path) {

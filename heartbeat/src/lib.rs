@@ -10,6 +10,7 @@ pub mod files;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod quic;
+pub mod slots;
 pub mod store;
 pub mod trust;
 pub mod witness;

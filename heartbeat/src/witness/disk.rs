@@ -1,4 +1,4 @@
-//! The witness's records on disk: one file per VM, replaced whole, with a checksum.
+//! The witness's records on disk: one file per VM ([`crate::slots`]), each record with a checksum.
 //!
 //! Promises: a record is durable when [`Disk::write`] returns; a file that cannot be trusted is reported as
 //! damaged with its VM, never skipped; the store's id is made once, and records without it are
@@ -12,8 +12,8 @@ use heartbeat_core::ids::{StoreId, VmId};
 use heartbeat_core::record::Record;
 use heartbeat_core::witness::MAX_VMS;
 
-use crate::files;
 use crate::quic::{decode, encode};
+use crate::{files, slots};
 
 const STORE_FILE: &str = "store";
 const RECORDS_DIR: &str = "records";
@@ -99,8 +99,12 @@ impl Disk {
                 .filter(|_| path.extension().is_some_and(|extension| extension == EXTENSION))
                 .and_then(|stem| stem.to_str()?.parse().ok())
                 .ok_or_else(|| strange(&path, "its name is not that of a record"))?;
-            let bytes = std::fs::read(&path).map_err(at(&path))?;
-            found.push((vm, disk.parse(vm, &bytes).map_err(|what| format!("{}: {what}", path.display()))));
+            let record = match slots::read(&path) {
+                Ok(bytes) => disk.parse(vm, &bytes),
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error.to_string()),
+                Err(error) => return Err(at(&path)(error)),
+            };
+            found.push((vm, record.map_err(|what| format!("{}: {what}", path.display()))));
         }
         Ok((disk, found))
     }
@@ -113,7 +117,7 @@ impl Disk {
     /// Makes `record` durable. One call at a time per VM. After an error nobody knows which record a
     /// restart will find.
     pub(crate) fn write(&self, vm: VmId, record: Record) -> io::Result<()> {
-        files::replace(&self.dir.join(format!("{vm}.{EXTENSION}")), &file(vm, record))
+        slots::write(&self.dir.join(format!("{vm}.{EXTENSION}")), &file(vm, record))
     }
 
     fn parse(&self, vm: VmId, bytes: &[u8]) -> Result<Record, String> {
@@ -203,7 +207,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         let (disk, _) = Disk::open(dir.path()).expect("open");
         disk.write(VM, record(disk.store())).expect("write");
-        let good = std::fs::read(file(dir.path())).expect("read");
+        let good = slots::read(&file(dir.path())).expect("read");
         for position in 0..good.len() {
             let mut bad = good.clone();
             bad[position] ^= 1;

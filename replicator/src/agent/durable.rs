@@ -1,4 +1,4 @@
-//! What a host remembers of a VM over restarts: one small file each, on the disk before the caller goes on.
+//! What a host remembers of a VM over restarts: one small file each ([`heartbeat::slots`]), on the disk before the caller goes on.
 //!
 //! It holds what docs/protocol.md wants durable on a node: the VM's identity, the store it is recorded in, the highest
 //! generation seen, and the mark "activating this generation at this epoch". And what a later life of the agent needs to take up
@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use heartbeat::files;
+use heartbeat::{files, slots};
 use heartbeat_core::ids::{Generation, NodeId, StoreId, VmId};
 use serde::{Deserialize, Serialize};
 use vmm_hooks::disk::DiskImage;
@@ -17,6 +17,9 @@ use super::protection::Protection;
 
 /// Numbers of two sessions of a VM differ by this much: more epochs than a session can use in thirty years.
 const SESSION_NUMBERS: u64 = 1_000_000_000_000;
+
+/// Of their names.
+const EXTENSION: &str = "state";
 
 /// Where a session's numbers begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,7 +215,7 @@ impl Durable {
     }
 
     fn path(state_dir: &Path, name: &str) -> PathBuf {
-        state_dir.join("vms").join(format!("{}.toml", escape(name)))
+        state_dir.join("vms").join(format!("{}.{EXTENSION}", escape(name)))
     }
 
     /// Reads what is remembered of the VM called `name`; if nothing is, remembers it under `fresh`.
@@ -225,7 +228,7 @@ impl Durable {
         match Self::read(path.clone()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let text = Text::fresh(fresh, name.to_owned());
-                write(&path, &text)?;
+                slots::write(&path, &bytes(&text)?)?;
                 Ok(Self { path, text, vm: fresh, failed: false })
             }
             read => read,
@@ -244,7 +247,7 @@ impl Durable {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten() {
             let path = entry.path();
-            if path.extension().is_none_or(|extension| extension != "toml") {
+            if path.extension().is_none_or(|extension| extension != EXTENSION) {
                 continue;
             }
             match Self::read(path.clone()) {
@@ -260,7 +263,8 @@ impl Durable {
     fn read(path: PathBuf) -> io::Result<Self> {
         let invalid =
             |error: Box<dyn std::error::Error + Send + Sync>| io::Error::new(io::ErrorKind::InvalidData, error);
-        let text: Text = toml::from_str(&std::fs::read_to_string(&path)?).map_err(|error| invalid(error.into()))?;
+        let text = String::from_utf8(slots::read(&path)?).map_err(|error| invalid(error.into()))?;
+        let text: Text = toml::from_str(&text).map_err(|error| invalid(error.into()))?;
         let vm = text.vm.parse().map_err(|error: heartbeat_core::ids::ParseIdError| invalid(error.into()))?;
         Ok(Self { path, text, vm, failed: false })
     }
@@ -289,7 +293,7 @@ impl Durable {
         if text == self.text {
             return Ok(());
         }
-        if let Err(error) = write(&self.path, &text) {
+        if let Err(error) = bytes(&text).and_then(|bytes| slots::write(&self.path, &bytes)) {
             self.failed = true;
             return Err(error);
         }
@@ -305,8 +309,7 @@ impl Durable {
     /// Writes anew, as a whole, what was remembered before the write that failed; then it is known again what is on the disk, and
     /// more is taken. Of what that write was about nothing may have been acted upon: it is not remembered.
     pub(super) fn mend(&mut self) -> io::Result<()> {
-        // A new file, so that nothing which an earlier sync may have lost is relied upon.
-        write(&self.path, &self.text)?;
+        slots::replace(&self.path, &bytes(&self.text)?)?;
         self.failed = false;
         Ok(())
     }
@@ -475,9 +478,8 @@ impl Durable {
     }
 }
 
-fn write(path: &Path, text: &Text) -> io::Result<()> {
-    let text = toml::to_string(text).map_err(io::Error::other)?;
-    files::replace(path, text.as_bytes())
+fn bytes(text: &Text) -> io::Result<Vec<u8>> {
+    toml::to_string(text).map(String::into_bytes).map_err(io::Error::other)
 }
 
 /// A file name for any VM name: what could mean something to a file system is written as its code.
@@ -558,7 +560,7 @@ mod tests {
     fn a_damaged_file_is_never_taken_for_absent() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens"));
-        std::fs::write(dir.path().join("vms/a.toml"), "generation = 1").expect("damage");
+        std::fs::write(dir.path().join("vms/a.state"), "generation = 1").expect("damage");
         assert!(Durable::open(dir.path(), "a", VmId([1; 16])).is_err());
     }
 

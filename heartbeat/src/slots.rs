@@ -1,0 +1,412 @@
+//! Small files that one sync changes, and that survive a crash as [`crate::files`] do: two slots of one file, of which the older one is written, in place.
+//!
+//! Promises: a record is on the disk when [`write`] returns; after a power loss the reader finds it or the one before, whole. Soon after it was written both slots
+//! have it, so that one that a disk has spoiled is read from the other; only what was spoiled before that is taken for one that was cut off, and the record before
+//! counts. What cannot be told from a lost record is an error, never an older record: neither slot is whole, or one of them is older than any that was cut off can leave it.
+//!
+//! Replacing a file takes two syncs, each of which writes a journal, too; here no block is allocated and no name changes. (`fdatasync(2)`: of the file itself only
+//! what is needed to read its data back is written.)
+
+use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{LazyLock, Mutex};
+use std::time::Duration;
+
+use crate::files;
+
+/// First bytes of a slot; the digit is the format's version. The header is text, and as long as this one.
+const HEADER: &str = "UNDERSTUDY SLOT 1 0000000000000000 00000000 00000000\n";
+const MAGIC: &str = "UNDERSTUDY SLOT 1 ";
+/// Slots are as long as so many bytes, or a multiple.
+const BLOCK: usize = 4096;
+/// Most bytes of a record.
+const RECORD_MAX: usize = 1 << 20;
+/// How long after a record the other slot gets it: what follows at once takes the turn instead, and its sync is not waited for behind this one's.
+const REST: Duration = Duration::from_millis(100);
+
+fn damaged(what: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("{what}; restore the file, or what it is part of"))
+}
+
+/// What a slot holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Slot {
+    /// Of the record: each is one more than the one before.
+    number: u64,
+    record: Vec<u8>,
+}
+
+impl Slot {
+    fn checksum(number: u64, record: &[u8]) -> u32 {
+        let mut hasher = crc32fast::Hasher::new();
+        hasher.update(&number.to_le_bytes());
+        hasher.update(&(record.len() as u64).to_le_bytes());
+        hasher.update(record);
+        hasher.finalize()
+    }
+
+    fn bytes(&self, length: usize) -> Vec<u8> {
+        let Self { number, record } = self;
+        let checksum = Self::checksum(*number, record);
+        let mut bytes = format!("{MAGIC}{number:016x} {:08x} {checksum:08x}\n", record.len()).into_bytes();
+        bytes.extend_from_slice(record);
+        assert!(bytes.len() <= length, "it was asked whether it fits");
+        bytes.resize(length, b'\n');
+        bytes
+    }
+
+    /// `None`: it is not whole.
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let (header, rest) = bytes.split_at_checked(HEADER.len())?;
+        let header = std::str::from_utf8(header).ok()?.strip_prefix(MAGIC)?;
+        let mut numbers = header.split([' ', '\n']).map(|text| u64::from_str_radix(text, 16).ok());
+        let (number, length, checksum) = (numbers.next()??, numbers.next()??, numbers.next()??);
+        let record = rest.get(..usize::try_from(length).ok()?)?;
+        let slot = Self { number, record: record.to_vec() };
+        // All of it, so that a slot whose padding is spoiled is not whole either.
+        let whole = checksum == u64::from(Self::checksum(number, record)) && slot.bytes(bytes.len()) == bytes;
+        whole.then_some(slot)
+    }
+}
+
+/// How long a slot for so many bytes is: with room to grow.
+fn room_for(record: usize) -> usize {
+    (HEADER.len() + record + record / 4).next_multiple_of(BLOCK)
+}
+
+/// A file that nobody else writes meanwhile.
+struct Locked {
+    file: File,
+    /// Bytes of a slot.
+    length: usize,
+    slots: [Option<Slot>; 2],
+}
+
+impl Locked {
+    /// Waits for whoever reads or writes it.
+    fn open(path: &Path) -> io::Result<Self> {
+        Self::open_by(path, OpenOptions::new().read(true).write(true))
+    }
+
+    fn open_by(path: &Path, options: &OpenOptions) -> io::Result<Self> {
+        let file = loop {
+            let file = options.open(path)?;
+            file.lock()?;
+            let (named, opened) = (std::fs::metadata(path)?, file.metadata()?);
+            // It may have been replaced meanwhile.
+            if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) {
+                break file;
+            }
+        };
+        let bytes = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+        let length = bytes / 2;
+        if length == 0 || bytes % 2 != 0 || !length.is_multiple_of(BLOCK) || length > room_for(RECORD_MAX) {
+            return Err(damaged("it is not as long as a file of records is"));
+        }
+        let mut all = vec![0; bytes];
+        file.read_exact_at(&mut all, 0)?;
+        let slots = [Slot::read(&all[..length]), Slot::read(&all[length..])];
+        Ok(Self { file, length, slots })
+    }
+
+    /// The newest record, and which slot has it.
+    fn newest(&self) -> io::Result<(usize, &Slot)> {
+        match &self.slots {
+            [Some(first), Some(second)] if first == second => Ok((0, first)),
+            [Some(first), Some(second)] if first.number == second.number.wrapping_add(1) => Ok((0, first)),
+            [Some(first), Some(second)] if second.number == first.number.wrapping_add(1) => Ok((1, second)),
+            [Some(_), Some(_)] => Err(damaged("its records are not two that follow each other: one was lost")),
+            [Some(first), None] => Ok((0, first)),
+            [None, Some(second)] => Ok((1, second)),
+            [None, None] => Err(damaged("neither of its two records is whole")),
+        }
+    }
+
+    fn put(&self, place: usize, slot: &Slot) -> io::Result<()> {
+        self.file.write_all_at(&slot.bytes(self.length), (place * self.length) as u64)?;
+        self.file.sync_data()
+    }
+
+    /// Gives both slots the newest record.
+    fn mirror(&self) -> io::Result<()> {
+        let (place, newest) = self.newest()?;
+        if self.slots[1 - place].as_ref() == Some(newest) { Ok(()) } else { self.put(1 - place, newest) }
+    }
+}
+
+/// The record at `path`. Both slots have it when this returns.
+///
+/// # Errors
+/// The system's reason; [`io::ErrorKind::NotFound`] if there is no file; [`io::ErrorKind::InvalidData`] if what is there cannot be told from a lost record.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let locked = match Locked::open(path) {
+        // Of what cannot be written a record is only told if it has been in both slots before.
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            let locked = Locked::open_by(path, OpenOptions::new().read(true))?;
+            if locked.slots[0] != locked.slots[1] {
+                return Err(error);
+            }
+            locked
+        }
+        opened => opened?,
+    };
+    if locked.slots.contains(&None) {
+        tracing::warn!(path = %path.display(), "one of two copies of a record is not whole, as when the power went while it was written; it is made anew from the other");
+    }
+    locked.mirror()?;
+    Ok(locked.newest()?.1.record.clone())
+}
+
+/// Makes `record` the one at `path`, whose directory must exist; durable when it returns.
+///
+/// One writer at a time per `path`: the caller sees to that.
+///
+/// # Errors
+/// The system's reason, or as [`read`]. Nobody knows then which record a reader would find: before anything else is relied upon, [`replace`] it.
+pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
+    let locked = match Locked::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return replace(path, record),
+        opened => opened?,
+    };
+    let (place, newest) = locked.newest()?;
+    let next = Slot { number: newest.number.wrapping_add(1), record: record.to_vec() };
+    if HEADER.len() + record.len() > locked.length {
+        return replace_by(path, &next);
+    }
+    locked.put(1 - place, &next)?;
+    drop(locked);
+    later(path);
+    Ok(())
+}
+
+/// The same by a new file, so that nothing is relied upon which an earlier sync may have lost.
+///
+/// # Errors
+/// The system's; a record of more than a megabyte.
+pub fn replace(path: &Path, record: &[u8]) -> io::Result<()> {
+    replace_by(path, &Slot { number: 1, record: record.to_vec() })
+}
+
+fn replace_by(path: &Path, slot: &Slot) -> io::Result<()> {
+    if slot.record.len() > RECORD_MAX {
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, "a record is at most a megabyte"));
+    }
+    files::replace(path, &slot.bytes(room_for(slot.record.len())).repeat(2))
+}
+
+/// Whose second slot is to get its record.
+static WRITTEN: LazyLock<Option<Mutex<Sender<PathBuf>>>> = LazyLock::new(|| {
+    let (written, paths) = channel();
+    match std::thread::Builder::new().name("us-slots".to_owned()).spawn(move || mirror_all(&paths)) {
+        Ok(_) => Some(Mutex::new(written)),
+        Err(error) => {
+            tracing::warn!(%error, "the second copies of records are made when they are read, not before");
+            None
+        }
+    }
+});
+
+fn later(path: &Path) {
+    if let Some(written) = &*WRITTEN {
+        // Its thread does not end.
+        let _ = written.lock().expect("nobody panics while it sends").send(path.to_path_buf());
+    }
+}
+
+fn mirror_all(paths: &Receiver<PathBuf>) {
+    while let Ok(first) = paths.recv() {
+        std::thread::sleep(REST);
+        let mut all = BTreeSet::from([first]);
+        all.extend(paths.try_iter());
+        for path in all {
+            match Locked::open(&path).and_then(|locked| locked.mirror()) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "the second copy of a record could not be written; the record itself is on the disk");
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    const OLD: &[u8] = b"the record before";
+    const NEW: &[u8] = b"and the one that is written";
+
+    fn path() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("record");
+        (dir, path)
+    }
+
+    /// What is at `path` once both slots have it.
+    fn mirrored(path: &Path) -> Vec<u8> {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let locked = Locked::open(path).expect("it is there");
+            if locked.slots[0] == locked.slots[1] {
+                return std::fs::read(path).expect("it is there");
+            }
+            drop(locked);
+            assert!(Instant::now() < until, "the second slot never gets it");
+            std::thread::sleep(REST);
+        }
+    }
+
+    /// What a reader finds if these are the bytes.
+    fn found(bytes: &[u8]) -> io::Result<Vec<u8>> {
+        let (_dir, path) = path();
+        std::fs::write(&path, bytes).expect("there is room");
+        let found = read(&path);
+        if let Ok(record) = &found {
+            // It stays found, whichever slot is lost next.
+            let whole = std::fs::read(&path).expect("it is there");
+            let half = whole.len() / 2;
+            assert!(whole[..half] == whole[half..], "both have it");
+            assert_eq!(&read(&path).expect("again"), record);
+        }
+        found
+    }
+
+    #[test]
+    fn a_record_reads_as_it_was_written_and_by_one_that_was_written_at_once_after() {
+        let (_dir, path) = path();
+        assert_eq!(read(&path).expect_err("nothing is there").kind(), io::ErrorKind::NotFound);
+        for round in 0..50_usize {
+            let record = vec![u8::try_from(round).expect("small"); round * 37];
+            write(&path, &record).expect("there is room");
+            assert_eq!(read(&path).expect("it is there"), record);
+            if round % 3 == 0 {
+                write(&path, b"").expect("there is room");
+                write(&path, &record).expect("there is room");
+                assert_eq!(read(&path).expect("it is there"), record);
+            }
+        }
+    }
+
+    #[test]
+    fn a_write_that_was_cut_off_anywhere_leaves_the_record_before_or_the_new_one() {
+        // What was written last may be in both slots, or in one.
+        for settled in [true, false] {
+            let (_dir, path) = path();
+            write(&path, b"the first").expect("there is room");
+            write(&path, OLD).expect("there is room");
+            if settled {
+                mirrored(&path);
+            }
+            let before = std::fs::read(&path).expect("it is there");
+            write(&path, NEW).expect("there is room");
+            let after = std::fs::read(&path).expect("it is there");
+            let changed: Vec<usize> = (0..before.len()).filter(|&at| before[at] != after[at]).collect();
+            let (first, last) = (changed[0], changed[changed.len() - 1]);
+            assert!(first / (before.len() / 2) == last / (before.len() / 2), "one slot is written");
+            for cut in first..=last + 1 {
+                // From the front, and from behind: blocks may come to the disk in any order.
+                let front = [&after[..cut], &before[cut..]].concat();
+                let behind = [&before[..cut], &after[cut..]].concat();
+                for (bytes, is_new) in [(front, cut > last), (behind, cut == first)] {
+                    let expected = if is_new { NEW } else { OLD };
+                    assert_eq!(found(&bytes).expect("one is whole"), expected, "cut at {cut}, settled: {settled}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_slot_that_is_spoiled_is_read_from_the_other_and_two_are_an_error() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        write(&path, NEW).expect("there is room");
+        let whole = mirrored(&path);
+        let half = whole.len() / 2;
+        let places = || (0..HEADER.len() + NEW.len()).chain([half - 1]);
+        for at in places() {
+            let mut one = whole.clone();
+            one[at] ^= 1;
+            assert_eq!(found(&one).expect("the other is whole"), NEW, "byte {at}");
+            one[at] ^= 1;
+            one[half + at] ^= 1;
+            assert_eq!(found(&one).expect("the other is whole"), NEW, "byte {at} of the second");
+            let mut both = one;
+            both[at] ^= 0x10;
+            assert_eq!(found(&both).expect_err("neither is").kind(), io::ErrorKind::InvalidData, "byte {at}");
+        }
+        for length in [0, 1, half, whole.len() - 1] {
+            assert_eq!(found(&whole[..length]).expect_err("cut").kind(), io::ErrorKind::InvalidData, "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn a_record_that_a_disk_lost_is_an_error_and_no_older_record() {
+        let (_dir, path) = path();
+        write(&path, b"the first").expect("there is room");
+        let first = mirrored(&path);
+        write(&path, OLD).expect("there is room");
+        mirrored(&path);
+        write(&path, NEW).expect("there is room");
+        // The disk said that it had the second one in both slots, and has the first in one of them still.
+        let last = std::fs::read(&path).expect("it is there");
+        let half = last.len() / 2;
+        let lost = if Slot::read(&last[..half]).is_some_and(|slot| slot.record == NEW) {
+            [&last[..half], &first[half..]].concat()
+        } else {
+            [&first[..half], &last[half..]].concat()
+        };
+        let error = found(&lost).expect_err("which one counts is not known");
+        assert!(error.to_string().contains("one was lost"), "{error}");
+        // Nor is a number that two records have.
+        let slot = |record: &[u8]| Slot { number: 7, record: record.to_vec() }.bytes(BLOCK);
+        assert!(found(&[slot(OLD), slot(NEW)].concat()).is_err());
+    }
+
+    #[test]
+    fn what_does_not_fit_gets_a_larger_file_and_what_is_written_to_the_former_one_is_not_lost() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        let large = vec![7; 3 * BLOCK];
+        write(&path, &large).expect("there is room");
+        assert_eq!(read(&path).expect("it is there"), large);
+        write(&path, NEW).expect("there is room");
+        assert_eq!(read(&path).expect("it is there"), NEW);
+        assert!(write(&path, &vec![7; RECORD_MAX + 1]).is_err());
+        assert_eq!(read(&path).expect("it is as it was"), NEW);
+        // Who waits while it is replaced finds the new file.
+        let held = Locked::open(&path).expect("it is there");
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| write(&path, OLD));
+            replace(&path, NEW).expect("there is room");
+            drop(held);
+            waits.join().expect("no panic").expect("there is room");
+        });
+        assert_eq!(read(&path).expect("it is there"), OLD);
+    }
+
+    #[test]
+    fn a_record_may_be_written_while_its_second_copy_is() {
+        let (_dir, path) = path();
+        std::thread::scope(|scope| {
+            let (stop, stopped) = channel::<()>();
+            let path = &path;
+            write(path, &0_u64.to_le_bytes()).expect("there is room");
+            scope.spawn(move || {
+                while stopped.try_recv() != Err(std::sync::mpsc::TryRecvError::Disconnected) {
+                    Locked::open(path).and_then(|locked| locked.mirror()).expect("it is there");
+                }
+            });
+            for round in 1..200_u64 {
+                write(path, &round.to_le_bytes()).expect("there is room");
+                assert_eq!(read(path).expect("it is there"), round.to_le_bytes());
+            }
+            drop(stop);
+        });
+    }
+}
