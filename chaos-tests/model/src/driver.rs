@@ -173,6 +173,7 @@ impl World {
                 self.hosts[host].standby.as_mut().expect("it said so").handle_generation_persisted(now, generation);
             }
             Output::Mark { generation, .. } => {
+                self.generation_is_durable(host, generation);
                 self.hosts[host].mark = Some(generation);
                 self.hosts[host].standby.as_mut().expect("it said so").handle_marked(now, generation);
             }

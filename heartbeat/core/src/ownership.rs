@@ -336,6 +336,20 @@ impl Ownership {
         matches!(self.verdict(), Verdict::SoloMe { .. }) && !self.exposed && self.seen == self.acted
     }
 
+    /// Whether the newest record that was read names this node, in this incarnation, alone, by a grant of this generation, which is not durable here
+    /// yet. Whoever makes it durable together with what it does by it reports that as any other ([`Ownership::handle_generation_persisted`]), and does
+    /// nothing by it before.
+    #[must_use]
+    pub fn is_being_granted(&self, generation: Generation) -> bool {
+        let named = |record: Record| {
+            record.generation == generation
+                && matches!(record.owner, Owner::Solo { node, .. } if node == self.config.me)
+        };
+        self.persisting == Some(generation)
+            && !self.exposed
+            && matches!(self.seen, Known::Record(record) if named(record))
+    }
+
     /// Whether a change that would let another node run was sent and may still be applied.
     #[must_use]
     pub fn is_exposed(&self) -> bool {

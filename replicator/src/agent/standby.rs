@@ -398,6 +398,7 @@ impl Task {
     fn write_mark(&mut self, generation: Generation, epoch: Epoch) {
         match self.durable.set_mark(Mark { generation: generation.0, epoch: epoch.0 }, self.images.clone()) {
             Ok(()) => {
+                self.view.set_generation(generation.0);
                 // What was kept is noted no more: the guest is about to change what it is a copy of.
                 let copies = self.durable.copies();
                 drop(tokio::task::spawn_blocking(move || kept::forget(&copies)));

@@ -64,7 +64,7 @@ pub enum Output {
     Peer(PeerMessage),
     /// Make this generation durable, then call [`Standby::handle_generation_persisted`].
     PersistGeneration(Generation),
-    /// Make durable "activating this generation at this epoch", then call [`Standby::handle_marked`].
+    /// Make durable "activating this generation at this epoch", and with it that this generation was seen, then call [`Standby::handle_marked`].
     Mark {
         /// The generation of the grant.
         generation: Generation,

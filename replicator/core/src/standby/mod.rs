@@ -288,6 +288,7 @@ impl Standby {
     /// The mark is durable (`docs/protocol.md` P8).
     pub fn handle_marked(&mut self, now: Time, generation: Generation) {
         if self.phase == (Phase::Marking { generation }) {
+            self.ownership.handle_generation_persisted(now, generation);
             self.activate(generation);
         }
         self.advance(now);
@@ -601,10 +602,14 @@ impl Standby {
         }
         self.follow_record(now);
         while let Some(output) = self.ownership.poll_output() {
-            self.outputs.push_back(match output {
-                OwnershipOutput::Ask(request) => Output::Ask(request),
-                OwnershipOutput::PersistGeneration(generation) => Output::PersistGeneration(generation),
-            });
+            match output {
+                OwnershipOutput::Ask(request) => self.outputs.push_back(Output::Ask(request)),
+                OwnershipOutput::PersistGeneration(generation) => {
+                    if !self.granted_and_marked(now, generation) {
+                        self.outputs.push_back(Output::PersistGeneration(generation));
+                    }
+                }
+            }
         }
         if self.phase == Phase::Finished {
             self.finished = true;
@@ -677,8 +682,22 @@ impl Standby {
         self.fence_or_mark(generation, epoch);
     }
 
+    /// The same where the mark comes next: it makes the generation durable, too, and nothing is done by the grant before. Whether it was so.
+    fn granted_and_marked(&mut self, now: Time, generation: Generation) -> bool {
+        let waits = matches!(self.phase, Phase::Receiving | Phase::Asking { .. } | Phase::Frozen);
+        let marks = waits && self.ownership.is_being_granted(generation) && !self.must_fence();
+        if marks {
+            self.granted(now, generation);
+        }
+        marks && self.phase == (Phase::Marking { generation })
+    }
+
+    fn must_fence(&self) -> bool {
+        self.config.fence_required && self.safe.is_none()
+    }
+
     fn fence_or_mark(&mut self, generation: Generation, epoch: Epoch) {
-        if self.config.fence_required && self.safe.is_none() {
+        if self.must_fence() {
             self.fence(generation);
         } else {
             self.mark(generation, epoch);

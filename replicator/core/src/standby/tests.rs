@@ -142,6 +142,31 @@ fn acknowledges(outputs: &[Output], wanted: u64) -> bool {
     outputs.iter().any(|output| matches!(output, Output::Acknowledge { epoch, .. } if *epoch == Epoch(wanted)))
 }
 
+/// P8: one record makes both durable, the generation and the mark, and nothing is done by the grant before.
+#[test]
+fn a_grant_is_durable_by_its_mark_and_not_used_before() {
+    let grant = Generation(2);
+    let mut bench = Bench::paired();
+    bench.standby.handle_suspected(bench.now, Suspicion::Silent);
+    bench.collect();
+    let ask = bench.asks.pop().expect("it asks");
+    bench.becomes(solo(2, false));
+    let answer = StoreAnswer { id: ask.id, vm: VM, store: bench.store, record: bench.record, applied: true };
+    bench.standby.handle_answer(bench.now, &answer);
+    // Not by the bench, which makes a generation durable at once.
+    let said: Vec<_> = core::iter::from_fn(|| bench.standby.poll_output()).collect();
+    let said: Vec<_> = said.into_iter().filter(|output| !matches!(output, Output::State { .. })).collect();
+    assert_eq!(said, [Output::Mark { generation: grant, epoch: Epoch(3) }]);
+    assert!(!bench.standby.ownership().may_run_alone(), "it is not durable");
+    bench.stage(4);
+    bench.wait(Duration::from_secs(1));
+    assert_eq!(bench.take(), [Output::Discard { epoch: Epoch(4) }], "it is read all the same");
+    assert!(bench.asks.is_empty(), "nothing is asked by it: {:?}", bench.asks);
+    bench.standby.handle_marked(bench.now, grant);
+    assert!(bench.standby.ownership().may_run_alone());
+    assert_eq!(bench.take(), [Output::Activate { epoch: Epoch(3) }]);
+}
+
 /// P4: until the grant was read, never after; and it activates the last acknowledged one.
 #[test]
 fn acknowledges_until_the_grant_is_read_and_activates_the_last() {
