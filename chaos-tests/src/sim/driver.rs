@@ -410,8 +410,9 @@ impl World {
             return;
         }
         let state = &mut self.hosts[host];
-        let Some(capture) = state.capture.take() else { return };
-        let Some((copied, paused_at)) = capture.begun else { return };
+        // One of an earlier session may have left the end of its capture behind.
+        let Some(capture) = state.capture.take_if(|capture| capture.begun.is_some()) else { return };
+        let (copied, paused_at) = capture.begun.expect("asked above");
         if let Some(guest) = &mut state.guest {
             guest.running = !capture.stay_paused && !state.muted && !shut_down;
         }
@@ -550,7 +551,8 @@ impl World {
 
     pub(super) fn marked(&mut self, host: usize, generation: Generation) {
         let now = self.now;
-        self.hosts[host].marked = Some(generation);
+        let state = &mut self.hosts[host];
+        (state.marked, state.generation) = (Some(generation), state.generation.max(generation));
         if let Some(standby) = &mut self.hosts[host].standby {
             standby.handle_marked(now, generation);
         }

@@ -228,8 +228,11 @@ impl World {
         {
             self.hosts[host].kept = Some(kept);
         }
-        if marking.is_some() && self.rng.chance(500) {
-            self.hosts[host].marked = marking;
+        if let Some(generation) = marking
+            && self.rng.chance(500)
+        {
+            let state = &mut self.hosts[host];
+            (state.marked, state.generation) = (marking, state.generation.max(generation));
         }
         if let Some((epoch, true)) = activating {
             let state = self.hosts[host].staged[&epoch];
@@ -309,9 +312,14 @@ impl World {
         (self.options.disk_failures, self.options.fence_failures) = (0, 0);
         self.restart_witness();
         // Hosts and agents that stand wake by themselves, in time: to wake them here would turn the order of what waits for them.
-        for host in &mut self.hosts {
-            if let Some(guest) = &mut host.guest {
-                guest.frozen_until = guest.frozen_until.min(self.now);
+        for host in 0..2 {
+            let (now, state) = (self.now, &mut self.hosts[host]);
+            let Some(guest) = state.guest.as_mut().filter(|guest| guest.frozen_until > now) else { continue };
+            guest.frozen_until = now;
+            // What waited for its guest waits no longer.
+            if state.capture.is_some_and(|capture| capture.begun.is_some()) {
+                self.events.retain(|Reverse(queued)| !matches!(queued.event, Event::EndCapture(of) if of == host));
+                self.at(now, Event::EndCapture(host));
             }
         }
     }
