@@ -1,19 +1,24 @@
 //! Small files that one sync changes, and that survive a crash as [`crate::files`] do: two slots of one file, of which the older one is written, in place.
 //!
 //! Promises: a record is on the disk when [`write`] returns; after a power loss the reader finds it or the one before, whole. Soon after it was written both slots
-//! have it, so that one that a disk has spoiled is read from the other; only what was spoiled before that is taken for one that was cut off, and the record before
-//! counts. What cannot be told from a lost record is an error, never an older record: neither slot is whole, or one of them is older than any that was cut off can leave it.
+//! have it, so that one that a disk has spoiled, or does not read, is read from the other; only what is spoiled before that is taken for one that was cut off, and
+//! the record before counts. What cannot be told from a lost record is an error, never an older record: neither slot is whole, or they are not two that follow each
+//! other.
+//!
+//! What is read of a file may never have come to the disk, and a slot may be only in the kernel's memory (a sync that failed leaves it there, and so does a life that
+//! was ended before its sync). So only a file that this process made, and of which no sync has failed since, is changed in place, or in the background; of any other the
+//! next record, and what [`adopt`] finds, is a new file.
 //!
 //! Replacing a file takes two syncs, each of which writes a journal, too; here no block is allocated and no name changes. (`fdatasync(2)`: of the file itself only
 //! what is needed to read its data back is written.)
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{LazyLock, Mutex};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 use std::time::Duration;
 
 use crate::files;
@@ -41,6 +46,10 @@ struct Slot {
 }
 
 impl Slot {
+    fn first(record: &[u8]) -> Self {
+        Self { number: 1, record: record.to_vec() }
+    }
+
     fn checksum(number: u64, record: &[u8]) -> u32 {
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(&number.to_le_bytes());
@@ -78,39 +87,66 @@ fn room_for(record: usize) -> usize {
     (HEADER.len() + record + record / 4).next_multiple_of(BLOCK)
 }
 
-/// A file that nobody else writes meanwhile.
+/// Which file has a name.
+type Inode = (u64, u64);
+
+fn inode(of: &std::fs::Metadata) -> Inode {
+    (of.dev(), of.ino())
+}
+
+/// The files that this process made, and that nothing was seen to go wrong with since.
+fn own() -> MutexGuard<'static, BTreeMap<PathBuf, Inode>> {
+    static OWN: Mutex<BTreeMap<PathBuf, Inode>> = Mutex::new(BTreeMap::new());
+    OWN.lock().expect("nobody panics while it looks")
+}
+
+/// A file that nobody writes meanwhile.
 struct Locked {
     file: File,
-    /// Bytes of a slot.
+    inode: Inode,
+    /// Bytes of a slot; zero if it is no file of slots.
     length: usize,
     slots: [Option<Slot>; 2],
 }
 
 impl Locked {
-    /// Waits for whoever reads or writes it.
-    fn open(path: &Path) -> io::Result<Self> {
-        Self::open_by(path, OpenOptions::new().read(true).write(true))
-    }
-
-    fn open_by(path: &Path, options: &OpenOptions) -> io::Result<Self> {
-        let file = loop {
-            let file = options.open(path)?;
-            file.lock()?;
-            let (named, opened) = (std::fs::metadata(path)?, file.metadata()?);
+    /// Waits for whoever writes it, or, `to_write`, also reads it.
+    fn open(path: &Path, to_write: bool) -> io::Result<Self> {
+        let (file, inode) = loop {
+            let file = OpenOptions::new().read(true).write(to_write).open(path)?;
+            let lock = || if to_write { file.lock() } else { file.lock_shared() };
+            while let Err(error) = lock() {
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+            let opened = inode(&file.metadata()?);
             // It may have been replaced meanwhile.
-            if (named.dev(), named.ino()) == (opened.dev(), opened.ino()) {
-                break file;
+            if inode(&std::fs::metadata(path)?) == opened {
+                break (file, opened);
             }
         };
         let bytes = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
         let length = bytes / 2;
         if length == 0 || bytes % 2 != 0 || !length.is_multiple_of(BLOCK) || length > room_for(RECORD_MAX) {
-            return Err(damaged("it is not as long as a file of records is"));
+            return Ok(Self { file, inode, length: 0, slots: [None, None] });
         }
-        let mut all = vec![0; bytes];
-        file.read_exact_at(&mut all, 0)?;
-        let slots = [Slot::read(&all[..length]), Slot::read(&all[length..])];
-        Ok(Self { file, length, slots })
+        let slot = |place: usize| {
+            let mut bytes = vec![0; length];
+            match file.read_exact_at(&mut bytes, (place * length) as u64) {
+                Ok(()) => Ok(Slot::read(&bytes)),
+                // A block that the disk cannot read is spoiled.
+                Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => Ok(None),
+                Err(error) => Err(error),
+            }
+        };
+        let slots = [slot(0)?, slot(1)?];
+        Ok(Self { file, inode, length, slots })
+    }
+
+    /// Whether it may be changed in place.
+    fn is_own(&self, path: &Path) -> bool {
+        own().get(path) == Some(&self.inode)
     }
 
     /// The newest record, and which slot has it.
@@ -122,43 +158,51 @@ impl Locked {
             [Some(_), Some(_)] => Err(damaged("its records are not two that follow each other: one was lost")),
             [Some(first), None] => Ok((0, first)),
             [None, Some(second)] => Ok((1, second)),
+            [None, None] if self.length == 0 => Err(damaged("it is not as long as a file of records is")),
             [None, None] => Err(damaged("neither of its two records is whole")),
         }
     }
 
-    fn put(&self, place: usize, slot: &Slot) -> io::Result<()> {
-        self.file.write_all_at(&slot.bytes(self.length), (place * self.length) as u64)?;
-        self.file.sync_data()
+    /// Of a file of its own: if it fails the file is that no longer.
+    fn put(&self, path: &Path, place: usize, slot: &Slot) -> io::Result<()> {
+        let put = self.file.write_all_at(&slot.bytes(self.length), (place * self.length) as u64);
+        put.and_then(|()| self.file.sync_data()).inspect_err(|_| {
+            own().remove(path);
+        })
     }
 
     /// Gives both slots the newest record.
-    fn mirror(&self) -> io::Result<()> {
+    fn mirror(&self, path: &Path) -> io::Result<()> {
         let (place, newest) = self.newest()?;
-        if self.slots[1 - place].as_ref() == Some(newest) { Ok(()) } else { self.put(1 - place, newest) }
+        if self.slots[1 - place].as_ref() == Some(newest) { Ok(()) } else { self.put(path, 1 - place, newest) }
     }
 }
 
-/// The record at `path`. Both slots have it when this returns.
+/// The record at `path`, as it is read: nothing is written, and it may not be on the disk.
 ///
 /// # Errors
 /// The system's reason; [`io::ErrorKind::NotFound`] if there is no file; [`io::ErrorKind::InvalidData`] if what is there cannot be told from a lost record.
 pub fn read(path: &Path) -> io::Result<Vec<u8>> {
-    let locked = match Locked::open(path) {
-        // Of what cannot be written a record is only told if it has been in both slots before.
-        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
-            let locked = Locked::open_by(path, OpenOptions::new().read(true))?;
-            if locked.slots[0] != locked.slots[1] {
-                return Err(error);
-            }
-            locked
-        }
+    Ok(Locked::open(path, false)?.newest()?.1.record.clone())
+}
+
+/// The record at `path`, which is on the disk when this returns, to be relied upon. (What nobody can write, nobody can rely upon: it is only read then.)
+///
+/// # Errors
+/// As [`read`].
+pub fn adopt(path: &Path) -> io::Result<Vec<u8>> {
+    let locked = match Locked::open(path, true) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => return read(path),
         opened => opened?,
     };
-    if locked.slots.contains(&None) {
-        tracing::warn!(path = %path.display(), "one of two copies of a record is not whole, as when the power went while it was written; it is made anew from the other");
+    let newest = locked.newest()?.1;
+    if !locked.is_own(path) {
+        if locked.slots.contains(&None) {
+            tracing::warn!(path = %path.display(), "one of two copies of a record is not whole, as when the power went while it was written; both are made anew from the other");
+        }
+        make(path, newest)?;
     }
-    locked.mirror()?;
-    Ok(locked.newest()?.1.record.clone())
+    Ok(newest.record.clone())
 }
 
 /// Makes `record` the one at `path`, whose directory must exist; durable when it returns.
@@ -166,36 +210,46 @@ pub fn read(path: &Path) -> io::Result<Vec<u8>> {
 /// One writer at a time per `path`: the caller sees to that.
 ///
 /// # Errors
-/// The system's reason, or as [`read`]. Nobody knows then which record a reader would find: before anything else is relied upon, [`replace`] it.
+/// The system's reason, or as [`read`]. Nobody knows then which record a reader would find: before anything else is relied upon, [`replace`] or [`adopt`] it.
 pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
-    let locked = match Locked::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return replace(path, record),
+    let locked = match Locked::open(path, true) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return make(path, &Slot::first(record)),
         opened => opened?,
     };
     let (place, newest) = locked.newest()?;
     let next = Slot { number: newest.number.wrapping_add(1), record: record.to_vec() };
-    if HEADER.len() + record.len() > locked.length {
-        return replace_by(path, &next);
+    if !locked.is_own(path) || HEADER.len() + record.len() > locked.length {
+        return make(path, &next);
     }
-    locked.put(1 - place, &next)?;
+    locked.put(path, 1 - place, &next)?;
     drop(locked);
     later(path);
     Ok(())
 }
 
-/// The same by a new file, so that nothing is relied upon which an earlier sync may have lost.
+/// The same by a new file, whatever is there.
 ///
 /// # Errors
 /// The system's; a record of more than a megabyte.
 pub fn replace(path: &Path, record: &[u8]) -> io::Result<()> {
-    replace_by(path, &Slot { number: 1, record: record.to_vec() })
+    match Locked::open(path, true) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => make(path, &Slot::first(record)),
+        opened => {
+            let _locked = opened?;
+            make(path, &Slot::first(record))
+        }
+    }
 }
 
-fn replace_by(path: &Path, slot: &Slot) -> io::Result<()> {
+/// Makes a new file. Who has the former one locked keeps it so until this returns: whoever waits for it then opens the new one.
+fn make(path: &Path, slot: &Slot) -> io::Result<()> {
     if slot.record.len() > RECORD_MAX {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "a record is at most a megabyte"));
     }
-    files::replace(path, &slot.bytes(room_for(slot.record.len())).repeat(2))
+    own().remove(path);
+    files::replace(path, &slot.bytes(room_for(slot.record.len())).repeat(2))?;
+    own().insert(path.to_path_buf(), inode(&std::fs::metadata(path)?));
+    Ok(())
 }
 
 /// Whose second slot is to get its record.
@@ -204,7 +258,7 @@ static WRITTEN: LazyLock<Option<Mutex<Sender<PathBuf>>>> = LazyLock::new(|| {
     match std::thread::Builder::new().name("us-slots".to_owned()).spawn(move || mirror_all(&paths)) {
         Ok(_) => Some(Mutex::new(written)),
         Err(error) => {
-            tracing::warn!(%error, "the second copies of records are made when they are read, not before");
+            tracing::warn!(%error, "records have one copy until their files are made anew");
             None
         }
     }
@@ -223,9 +277,11 @@ fn mirror_all(paths: &Receiver<PathBuf>) {
         let mut all = BTreeSet::from([first]);
         all.extend(paths.try_iter());
         for path in all {
-            match Locked::open(&path).and_then(|locked| locked.mirror()) {
+            match Locked::open(&path, true)
+                .and_then(|locked| if locked.is_own(&path) { locked.mirror(&path) } else { Ok(()) })
+            {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %path.display(), %error, "the second copy of a record could not be written; the record itself is on the disk");
+                    tracing::warn!(path = %path.display(), %error, "the second copy of a record could not be written; the record is on the disk, and the next one is a new file");
                 }
                 _ => {}
             }
@@ -250,31 +306,39 @@ mod tests {
 
     /// What is at `path` once both slots have it.
     fn mirrored(path: &Path) -> Vec<u8> {
-        let until = Instant::now() + Duration::from_secs(60);
-        loop {
-            let locked = Locked::open(path).expect("it is there");
-            if locked.slots[0] == locked.slots[1] {
-                return std::fs::read(path).expect("it is there");
-            }
-            drop(locked);
-            assert!(Instant::now() < until, "the second slot never gets it");
-            std::thread::sleep(REST);
-        }
+        let locked = Locked::open(path, true).expect("it is there");
+        assert!(locked.is_own(path));
+        locked.mirror(path).expect("there is room");
+        std::fs::read(path).expect("it is there")
     }
 
-    /// What a reader finds if these are the bytes.
+    /// As [`write`], and nobody mirrors it.
+    fn put(path: &Path, record: &[u8]) -> Vec<u8> {
+        let locked = Locked::open(path, true).expect("it is there");
+        let (place, newest) = locked.newest().expect("it is whole");
+        let next = Slot { number: newest.number + 1, record: record.to_vec() };
+        locked.put(path, 1 - place, &next).expect("there is room");
+        std::fs::read(path).expect("it is there")
+    }
+
+    /// What a reader finds if these are the bytes, and who adopts it.
     fn found(bytes: &[u8]) -> io::Result<Vec<u8>> {
         let (_dir, path) = path();
         std::fs::write(&path, bytes).expect("there is room");
-        let found = read(&path);
-        if let Ok(record) = &found {
-            // It stays found, whichever slot is lost next.
+        let only_read = read(&path);
+        assert_eq!(std::fs::read(&path).expect("it is there"), bytes, "reading writes nothing");
+        let found = adopt(&path);
+        assert_eq!(only_read.ok(), found.as_ref().ok().cloned());
+        if found.is_ok() {
             let whole = std::fs::read(&path).expect("it is there");
             let half = whole.len() / 2;
             assert!(whole[..half] == whole[half..], "both have it");
-            assert_eq!(&read(&path).expect("again"), record);
         }
         found
+    }
+
+    fn file(path: &Path) -> Inode {
+        inode(&std::fs::metadata(path).expect("it is there"))
     }
 
     #[test]
@@ -288,8 +352,26 @@ mod tests {
             if round % 3 == 0 {
                 write(&path, b"").expect("there is room");
                 write(&path, &record).expect("there is room");
-                assert_eq!(read(&path).expect("it is there"), record);
+                assert_eq!(adopt(&path).expect("it is there"), record);
             }
+        }
+    }
+
+    #[test]
+    fn a_second_copy_is_made_soon() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        write(&path, NEW).expect("there is room");
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let locked = Locked::open(&path, false).expect("it is there");
+            if locked.slots[0] == locked.slots[1] {
+                assert_eq!(locked.newest().expect("it is whole").1.record, NEW);
+                return;
+            }
+            drop(locked);
+            assert!(Instant::now() < until, "the second slot never gets it");
+            std::thread::sleep(REST);
         }
     }
 
@@ -299,13 +381,11 @@ mod tests {
         for settled in [true, false] {
             let (_dir, path) = path();
             write(&path, b"the first").expect("there is room");
-            write(&path, OLD).expect("there is room");
+            let mut before = put(&path, OLD);
             if settled {
-                mirrored(&path);
+                before = mirrored(&path);
             }
-            let before = std::fs::read(&path).expect("it is there");
-            write(&path, NEW).expect("there is room");
-            let after = std::fs::read(&path).expect("it is there");
+            let after = put(&path, NEW);
             let changed: Vec<usize> = (0..before.len()).filter(|&at| before[at] != after[at]).collect();
             let (first, last) = (changed[0], changed[changed.len() - 1]);
             assert!(first / (before.len() / 2) == last / (before.len() / 2), "one slot is written");
@@ -325,7 +405,7 @@ mod tests {
     fn a_slot_that_is_spoiled_is_read_from_the_other_and_two_are_an_error() {
         let (_dir, path) = path();
         write(&path, OLD).expect("there is room");
-        write(&path, NEW).expect("there is room");
+        put(&path, NEW);
         let whole = mirrored(&path);
         let half = whole.len() / 2;
         let places = || (0..HEADER.len() + NEW.len()).chain([half - 1]);
@@ -349,12 +429,11 @@ mod tests {
     fn a_record_that_a_disk_lost_is_an_error_and_no_older_record() {
         let (_dir, path) = path();
         write(&path, b"the first").expect("there is room");
-        let first = mirrored(&path);
-        write(&path, OLD).expect("there is room");
+        let first = std::fs::read(&path).expect("it is there");
+        put(&path, OLD);
         mirrored(&path);
-        write(&path, NEW).expect("there is room");
         // The disk said that it had the second one in both slots, and has the first in one of them still.
-        let last = std::fs::read(&path).expect("it is there");
+        let last = put(&path, NEW);
         let half = last.len() / 2;
         let lost = if Slot::read(&last[..half]).is_some_and(|slot| slot.record == NEW) {
             [&last[..half], &first[half..]].concat()
@@ -380,13 +459,53 @@ mod tests {
         assert!(write(&path, &vec![7; RECORD_MAX + 1]).is_err());
         assert_eq!(read(&path).expect("it is as it was"), NEW);
         // Who waits while it is replaced finds the new file.
-        let held = Locked::open(&path).expect("it is there");
+        let held = Locked::open(&path, true).expect("it is there");
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| write(&path, OLD));
-            replace(&path, NEW).expect("there is room");
+            make(&path, &Slot { number: 9, record: NEW.to_vec() }).expect("there is room");
             drop(held);
             waits.join().expect("no panic").expect("there is room");
         });
+        assert_eq!(read(&path).expect("it is there"), OLD);
+    }
+
+    #[test]
+    fn a_file_of_another_life_or_of_a_disk_that_failed_is_not_changed_in_place() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        let first = file(&path);
+        write(&path, NEW).expect("there is room");
+        assert_eq!(file(&path), first, "its own is");
+        // As if another process had made it, or a sync of it had failed.
+        own().remove(&path);
+        write(&path, OLD).expect("there is room");
+        let second = file(&path);
+        assert_ne!(second, first);
+        own().remove(&path);
+        assert_eq!(adopt(&path).expect("it is there"), OLD);
+        let third = file(&path);
+        assert_ne!(third, second);
+        // Nor is another file that took its place.
+        let copy = path.with_extension("copy");
+        std::fs::copy(&path, &copy).expect("there is room");
+        std::fs::rename(&copy, &path).expect("in its place");
+        let fourth = file(&path);
+        write(&path, NEW).expect("there is room");
+        assert_ne!(file(&path), fourth);
+        assert_eq!(read(&path).expect("it is there"), NEW);
+    }
+
+    #[test]
+    fn a_write_that_fails_leaves_a_file_that_is_not_changed_in_place() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        let mut locked = Locked::open(&path, true).expect("it is there");
+        // One that cannot be written.
+        locked.file = File::open(&path).expect("it is there");
+        let next = Slot { number: 2, record: NEW.to_vec() };
+        assert!(locked.put(&path, 1, &next).is_err());
+        assert!(!locked.is_own(&path));
+        drop(locked);
         assert_eq!(read(&path).expect("it is there"), OLD);
     }
 
@@ -399,7 +518,7 @@ mod tests {
             write(path, &0_u64.to_le_bytes()).expect("there is room");
             scope.spawn(move || {
                 while stopped.try_recv() != Err(std::sync::mpsc::TryRecvError::Disconnected) {
-                    Locked::open(path).and_then(|locked| locked.mirror()).expect("it is there");
+                    Locked::open(path, true).and_then(|locked| locked.mirror(path)).expect("it is there");
                 }
             });
             for round in 1..200_u64 {

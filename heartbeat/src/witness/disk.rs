@@ -99,9 +99,12 @@ impl Disk {
                 .filter(|_| path.extension().is_some_and(|extension| extension == EXTENSION))
                 .and_then(|stem| stem.to_str()?.parse().ok())
                 .ok_or_else(|| strange(&path, "its name is not that of a record"))?;
-            let record = match slots::read(&path) {
+            let record = match slots::adopt(&path) {
                 Ok(bytes) => disk.parse(vm, &bytes),
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error.to_string()),
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => match disk.take_over(vm, &path) {
+                    Some(taken) => Ok(taken.map_err(at(&path))?),
+                    None => Err(error.to_string()),
+                },
                 Err(error) => return Err(at(&path)(error)),
             };
             found.push((vm, record.map_err(|what| format!("{}: {what}", path.display()))));
@@ -118,6 +121,13 @@ impl Disk {
     /// restart will find.
     pub(crate) fn write(&self, vm: VmId, record: Record) -> io::Result<()> {
         slots::write(&self.dir.join(format!("{vm}.{EXTENSION}")), &file(vm, record))
+    }
+
+    /// Takes over what an older program left: the record alone. `None`: it is not that.
+    fn take_over(&self, vm: VmId, path: &Path) -> Option<io::Result<Record>> {
+        let bytes = std::fs::read(path).ok()?;
+        let record = self.parse(vm, &bytes).ok()?;
+        Some(slots::replace(path, &bytes).map(|()| record))
     }
 
     fn parse(&self, vm: VmId, bytes: &[u8]) -> Result<Record, String> {
@@ -200,6 +210,13 @@ mod tests {
         let (again, found) = Disk::open(dir.path()).expect("open again");
         assert_eq!(again.store(), disk.store());
         assert_eq!(found, vec![(VM, Ok(record(disk.store())))]);
+        // As an older program kept it.
+        std::fs::write(file(dir.path()), super::file(VM, record(disk.store()))).expect("room");
+        for _ in 0..2 {
+            let (_, found) = Disk::open(dir.path()).expect("open again");
+            assert_eq!(found, vec![(VM, Ok(record(disk.store())))]);
+            assert_eq!(slots::read(&file(dir.path())).expect("taken over"), super::file(VM, record(disk.store())));
+        }
     }
 
     #[test]

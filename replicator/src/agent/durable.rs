@@ -4,6 +4,7 @@
 //! generation seen, and the mark "activating this generation at this epoch". And what a later life of the agent needs to take up
 //! its work: how the VM is to be protected, and which process is its guest here.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -20,6 +21,8 @@ const SESSION_NUMBERS: u64 = 1_000_000_000_000;
 
 /// Of their names.
 const EXTENSION: &str = "state";
+/// Of files that an older program left: the text alone.
+const EXTENSION_BEFORE: &str = "toml";
 
 /// Where a session's numbers begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -207,11 +210,10 @@ impl Durable {
     /// # Errors
     /// As [`Durable::open`].
     pub(super) fn find(state_dir: &Path, name: &str) -> io::Result<Option<Self>> {
-        if Self::path(state_dir, name).try_exists()? {
-            // Not used: the file has an identity.
-            return Self::open(state_dir, name, VmId::default()).map(Some);
+        match Self::adopt(Self::path(state_dir, name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            found => found.map(Some),
         }
-        Ok(None)
     }
 
     fn path(state_dir: &Path, name: &str) -> PathBuf {
@@ -224,46 +226,56 @@ impl Durable {
     /// If the file cannot be read, written or understood. It is never taken for absent then.
     pub(super) fn open(state_dir: &Path, name: &str, fresh: VmId) -> io::Result<Self> {
         files::make_dir(&state_dir.join("vms"))?;
-        let path = Self::path(state_dir, name);
-        match Self::read(path.clone()) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let text = Text::fresh(fresh, name.to_owned());
-                slots::write(&path, &bytes(&text)?)?;
-                Ok(Self { path, text, vm: fresh, failed: false })
-            }
-            read => read,
+        if let Some(found) = Self::find(state_dir, name)? {
+            return Ok(found);
         }
+        let (path, text) = (Self::path(state_dir, name), Text::fresh(fresh, name.to_owned()));
+        slots::write(&path, &bytes(&text)?)?;
+        Ok(Self { path, text, vm: fresh, failed: false })
     }
 
     /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected.
     pub(super) fn with_parts(state_dir: &Path) -> Vec<Self> {
-        let mut all = Self::all(state_dir);
+        let mut all = all(state_dir, Self::adopt).vms;
         all.retain(|durable| durable.text.guest.is_some() || durable.text.protection.is_some());
         all
     }
 
-    /// Every VM that is remembered. What cannot be read is said in the log and left.
-    pub(super) fn all(state_dir: &Path) -> Vec<Self> {
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.extension().is_none_or(|extension| extension != EXTENSION) {
-                continue;
-            }
-            match Self::read(path.clone()) {
-                Ok(durable) => found.push(durable),
-                Err(error) => {
-                    tracing::error!(path = %path.display(), %error, "what this host remembers of a VM cannot be used");
-                }
-            }
-        }
-        found
+    /// Every VM that is remembered, to look at: it may not be on the disk as it is read.
+    pub(super) fn all(state_dir: &Path) -> Known {
+        all(state_dir, Self::look)
     }
 
-    fn read(path: PathBuf) -> io::Result<Self> {
+    /// What is remembered, on the disk.
+    fn adopt(path: PathBuf) -> io::Result<Self> {
+        let text = match slots::adopt(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let before = path.with_extension(EXTENSION_BEFORE);
+                let text = std::fs::read(&before)?;
+                Self::parse(path.clone(), text.clone())?;
+                slots::replace(&path, &text)?;
+                files::remove(&before)?;
+                text
+            }
+            adopted => adopted?,
+        };
+        Self::parse(path, text)
+    }
+
+    fn look(path: PathBuf) -> io::Result<Self> {
+        let text = match slots::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                std::fs::read(path.with_extension(EXTENSION_BEFORE))?
+            }
+            read => read?,
+        };
+        Self::parse(path, text)
+    }
+
+    fn parse(path: PathBuf, text: Vec<u8>) -> io::Result<Self> {
         let invalid =
             |error: Box<dyn std::error::Error + Send + Sync>| io::Error::new(io::ErrorKind::InvalidData, error);
-        let text = String::from_utf8(slots::read(&path)?).map_err(|error| invalid(error.into()))?;
+        let text = String::from_utf8(text).map_err(|error| invalid(error.into()))?;
         let text: Text = toml::from_str(&text).map_err(|error| invalid(error.into()))?;
         let vm = text.vm.parse().map_err(|error: heartbeat_core::ids::ParseIdError| invalid(error.into()))?;
         Ok(Self { path, text, vm, failed: false })
@@ -410,7 +422,7 @@ impl Durable {
 
     /// Whether nobody else has written it since.
     pub(super) fn is_unchanged(&self) -> io::Result<bool> {
-        Ok(Self::read(self.path.clone())?.text == self.text)
+        Ok(Self::look(self.path.clone())?.text == self.text)
     }
 
     /// Whether it must not be started here unasked.
@@ -476,6 +488,43 @@ impl Durable {
         let first = (self.text.sessions - 1) * SESSION_NUMBERS + 1;
         Ok(Numbers { first_epoch: first, first_request: first })
     }
+}
+
+/// What a host remembers of its VMs.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// Those of which it can be read.
+    pub(super) vms: Vec<Durable>,
+    /// The names, as [`escape`] writes them, of those of which it cannot be: nobody knows what their images are, or whose they are.
+    unreadable: BTreeSet<String>,
+}
+
+impl Known {
+    /// A VM of which what is remembered cannot be used, and that who asks for a VM of this name, or for images, may mean.
+    pub(super) fn unusable(&self, vm: Option<&str>, images: bool) -> Option<&str> {
+        let named = vm.and_then(|vm| self.unreadable.get(&escape(vm)));
+        named.or_else(|| self.unreadable.first().filter(|_| images)).map(String::as_str)
+    }
+}
+
+/// All that is remembered, read by `by`. What cannot be read is said in the log and left.
+fn all(state_dir: &Path, by: impl Fn(PathBuf) -> io::Result<Durable>) -> Known {
+    let entries = std::fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let remembered = |path: &PathBuf| {
+        path.extension().is_some_and(|extension| extension == EXTENSION || extension == EXTENSION_BEFORE)
+    };
+    let paths: BTreeSet<PathBuf> = entries.filter(remembered).map(|path| path.with_extension(EXTENSION)).collect();
+    let mut known = Known::default();
+    for path in paths {
+        match by(path.clone()) {
+            Ok(durable) => known.vms.push(durable),
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "what this host remembers of a VM cannot be used");
+                known.unreadable.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
+            }
+        }
+    }
+    known
 }
 
 fn bytes(text: &Text) -> io::Result<Vec<u8>> {
@@ -557,11 +606,41 @@ mod tests {
     }
 
     #[test]
+    fn what_an_older_program_remembered_is_taken_over() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let vms = dir.path().join("vms");
+        let mut memory = Durable::open(dir.path(), "a.b", VmId([1; 16])).expect("opens");
+        memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).expect("writes");
+        let text = toml::to_string(&memory.text).expect("plain data");
+        std::fs::remove_file(&memory.path).expect("it is there");
+        let before = vms.join("a%2eb.toml");
+        std::fs::write(&before, &text).expect("room");
+        let all = Durable::all(dir.path());
+        assert_eq!(all.vms.iter().map(|vm| vm.text.clone()).collect::<Vec<_>>(), [memory.text.clone()]);
+        assert!(before.exists(), "who looks changes nothing");
+        let found = Durable::find(dir.path(), "a.b").expect("reads").expect("is there");
+        assert_eq!(found.text, memory.text);
+        assert!(!before.exists() && memory.path.exists());
+        // What is newer counts.
+        std::fs::write(&before, text.replace("generation = 4", "generation = 2")).expect("room");
+        assert_eq!(Durable::find(dir.path(), "a.b").expect("reads").map(|found| found.generation()), Some(4));
+        assert_eq!(Durable::all(dir.path()).vms.len(), 1);
+    }
+
+    #[test]
     fn a_damaged_file_is_never_taken_for_absent() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens"));
         std::fs::write(dir.path().join("vms/a.state"), "generation = 1").expect("damage");
         assert!(Durable::open(dir.path(), "a", VmId([1; 16])).is_err());
+        assert!(Durable::find(dir.path(), "a").is_err());
+        let all = Durable::all(dir.path());
+        assert!(all.vms.is_empty());
+        assert_eq!(
+            [(Some("a"), false), (None, true), (Some("b"), true)].map(|(vm, images)| all.unusable(vm, images)),
+            [Some("a"); 3]
+        );
+        assert_eq!(all.unusable(Some("b"), false), None, "that one was not asked for");
     }
 
     #[test]

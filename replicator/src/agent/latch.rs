@@ -103,7 +103,10 @@ fn held_of(durable: &Durable, here: bool, ours: bool) -> Vec<ImageFile> {
 /// Why a VM that is known on this host must not be started while no agent can be asked; `None` if none of this is known.
 pub(crate) fn without_agent(state_dir: &Path, request: &MayStartRequest) -> Option<String> {
     let all = Durable::all(state_dir);
-    let durable = all.iter().find(|durable| concerns(durable, request))?;
+    if let Some(vm) = all.unusable(request.vm.as_deref(), !request.images.is_empty()) {
+        return Some(unreadable(vm));
+    }
+    let durable = all.vms.iter().find(|durable| concerns(durable, request))?;
     let stale = request.images.iter().any(|image| is_among(image, durable.former()));
     let known = durable.is_latched() || durable.protection().is_some() || stale;
     known.then(|| {
@@ -112,6 +115,13 @@ pub(crate) fn without_agent(state_dir: &Path, request: &MayStartRequest) -> Opti
             durable.name()
         )
     })
+}
+
+/// What is said if it may be about a VM of which nothing can be read.
+fn unreadable(vm: &str) -> String {
+    format!(
+        "what this host remembers of {vm} cannot be used, so it is not known whose it is, nor from which disks it ran; repair the state directory, then ask again"
+    )
 }
 
 /// Whether a question is about this VM.
@@ -220,7 +230,7 @@ impl Agent {
     /// `asked` for. Returns the latched VMs with images of which nothing runs here and that nobody sees to.
     fn hold_all(&self, asked: Option<&BTreeSet<String>>) -> Vec<String> {
         let (mut wanted, mut unsettled) = (BTreeMap::new(), Vec::new());
-        for durable in Durable::all(&self.config.state_dir) {
+        for durable in Durable::all(&self.config.state_dir).vms {
             let name = durable.name().to_owned();
             let here = durable.guest().is_some_and(|at| !self.is_gone(at));
             let task = self.task_of(&name);
@@ -295,10 +305,14 @@ impl Agent {
         }
         let (state_dir, about) = (self.config.state_dir.clone(), request.clone());
         let known = blocking(move || {
-            let all = Durable::all(&state_dir).into_iter();
-            all.filter(|durable| concerns(durable, &about)).map(|durable| durable.name().to_owned()).collect::<Vec<_>>()
+            let all = Durable::all(&state_dir);
+            if let Some(vm) = all.unusable(about.vm.as_deref(), !about.images.is_empty()) {
+                return Err(ErrorBody::new(ErrorKind::Failed, unreadable(vm)));
+            }
+            let meant = all.vms.iter().filter(|durable| concerns(durable, &about));
+            Ok(meant.map(|durable| durable.name().to_owned()).collect::<Vec<_>>())
         })
-        .await?;
+        .await??;
         let mut reason = "no VM that was ever protected here is meant".to_owned();
         for name in known {
             reason = self.one_may_be_started(&name, &request).await?;
