@@ -1,7 +1,7 @@
 //! Dirty pages by KVM's bitmap or by its rings, joined with what the VMM itself wrote.
 //!
 //! With manual protection (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`) reading the log changes nothing, and a harvest takes two system calls:
-//! a page is in the harvest before its mark is cleared. Marks of pages that are written again and again are not cleared each time ([`super::hot`]). A harvest of rings takes three (one, and a mask of signals around it), and as long as there are dirty pages, not pages.
+//! a page is in the harvest before its mark is cleared. Marks of pages that are written again and again are not cleared each time ([`super::hot`]). A harvest of rings takes five (one, with signals blocked and waits counted around it), and as long as there are dirty pages, not pages.
 
 use std::sync::Arc;
 

@@ -220,17 +220,17 @@ fn waits() -> i64 {
 /// Does `call` while no signal is delivered to this thread that can be blocked: they come afterwards. Whether the thread stood meanwhile, as one does that
 /// is stopped by one that cannot.
 fn unsignalled<R>(call: impl FnOnce() -> R) -> (R, bool) {
-    // SAFETY: any bytes are a set of signals; the first call fills it.
-    let (mut all, mut before): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
-    // SAFETY: writes one set.
-    unsafe { libc::sigfillset(&raw mut all) };
-    // SAFETY: reads one set and writes one; the mask is this thread's alone, and is put back below.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+    let (all, mut before) = (u64::MAX, 0_u64);
+    // Not by the C library, which leaves out those that it uses itself.
+    let set = |mask: *const u64, before: *mut u64| {
+        // SAFETY: reads one set of 64 signals and writes one, where there is one; the mask is this thread's alone.
+        unsafe { libc::syscall(libc::SYS_rt_sigprocmask, libc::SIG_SETMASK, mask, before, size_of::<u64>()) }
+    };
+    set(&raw const all, &raw mut before);
     let before_it = waits();
     let result = call();
     let waited = waits() != before_it;
-    // SAFETY: reads the set that was written above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    set(&raw const before, std::ptr::null_mut());
     (result, waited)
 }
 

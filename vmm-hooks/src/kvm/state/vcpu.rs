@@ -29,8 +29,13 @@ const FRESH: Duration = Duration::from_millis(100);
 const TSC: u32 = 0x10;
 /// Many seconds of any processor.
 const ELSEWHERE: u64 = 1 << 38;
-/// `IA32_EFER.SCE`: there is a `SYSCALL`.
+/// `IA32_EFER.SCE`: there is a `SYSCALL`; `.LMA`: it is in long mode.
 const SYSCALL: u64 = 1;
+const LONG_MODE: u64 = 1 << 10;
+/// `CR0.PE`.
+const PROTECTED_MODE: u64 = 1;
+/// `CR4.CET`: there is a shadow stack, which has registers of its own.
+const SHADOW_STACKS: u64 = 1 << 23;
 /// `IA32_SYSENTER_CS`: with none there is no `SYSENTER`.
 const SYSENTER_CS: u32 = 0x174;
 
@@ -62,7 +67,8 @@ struct Settled {
 /// Whether a guest that is at CPL 3 with these registers stays there, whatever it does: it has no interrupt or exception that is delivered, no gate or
 /// segment that it could load, and no fast system call. (Intel SDM volume 3A, chapters "Protection" and "Interrupt and Exception Handling".)
 fn stays_at_user_level(sregs: &kvm_sregs, msrs: &[kvm_msr_entry]) -> bool {
-    let at_user_level = sregs.ss.dpl == 3 && sregs.cs.selector & 3 == 3;
+    let protects = sregs.cr0 & PROTECTED_MODE != 0 && sregs.efer & LONG_MODE != 0 && sregs.cr4 & SHADOW_STACKS == 0;
+    let at_user_level = protects && sregs.ss.dpl == 3 && sregs.cs.selector & 3 == 3;
     let no_tables = sregs.idt.limit == 0 && sregs.gdt.limit == 0 && sregs.ldt.unusable != 0;
     let sysenter = msrs.iter().find(|msr| msr.index == SYSENTER_CS);
     let no_calls = sregs.efer & SYSCALL == 0 && sysenter.is_some_and(|msr| msr.data & 0xfffc == 0);
@@ -126,16 +132,9 @@ pub(in crate::kvm) fn save(
 fn read(vcpu: &Vcpu, room: &mut Room, number: u64, chips: bool, into: &mut Writer<'_>) -> Result<(), StateError> {
     let fd = vcpu.fd();
     let named = |what| move |error| StateError::Vcpu { vcpu: number, source: failed(what)(error) };
-    let settled = match room.settled {
-        Some(settled) => settled,
-        None => Settled {
-            mp_state: fd.get_mp_state().map_err(named("read a vCPU's activity"))?,
-            xcrs: fd.get_xcrs().map_err(named("read a vCPU's extended control registers"))?,
-            debug: fd.get_debug_regs().map_err(named("read a vCPU's debug registers"))?,
-        },
-    };
-    into.structure(Tag::MpState, &settled.mp_state);
     let left_with = vcpu.left_with().filter(|_| room.ran && !chips);
+    // It may take in events that others show, of a local APIC: without one it is asked later, or not at all.
+    let mut mp_state = if chips { Some(fd.get_mp_state().map_err(named("read a vCPU's activity"))?) } else { None };
     let (regs, sregs) = match &left_with {
         Some(left) => (left.regs, left.sregs),
         None => (
@@ -143,6 +142,19 @@ fn read(vcpu: &Vcpu, room: &mut Room, number: u64, chips: bool, into: &mut Write
             fd.get_sregs().map_err(named("read a vCPU's system registers"))?,
         ),
     };
+    room.settled = room.settled.filter(|_| stays_at_user_level(&sregs, room.msrs.as_slice()));
+    let settled = match room.settled {
+        Some(settled) => settled,
+        None => Settled {
+            mp_state: match mp_state.take() {
+                Some(mp_state) => mp_state,
+                None => fd.get_mp_state().map_err(named("read a vCPU's activity"))?,
+            },
+            xcrs: fd.get_xcrs().map_err(named("read a vCPU's extended control registers"))?,
+            debug: fd.get_debug_regs().map_err(named("read a vCPU's debug registers"))?,
+        },
+    };
+    into.structure(Tag::MpState, &settled.mp_state);
     into.structure(Tag::Regs, &regs);
     into.structure(Tag::Sregs, &sregs);
     into.structure(Tag::Xcrs, &settled.xcrs);
@@ -327,12 +339,15 @@ mod tests {
     #[test]
     fn a_guest_that_may_come_to_another_level_is_asked_everything() {
         let mut sregs = kvm_sregs::default();
-        (sregs.ss.dpl, sregs.cs.selector, sregs.ldt.unusable, sregs.efer) = (3, 0xb, 1, 0x500);
+        (sregs.ss.dpl, sregs.cs.selector, sregs.ldt.unusable, sregs.efer, sregs.cr0) = (3, 0xb, 1, 0x500, 0x8000_0033);
         let sysenter = |data| [kvm_msr_entry { index: SYSENTER_CS, data, ..Default::default() }];
         assert!(stays_at_user_level(&sregs, &sysenter(0)));
         assert!(!stays_at_user_level(&sregs, &sysenter(8)) && !stays_at_user_level(&sregs, &[]));
         type Change = fn(&mut kvm_sregs);
-        let changes: [Change; 6] = [
+        let changes: [Change; 9] = [
+            |sregs| sregs.cr0 &= !PROTECTED_MODE,
+            |sregs| sregs.efer &= !LONG_MODE,
+            |sregs| sregs.cr4 |= SHADOW_STACKS,
             |sregs| sregs.ss.dpl = 0,
             |sregs| sregs.cs.selector = 8,
             |sregs| sregs.idt.limit = 0xfff,
@@ -395,8 +410,12 @@ mod tests {
                 let mut msrs = said.msrs.clone();
                 fd.get_msrs(&mut msrs).expect("it stands");
                 for (said, is) in said.msrs.as_slice().iter().zip(msrs.as_slice()) {
-                    // The clock goes on.
-                    let same = if is.index == TSC { said.data < is.data } else { said.data == is.data };
+                    // The clock goes on, and so do the two of Hyper-V that KVM counts by itself.
+                    let same = match is.index {
+                        TSC => said.data < is.data,
+                        0x4000_0010 | 0x4000_0020 => true,
+                        _ => said.data == is.data,
+                    };
                     assert!(same, "register {:#x}: {:#x}, it is {:#x}", is.index, said.data, is.data);
                 }
                 let settled = slot.room.lock().expect("nobody panics").settled;
