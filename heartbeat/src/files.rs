@@ -31,20 +31,20 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     File::open(dir)?.sync_all()
 }
 
-/// Replaces `path` by `bytes` (mode 0600); durable when it returns.
+/// Replaces `path` by `bytes` (mode 0600); durable when it returns. The file that is there now.
 ///
 /// One writer at a time per `path`: the caller sees to that.
 ///
 /// # Errors
 /// The system's reason; `path` is as it was then, or already new. After an error of the last sync nobody knows which of them a power loss would leave.
-pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let (temporary, dir) = neighbours(path)?;
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    drop(file);
     std::fs::rename(&temporary, path)?;
-    sync_dir(&dir)
+    sync_dir(&dir)?;
+    Ok(file)
 }
 
 /// Removes `path`; durable when it returns. A file that is not there is no error.

@@ -30,6 +30,8 @@ const MAGIC: &str = "UNDERSTUDY SLOT 1 ";
 const BLOCK: usize = 4096;
 /// Most bytes of a record.
 const RECORD_MAX: usize = 1 << 20;
+/// When that is tried again which could not be done.
+const AGAIN: Duration = Duration::from_secs(5);
 /// How long after a record the other slot gets it: what follows at once takes the turn instead, and its sync is not waited for behind this one's.
 const REST: Duration = Duration::from_millis(100);
 
@@ -94,10 +96,16 @@ fn inode(of: &std::fs::Metadata) -> Inode {
     (of.dev(), of.ino())
 }
 
-/// The files that this process made, and that nothing was seen to go wrong with since.
-fn own() -> MutexGuard<'static, BTreeMap<PathBuf, Inode>> {
-    static OWN: Mutex<BTreeMap<PathBuf, Inode>> = Mutex::new(BTreeMap::new());
+/// The files that this process made, and that nothing was seen to go wrong with since, with the number of the record that each has.
+fn own() -> MutexGuard<'static, BTreeMap<PathBuf, (Inode, u64)>> {
+    static OWN: Mutex<BTreeMap<PathBuf, (Inode, u64)>> = Mutex::new(BTreeMap::new());
     OWN.lock().expect("nobody panics while it looks")
+}
+
+/// To be held by who makes a file where there is none, and so none that could be locked.
+fn making() -> MutexGuard<'static, ()> {
+    static MAKING: Mutex<()> = Mutex::new(());
+    MAKING.lock().expect("nobody panics while it makes a file")
 }
 
 /// A file that nobody writes meanwhile.
@@ -107,6 +115,8 @@ struct Locked {
     /// Bytes of a slot; zero if it is no file of slots.
     length: usize,
     slots: [Option<Slot>; 2],
+    /// Of a file of this process: the number of the record that it has.
+    known: Option<u64>,
 }
 
 impl Locked {
@@ -129,7 +139,7 @@ impl Locked {
         let bytes = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
         let length = bytes / 2;
         if length == 0 || bytes % 2 != 0 || !length.is_multiple_of(BLOCK) || length > room_for(RECORD_MAX) {
-            return Ok(Self { file, inode, length: 0, slots: [None, None] });
+            return Ok(Self { file, inode, length: 0, slots: [None, None], known: None });
         }
         let slot = |place: usize| {
             let mut bytes = vec![0; length];
@@ -141,16 +151,25 @@ impl Locked {
             }
         };
         let slots = [slot(0)?, slot(1)?];
-        Ok(Self { file, inode, length, slots })
+        let known = own().get(path).filter(|(own, _)| *own == inode).map(|&(_, number)| number);
+        Ok(Self { file, inode, length, slots, known })
     }
 
     /// Whether it may be changed in place.
     fn is_own(&self, path: &Path) -> bool {
-        own().get(path) == Some(&self.inode)
+        own().get(path).is_some_and(|(own, _)| *own == self.inode)
     }
 
     /// The newest record, and which slot has it.
     fn newest(&self) -> io::Result<(usize, &Slot)> {
+        let (place, newest) = self.newest_there()?;
+        if self.known.is_some_and(|known| newest.number < known) {
+            return Err(damaged("the record that was written last is not there any more"));
+        }
+        Ok((place, newest))
+    }
+
+    fn newest_there(&self) -> io::Result<(usize, &Slot)> {
         match &self.slots {
             [Some(first), Some(second)] if first == second => Ok((0, first)),
             [Some(first), Some(second)] if first.number == second.number.wrapping_add(1) => Ok((0, first)),
@@ -168,7 +187,11 @@ impl Locked {
         let put = self.file.write_all_at(&slot.bytes(self.length), (place * self.length) as u64);
         put.and_then(|()| self.file.sync_data()).inspect_err(|_| {
             own().remove(path);
-        })
+        })?;
+        if let Some((_, number)) = own().get_mut(path) {
+            *number = slot.number;
+        }
+        Ok(())
     }
 
     /// Gives both slots the newest record.
@@ -196,13 +219,23 @@ pub fn adopt(path: &Path) -> io::Result<Vec<u8>> {
         opened => opened?,
     };
     let newest = locked.newest()?.1;
-    if !locked.is_own(path) {
-        if locked.slots.contains(&None) {
-            tracing::warn!(path = %path.display(), "one of two copies of a record is not whole, as when the power went while it was written; both are made anew from the other");
-        }
-        make(path, newest)?;
+    if locked.is_own(path) {
+        return Ok(newest.record.clone());
     }
-    Ok(newest.record.clone())
+    if locked.slots.contains(&None) {
+        tracing::warn!(path = %path.display(), "one of two copies of a record is not whole, as when the power went while it was written; both are made anew from the other");
+    }
+    match make(path, newest) {
+        Err(error) if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            // Without room for a new file: what is not on the disk yet is brought there, and read from there.
+            locked.file.sync_all()?;
+            rustix::fs::fadvise(&locked.file, 0, None, rustix::fs::Advice::DontNeed)?;
+            let record = newest.record.clone();
+            drop(locked);
+            if read(path)? == record { Ok(record) } else { Err(error) }
+        }
+        made => made.map(|()| newest.record.clone()),
+    }
 }
 
 /// Makes `record` the one at `path`, whose directory must exist; durable when it returns.
@@ -212,10 +245,7 @@ pub fn adopt(path: &Path) -> io::Result<Vec<u8>> {
 /// # Errors
 /// The system's reason, or as [`read`]. Nobody knows then which record a reader would find: before anything else is relied upon, [`replace`] or [`adopt`] it.
 pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
-    let locked = match Locked::open(path, true) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return make(path, &Slot::first(record)),
-        opened => opened?,
-    };
+    let Some(locked) = open_or_make(path, record)? else { return Ok(()) };
     let (place, newest) = locked.newest()?;
     let next = Slot { number: newest.number.wrapping_add(1), record: record.to_vec() };
     if !locked.is_own(path) || HEADER.len() + record.len() > locked.length {
@@ -232,12 +262,24 @@ pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
 /// # Errors
 /// The system's; a record of more than a megabyte.
 pub fn replace(path: &Path, record: &[u8]) -> io::Result<()> {
+    match open_or_make(path, record)? {
+        Some(_locked) => make(path, &Slot::first(record)),
+        None => Ok(()),
+    }
+}
+
+/// The file, or `None` if there was none and one was made with this record.
+fn open_or_make(path: &Path, record: &[u8]) -> io::Result<Option<Locked>> {
+    let absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
     match Locked::open(path, true) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => make(path, &Slot::first(record)),
-        opened => {
-            let _locked = opened?;
-            make(path, &Slot::first(record))
+        Err(error) if absent(&error) => {
+            let _making = making();
+            match Locked::open(path, true) {
+                Err(error) if absent(&error) => make(path, &Slot::first(record)).map(|()| None),
+                opened => opened.map(Some),
+            }
         }
+        opened => opened.map(Some),
     }
 }
 
@@ -247,8 +289,9 @@ fn make(path: &Path, slot: &Slot) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::FileTooLarge, "a record is at most a megabyte"));
     }
     own().remove(path);
-    files::replace(path, &slot.bytes(room_for(slot.record.len())).repeat(2))?;
-    own().insert(path.to_path_buf(), inode(&std::fs::metadata(path)?));
+    let file = files::replace(path, &slot.bytes(room_for(slot.record.len())).repeat(2))?;
+    let made = inode(&file.metadata()?);
+    own().insert(path.to_path_buf(), (made, slot.number));
     Ok(())
 }
 
@@ -272,20 +315,38 @@ fn later(path: &Path) {
 }
 
 fn mirror_all(paths: &Receiver<PathBuf>) {
-    while let Ok(first) = paths.recv() {
-        std::thread::sleep(REST);
-        let mut all = BTreeSet::from([first]);
-        all.extend(paths.try_iter());
-        for path in all {
-            match Locked::open(&path, true)
-                .and_then(|locked| if locked.is_own(&path) { locked.mirror(&path) } else { Ok(()) })
-            {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %path.display(), %error, "the second copy of a record could not be written; the record is on the disk, and the next one is a new file");
-                }
-                _ => {}
-            }
+    let mut waiting = BTreeSet::new();
+    loop {
+        let next = if waiting.is_empty() { paths.recv().ok() } else { paths.recv_timeout(AGAIN).ok() };
+        if next.is_some() {
+            std::thread::sleep(REST);
+        } else if waiting.is_empty() {
+            return;
         }
+        waiting.extend(next.into_iter().chain(paths.try_iter()));
+        waiting.retain(|path| !has_two(path));
+    }
+}
+
+/// Makes the second copy of a record; whether there are two, or none is needed.
+fn has_two(path: &Path) -> bool {
+    let mirrored = Locked::open(path, true)
+        .and_then(|locked| if locked.is_own(path) { locked.mirror(path).map(|()| true) } else { Ok(false) });
+    let done = match mirrored {
+        Ok(true) => Ok(()),
+        // Nobody knows what its disk has: a new file has both.
+        Ok(false) => adopt(path).map(drop),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "the second copy of a record could not be written; the record is on the disk, and its file is made anew");
+            adopt(path).map(drop)
+        }
+    };
+    match done {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::debug!(path = %path.display(), %error, "a record has one copy");
+            false
+        }
+        _ => true,
     }
 }
 
@@ -507,6 +568,38 @@ mod tests {
         assert!(!locked.is_own(&path));
         drop(locked);
         assert_eq!(read(&path).expect("it is there"), OLD);
+    }
+
+    #[test]
+    fn the_record_that_was_written_last_is_not_forgotten_for_the_one_before() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        let before = std::fs::read(&path).expect("it is there");
+        let after = put(&path, NEW);
+        let half = before.len() / 2;
+        // The slot that has it is spoiled before the other one gets it: for a new life that looks like one that was cut off.
+        let first = Slot::read(&after[..half]).is_some_and(|slot| slot.record == NEW);
+        let spoiled =
+            if first { [&[0; BLOCK], &after[half..]].concat() } else { [&after[..half], &[0; BLOCK]].concat() };
+        std::fs::write(&path, &spoiled).expect("in place");
+        for result in [read(&path).map(drop), adopt(&path).map(drop), write(&path, b"more")] {
+            assert_eq!(result.expect_err("it is known that there was one").kind(), io::ErrorKind::InvalidData);
+        }
+        assert_eq!(found(&spoiled).expect("nobody knows of it"), OLD);
+        replace(&path, NEW).expect("there is room");
+        assert_eq!(read(&path).expect("it is there"), NEW);
+    }
+
+    #[test]
+    fn of_many_that_make_the_same_file_each_is_answered_for() {
+        let (_dir, path) = path();
+        let all: BTreeSet<Vec<u8>> = (0..8_u8).map(|number| vec![number; 100]).collect();
+        std::thread::scope(|scope| {
+            for record in &all {
+                scope.spawn(|| write(&path, record).expect("there is room"));
+            }
+        });
+        assert!(all.contains(&read(&path).expect("it is there")));
     }
 
     #[test]

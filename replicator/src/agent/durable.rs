@@ -19,10 +19,8 @@ use super::protection::Protection;
 /// Numbers of two sessions of a VM differ by this much: more epochs than a session can use in thirty years.
 const SESSION_NUMBERS: u64 = 1_000_000_000_000;
 
-/// Of their names.
-const EXTENSION: &str = "state";
-/// Of files that an older program left: the text alone.
-const EXTENSION_BEFORE: &str = "toml";
+/// Of their names. In files that an older program left, the text is all there is.
+const EXTENSION: &str = "toml";
 
 /// Where a session's numbers begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -236,25 +234,28 @@ impl Durable {
 
     /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected.
     pub(super) fn with_parts(state_dir: &Path) -> Vec<Self> {
-        let mut all = all(state_dir, Self::adopt).vms;
+        let known = all(state_dir, Self::adopt).inspect_err(|error| {
+            tracing::error!(%error, "what this host remembers of its VMs cannot be read: none of them is taken up");
+        });
+        let mut all = known.unwrap_or_default().vms;
         all.retain(|durable| durable.text.guest.is_some() || durable.text.protection.is_some());
         all
     }
 
     /// Every VM that is remembered, to look at: it may not be on the disk as it is read.
-    pub(super) fn all(state_dir: &Path) -> Known {
+    ///
+    /// # Errors
+    /// If it is not known which there are.
+    pub(super) fn all(state_dir: &Path) -> io::Result<Known> {
         all(state_dir, Self::look)
     }
 
     /// What is remembered, on the disk.
     fn adopt(path: PathBuf) -> io::Result<Self> {
         let text = match slots::adopt(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let before = path.with_extension(EXTENSION_BEFORE);
-                let text = std::fs::read(&before)?;
-                Self::parse(path.clone(), text.clone())?;
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                let text = Self::older(&path).ok_or(error)?;
                 slots::replace(&path, &text)?;
-                files::remove(&before)?;
                 text
             }
             adopted => adopted?,
@@ -264,12 +265,16 @@ impl Durable {
 
     fn look(path: PathBuf) -> io::Result<Self> {
         let text = match slots::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                std::fs::read(path.with_extension(EXTENSION_BEFORE))?
-            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Self::older(&path).ok_or(error)?,
             read => read?,
         };
         Self::parse(path, text)
+    }
+
+    /// What an older program left there, if it is that.
+    fn older(path: &Path) -> Option<Vec<u8>> {
+        let text = std::fs::read(path).ok()?;
+        Self::parse(path.to_owned(), text.clone()).is_ok().then_some(text)
     }
 
     fn parse(path: PathBuf, text: Vec<u8>) -> io::Result<Self> {
@@ -496,7 +501,7 @@ pub(super) struct Known {
     /// Those of which it can be read.
     pub(super) vms: Vec<Durable>,
     /// The names, as [`escape`] writes them, of those of which it cannot be: nobody knows what their images are, or whose they are.
-    unreadable: BTreeSet<String>,
+    pub(super) unreadable: BTreeSet<String>,
 }
 
 impl Known {
@@ -507,15 +512,18 @@ impl Known {
     }
 }
 
-/// All that is remembered, read by `by`. What cannot be read is said in the log and left.
-fn all(state_dir: &Path, by: impl Fn(PathBuf) -> io::Result<Durable>) -> Known {
-    let entries = std::fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten().map(|entry| entry.path());
-    let remembered = |path: &PathBuf| {
-        path.extension().is_some_and(|extension| extension == EXTENSION || extension == EXTENSION_BEFORE)
-    };
-    let paths: BTreeSet<PathBuf> = entries.filter(remembered).map(|path| path.with_extension(EXTENSION)).collect();
+/// All that is remembered, read by `by`. What cannot be read is said in the log and left; an error if it is not known what there is.
+fn all(state_dir: &Path, by: impl Fn(PathBuf) -> io::Result<Durable>) -> io::Result<Known> {
     let mut known = Known::default();
-    for path in paths {
+    let entries = match std::fs::read_dir(state_dir.join("vms")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(known),
+        entries => entries?,
+    };
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != EXTENSION) {
+            continue;
+        }
         match by(path.clone()) {
             Ok(durable) => known.vms.push(durable),
             Err(error) => {
@@ -524,7 +532,7 @@ fn all(state_dir: &Path, by: impl Fn(PathBuf) -> io::Result<Durable>) -> Known {
             }
         }
     }
-    known
+    Ok(known)
 }
 
 fn bytes(text: &Text) -> io::Result<Vec<u8>> {
@@ -608,39 +616,38 @@ mod tests {
     #[test]
     fn what_an_older_program_remembered_is_taken_over() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let vms = dir.path().join("vms");
         let mut memory = Durable::open(dir.path(), "a.b", VmId([1; 16])).expect("opens");
         memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).expect("writes");
         let text = toml::to_string(&memory.text).expect("plain data");
-        std::fs::remove_file(&memory.path).expect("it is there");
-        let before = vms.join("a%2eb.toml");
-        std::fs::write(&before, &text).expect("room");
-        let all = Durable::all(dir.path());
+        std::fs::write(&memory.path, &text).expect("room");
+        let all = Durable::all(dir.path()).expect("reads");
         assert_eq!(all.vms.iter().map(|vm| vm.text.clone()).collect::<Vec<_>>(), [memory.text.clone()]);
-        assert!(before.exists(), "who looks changes nothing");
-        let found = Durable::find(dir.path(), "a.b").expect("reads").expect("is there");
-        assert_eq!(found.text, memory.text);
-        assert!(!before.exists() && memory.path.exists());
-        // What is newer counts.
-        std::fs::write(&before, text.replace("generation = 4", "generation = 2")).expect("room");
-        assert_eq!(Durable::find(dir.path(), "a.b").expect("reads").map(|found| found.generation()), Some(4));
-        assert_eq!(Durable::all(dir.path()).vms.len(), 1);
+        assert_eq!(std::fs::read_to_string(&memory.path).expect("there"), text, "who looks changes nothing");
+        for _ in 0..2 {
+            let found = Durable::find(dir.path(), "a.b").expect("reads").expect("is there");
+            assert_eq!(found.text, memory.text);
+            assert_ne!(std::fs::read_to_string(&memory.path).expect("there"), text, "it is taken over");
+        }
     }
 
     #[test]
     fn a_damaged_file_is_never_taken_for_absent() {
         let dir = tempfile::tempdir().expect("temporary directory");
         drop(Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens"));
-        std::fs::write(dir.path().join("vms/a.state"), "generation = 1").expect("damage");
+        std::fs::write(dir.path().join("vms/a.toml"), "generation = 1").expect("damage");
         assert!(Durable::open(dir.path(), "a", VmId([1; 16])).is_err());
         assert!(Durable::find(dir.path(), "a").is_err());
-        let all = Durable::all(dir.path());
+        let all = Durable::all(dir.path()).expect("the directory can be read");
         assert!(all.vms.is_empty());
         assert_eq!(
             [(Some("a"), false), (None, true), (Some("b"), true)].map(|(vm, images)| all.unusable(vm, images)),
             [Some("a"); 3]
         );
         assert_eq!(all.unusable(Some("b"), false), None, "that one was not asked for");
+        std::fs::remove_dir_all(dir.path().join("vms")).expect("remove");
+        assert!(Durable::all(dir.path()).expect("nothing is there").vms.is_empty());
+        std::fs::write(dir.path().join("vms"), "").expect("room");
+        assert!(Durable::all(dir.path()).is_err(), "what there is, is not known");
     }
 
     #[test]

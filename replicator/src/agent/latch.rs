@@ -56,10 +56,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Latches {
-    /// Holds these images as far as they are there, and no others. Blocks as long as their file systems do.
-    fn hold(&self, wanted: &BTreeMap<PathBuf, Wanted>) {
+    /// Holds these images as far as they are there, and no others, but for what is held already if it is not known what is `wanted` beside these. Blocks as
+    /// long as their file systems do.
+    fn hold(&self, wanted: &BTreeMap<PathBuf, Wanted>, is_all: bool) {
         let mut held = lock(&self.held);
-        held.retain(|path, hold| wanted.contains_key(path) && hold.is_current());
+        held.retain(|path, hold| (wanted.contains_key(path) || !is_all) && hold.is_current());
         lock(&self.released).retain(|_, at| at.elapsed() < LEFT_ALONE);
         lock(&self.in_use).retain(|path, _| wanted.contains_key(path));
         for (path, Wanted { vm, take }) in wanted {
@@ -102,7 +103,10 @@ fn held_of(durable: &Durable, here: bool, ours: bool) -> Vec<ImageFile> {
 
 /// Why a VM that is known on this host must not be started while no agent can be asked; `None` if none of this is known.
 pub(crate) fn without_agent(state_dir: &Path, request: &MayStartRequest) -> Option<String> {
-    let all = Durable::all(state_dir);
+    let all = match Durable::all(state_dir) {
+        Ok(all) => all,
+        Err(error) => return Some(unreadable(&format!("its VMs ({error})"))),
+    };
     if let Some(vm) = all.unusable(request.vm.as_deref(), !request.images.is_empty()) {
         return Some(unreadable(vm));
     }
@@ -230,7 +234,11 @@ impl Agent {
     /// `asked` for. Returns the latched VMs with images of which nothing runs here and that nobody sees to.
     fn hold_all(&self, asked: Option<&BTreeSet<String>>) -> Vec<String> {
         let (mut wanted, mut unsettled) = (BTreeMap::new(), Vec::new());
-        for durable in Durable::all(&self.config.state_dir).vms {
+        let known = Durable::all(&self.config.state_dir).inspect_err(|error| {
+            tracing::error!(%error, "what this host remembers of its VMs cannot be read: no image that is held is let go");
+        });
+        let is_all = known.as_ref().is_ok_and(|known| known.unreadable.is_empty());
+        for durable in known.unwrap_or_default().vms {
             let name = durable.name().to_owned();
             let here = durable.guest().is_some_and(|at| !self.is_gone(at));
             let task = self.task_of(&name);
@@ -248,7 +256,7 @@ impl Agent {
                 unsettled.push(name);
             }
         }
-        self.latches.hold(&wanted);
+        self.latches.hold(&wanted, is_all);
         unsettled
     }
 
@@ -305,9 +313,10 @@ impl Agent {
         }
         let (state_dir, about) = (self.config.state_dir.clone(), request.clone());
         let known = blocking(move || {
-            let all = Durable::all(&state_dir);
+            let failed = |what: &str| ErrorBody::new(ErrorKind::Failed, unreadable(what));
+            let all = Durable::all(&state_dir).map_err(|error| failed("its VMs").because(&error))?;
             if let Some(vm) = all.unusable(about.vm.as_deref(), !about.images.is_empty()) {
-                return Err(ErrorBody::new(ErrorKind::Failed, unreadable(vm)));
+                return Err(failed(vm));
             }
             let meant = all.vms.iter().filter(|durable| concerns(durable, &about));
             Ok(meant.map(|durable| durable.name().to_owned()).collect::<Vec<_>>())
@@ -454,13 +463,13 @@ mod tests {
 
         let latches = Latches::default();
         let wanted = |take| BTreeMap::from([(disk.path.clone(), Wanted { vm: "web-1".to_owned(), take })]);
-        latches.hold(&wanted(false));
+        latches.hold(&wanted(false), true);
         assert!(lock(&latches.held).is_empty(), "whose it is, is asked first");
-        latches.hold(&wanted(true));
-        latches.hold(&wanted(false));
+        latches.hold(&wanted(true), true);
+        latches.hold(&wanted(false), true);
         assert!(lock(&latches.held).contains_key(&disk.path));
         latches.release([disk.path.clone()]);
-        latches.hold(&wanted(true));
+        latches.hold(&wanted(true), true);
         assert!(lock(&latches.held).is_empty(), "what was released is left alone for a while");
     }
 }
