@@ -500,9 +500,14 @@ impl Task {
         }
     }
 
-    /// Whether a suspicion now leads to asking for the VM.
+    /// Whether a suspicion now leads to asking for the VM. That the record names this copy may not have been read, and so not be shown, yet.
     fn acts_alone(&self) -> bool {
-        self.view.status().state == ProtectionState::Protected && !self.core.is_told_to_end()
+        let counted_on = match self.view.status().state {
+            ProtectionState::Protected => true,
+            ProtectionState::Syncing { .. } => self.core.is_bound(),
+            _ => false,
+        };
+        counted_on && !self.core.is_told_to_end()
     }
 
     fn stage(&mut self, staged: Staged) {

@@ -275,15 +275,20 @@ impl View {
         }
     }
 
-    /// The grant was read. It may have been asked for before the peer was heard again: it counts all the same.
+    /// The grant was read. It may have been asked for before the peer was heard again, or by somebody who did not say that a failover begins: it counts all
+    /// the same.
     pub(super) fn granted(&self, generation: u64, epoch: u64) {
         let now = clock::now();
         let mut inner = self.lock();
-        if inner.failing.is_none()
-            && let Some((failing, report)) = inner.ceased.take()
-        {
-            inner.failing = Some(failing);
-            inner.status.failover = Some(report);
+        if inner.failing.is_none() {
+            if let Some((failing, report)) = inner.ceased.take() {
+                inner.failing = Some(failing);
+                inner.status.failover = Some(report);
+            } else {
+                drop(inner);
+                self.failover_began(FailoverCause::Silence, None);
+                inner = self.lock();
+            }
         }
         let Some(failing) = inner.failing.as_mut() else { return };
         failing.granted = Some(now);
@@ -370,24 +375,39 @@ mod tests {
     const ACTIVATION: Activation =
         Activation { load: Duration::from_millis(2), resume: Duration::from_millis(3), relaunched: 0 };
 
-    /// Found by the chaos suite: the copy ran, and its agent called itself a standby and noted no failover.
-    #[test]
-    fn a_grant_that_comes_after_the_peer_was_heard_again_is_a_failover() {
+    /// What is told of a copy that runs after `before` had happened, by the grant 21.
+    fn told_after(before: impl FnOnce(&View)) -> FailoverReport {
         let dir = tempfile::tempdir().expect("a directory");
         let writer = Writer::start().expect("a thread");
         let log = EventLog::new(&writer, dir.path(), "web-1");
         let view = View::new("web-1", VmId([1; 16]), Role::Standby, Metrics::new().vm("web-1"), log);
-        view.failover_began(FailoverCause::Silence, Some(Time(1)));
-        view.failover_ceased();
+        before(&view);
         assert_eq!(view.status().failover, None, "nothing was granted");
         view.granted(21, 119);
         view.activated(ACTIVATION);
         let status = view.status();
         assert_eq!(status.role, Role::Survivor);
-        let report = status.failover.expect("there was one");
-        assert_eq!((report.cause, report.generation, report.epoch), (FailoverCause::Silence, 21, 119));
         writer.catch_up(Duration::from_secs(60));
         let noted = read(dir.path(), "web-1", 9).expect("readable");
         assert!(noted.iter().any(|event| event.kind == EventKind::Failover), "{noted:?}");
+        let report = status.failover.expect("there was one");
+        assert_eq!((report.cause, report.generation, report.epoch), (FailoverCause::Silence, 21, 119));
+        report
+    }
+
+    /// Found by the chaos suite: the copy ran, and its agent called itself a standby and noted no failover.
+    #[test]
+    fn a_grant_that_comes_after_the_peer_was_heard_again_is_a_failover() {
+        let report = told_after(|view| {
+            view.failover_began(FailoverCause::Silence, Some(Time(1)));
+            view.failover_ceased();
+        });
+        assert_eq!(report.last_heard_monotonic_ns, 1);
+    }
+
+    /// Found by the chaos suite: the primary died before its standby had read that it is protected.
+    #[test]
+    fn a_grant_of_which_nobody_said_that_a_failover_begins_is_one() {
+        told_after(|_| {});
     }
 }

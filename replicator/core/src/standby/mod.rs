@@ -518,8 +518,9 @@ impl Standby {
         matches!(self.phase, Phase::Receiving | Phase::Asking { .. })
     }
 
-    /// A whole copy is here that the primary counts on.
-    fn is_bound(&self) -> bool {
+    /// A whole copy is here that the primary counts on: a suspicion may lead to asking for the VM, also before the record was read that names it.
+    #[must_use]
+    pub fn is_bound(&self) -> bool {
         self.binding.is_some_and(|binding| self.acknowledged >= Some(binding))
     }
 
