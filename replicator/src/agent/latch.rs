@@ -468,8 +468,20 @@ mod tests {
         latches.hold(&wanted(true), true);
         latches.hold(&wanted(false), true);
         assert!(lock(&latches.held).contains_key(&disk.path));
+        latches.hold(&BTreeMap::new(), false);
+        assert!(lock(&latches.held).contains_key(&disk.path), "what cannot be read may want it");
         latches.release([disk.path.clone()]);
         latches.hold(&wanted(true), true);
         assert!(lock(&latches.held).is_empty(), "what was released is left alone for a while");
+
+        // Of what cannot be read nobody knows which images it means, nor, if it is all of it, which VMs.
+        std::fs::write(dir.path().join("vms/web-2.toml"), "damage").expect("room");
+        let by_other_name = |name: &str| MayStartRequest { vm: Some(name.to_owned()), ..MayStartRequest::default() };
+        assert!(without_agent(dir.path(), &by_image(&foreign)).is_some());
+        assert!(without_agent(dir.path(), &by_other_name("web-2")).is_some());
+        assert_eq!(without_agent(dir.path(), &by_other_name("web-3")), None);
+        std::fs::remove_dir_all(dir.path().join("vms")).expect("it is there");
+        std::fs::write(dir.path().join("vms"), "").expect("room");
+        assert!(without_agent(dir.path(), &by_other_name("web-3")).is_some());
     }
 }
