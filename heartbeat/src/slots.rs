@@ -240,15 +240,29 @@ pub fn adopt(path: &Path) -> io::Result<Vec<u8>> {
 
 /// Makes `record` the one at `path`, whose directory must exist; durable when it returns.
 ///
-/// One writer at a time per `path`: the caller sees to that.
+/// # Errors
+/// The system's reason, or as [`read`]. Nobody knows then which record a reader would find: before anything else is relied upon, [`renew`] or [`adopt`] it.
+pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
+    update(path, |_| Ok(record.to_vec()))
+}
+
+/// The same with what `next` makes of the record that is there (`None`: there is no file). Nobody else writes it meanwhile.
 ///
 /// # Errors
-/// The system's reason, or as [`read`]. Nobody knows then which record a reader would find: before anything else is relied upon, [`replace`] or [`adopt`] it.
-pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
-    let Some(locked) = open_or_make(path, record)? else { return Ok(()) };
+/// As [`write`]; or what `next` answers, and then nothing is changed.
+pub fn update(path: &Path, next: impl FnOnce(Option<&[u8]>) -> io::Result<Vec<u8>>) -> io::Result<()> {
+    let locked = match Held::open(path)? {
+        Held::Making(_making) => return make(path, &Slot::first(&next(None)?)),
+        Held::File(locked) => locked,
+    };
     let (place, newest) = locked.newest()?;
-    let next = Slot { number: newest.number.wrapping_add(1), record: record.to_vec() };
-    if !locked.is_own(path) || HEADER.len() + record.len() > locked.length {
+    let record = next(Some(&newest.record))?;
+    if record == newest.record && locked.is_own(path) {
+        return Ok(());
+    }
+    let fits = HEADER.len() + record.len() <= locked.length;
+    let next = Slot { number: newest.number.wrapping_add(1), record };
+    if !locked.is_own(path) || !fits {
         return make(path, &next);
     }
     locked.put(path, 1 - place, &next)?;
@@ -257,29 +271,48 @@ pub fn write(path: &Path, record: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// The same by a new file, whatever is there.
+/// Makes a new file, whatever is there, with what `record` makes of the record that is (`None`: none can be read).
+///
+/// # Errors
+/// The system's; a record of more than a megabyte; or what `record` answers, and then nothing is changed.
+pub fn renew(path: &Path, record: impl FnOnce(Option<&[u8]>) -> io::Result<Vec<u8>>) -> io::Result<()> {
+    // Held until the new file is there.
+    let held = Held::open(path)?;
+    let there = match &held {
+        Held::File(locked) => locked.newest().ok().map(|(_, newest)| &*newest.record),
+        Held::Making(_) => None,
+    };
+    make(path, &Slot::first(&record(there)?))
+}
+
+/// The same with this record.
 ///
 /// # Errors
 /// The system's; a record of more than a megabyte.
 pub fn replace(path: &Path, record: &[u8]) -> io::Result<()> {
-    match open_or_make(path, record)? {
-        Some(_locked) => make(path, &Slot::first(record)),
-        None => Ok(()),
-    }
+    renew(path, |_| Ok(record.to_vec()))
 }
 
-/// The file, or `None` if there was none and one was made with this record.
-fn open_or_make(path: &Path, record: &[u8]) -> io::Result<Option<Locked>> {
-    let absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
-    match Locked::open(path, true) {
-        Err(error) if absent(&error) => {
-            let _making = making();
-            match Locked::open(path, true) {
-                Err(error) if absent(&error) => make(path, &Slot::first(record)).map(|()| None),
-                opened => opened.map(Some),
+/// What nobody else writes meanwhile.
+enum Held {
+    File(Locked),
+    /// There is no file, and nobody else makes it.
+    Making(MutexGuard<'static, ()>),
+}
+
+impl Held {
+    fn open(path: &Path) -> io::Result<Self> {
+        let absent = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+        match Locked::open(path, true) {
+            Err(error) if absent(&error) => {
+                let making = making();
+                match Locked::open(path, true) {
+                    Err(error) if absent(&error) => Ok(Self::Making(making)),
+                    opened => opened.map(Self::File),
+                }
             }
+            opened => opened.map(Self::File),
         }
-        opened => opened.map(Some),
     }
 }
 
@@ -600,6 +633,52 @@ mod tests {
             }
         });
         assert!(all.contains(&read(&path).expect("it is there")));
+    }
+
+    #[test]
+    fn what_is_made_of_a_record_is_made_of_the_one_before_it() {
+        let (_dir, path) = path();
+        let number =
+            |record: Option<&[u8]>| record.map_or(0, |record| u64::from_le_bytes(record.try_into().expect("a number")));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..50 {
+                        update(&path, |record| Ok((number(record) + 1).to_le_bytes().to_vec())).expect("there is room");
+                    }
+                });
+            }
+        });
+        assert_eq!(number(Some(&read(&path).expect("it is there"))), 200, "none is lost");
+        let before = std::fs::read(&path).expect("it is there");
+        let refused = update(&path, |_| Err(io::Error::other("no")));
+        assert_eq!(refused.expect_err("it was refused").to_string(), "no");
+        assert!(
+            renew(&path, |record| Err(io::Error::other(number(record).to_string())))
+                .is_err_and(|error| error.to_string() == "200")
+        );
+        assert!(
+            std::fs::read(&path).expect("it is there").len() == before.len()
+                && number(Some(&read(&path).expect("there"))) == 200
+        );
+        std::fs::remove_file(&path).expect("it was there");
+        assert!(
+            update(&path, |record| Err(io::Error::other(record.is_none().to_string())))
+                .is_err_and(|error| error.to_string() == "true")
+        );
+        assert_eq!(read(&path).expect_err("none is made").kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_is_written_once_more_and_may_not_be_on_the_disk_is_a_new_file() {
+        let (_dir, path) = path();
+        write(&path, OLD).expect("there is room");
+        let (first, bytes) = (file(&path), mirrored(&path));
+        write(&path, OLD).expect("there is room");
+        assert!(file(&path) == first && std::fs::read(&path).expect("there") == bytes, "it is on the disk");
+        own().remove(&path);
+        write(&path, OLD).expect("there is room");
+        assert_ne!(file(&path), first);
     }
 
     #[test]

@@ -181,6 +181,16 @@ impl Text {
         }
     }
 
+    /// What was written, and whose it is.
+    fn parse(bytes: &[u8]) -> io::Result<(Self, VmId)> {
+        let invalid =
+            |error: Box<dyn std::error::Error + Send + Sync>| io::Error::new(io::ErrorKind::InvalidData, error);
+        let text = std::str::from_utf8(bytes).map_err(|error| invalid(error.into()))?;
+        let text: Self = toml::from_str(text).map_err(|error| invalid(error.into()))?;
+        let vm = text.vm.parse().map_err(|error: heartbeat_core::ids::ParseIdError| invalid(error.into()))?;
+        Ok((text, vm))
+    }
+
     /// Its disks are these from now on; those that it had are former ones.
     fn turn_to(&mut self, disks: Vec<DiskImage>) {
         let own = disks.iter().map(ImageFile::of).collect();
@@ -192,7 +202,8 @@ impl Text {
     }
 }
 
-/// The memory of one VM on this host. Errors latch: after a failed write it refuses all further ones, because nobody knows
+/// The memory of one VM on this host, as it was when this was read or written last. Several may be of one VM: each changes what is there by then, and
+/// nothing else of it. Errors latch: after a failed write it refuses all further ones, because nobody knows
 /// what is on the disk, until [`Durable::mend`] has written all of it anew.
 #[derive(Debug)]
 pub(super) struct Durable {
@@ -200,6 +211,8 @@ pub(super) struct Durable {
     text: Text,
     vm: VmId,
     failed: bool,
+    /// What could not be written.
+    lost: Option<Text>,
 }
 
 impl Durable {
@@ -229,7 +242,7 @@ impl Durable {
         }
         let (path, text) = (Self::path(state_dir, name), Text::fresh(fresh, name.to_owned()));
         slots::write(&path, &bytes(&text)?)?;
-        Ok(Self { path, text, vm: fresh, failed: false })
+        Ok(Self { path, text, vm: fresh, failed: false, lost: None })
     }
 
     /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected.
@@ -278,12 +291,8 @@ impl Durable {
     }
 
     fn parse(path: PathBuf, text: Vec<u8>) -> io::Result<Self> {
-        let invalid =
-            |error: Box<dyn std::error::Error + Send + Sync>| io::Error::new(io::ErrorKind::InvalidData, error);
-        let text = String::from_utf8(text).map_err(|error| invalid(error.into()))?;
-        let text: Text = toml::from_str(&text).map_err(|error| invalid(error.into()))?;
-        let vm = text.vm.parse().map_err(|error: heartbeat_core::ids::ParseIdError| invalid(error.into()))?;
-        Ok(Self { path, text, vm, failed: false })
+        let (text, vm) = Text::parse(&text)?;
+        Ok(Self { path, text, vm, failed: false, lost: None })
     }
 
     /// The VM's identity.
@@ -301,20 +310,60 @@ impl Durable {
         self.text.store.as_deref()
     }
 
+    /// Changes what is remembered of this VM by now.
     fn change(&mut self, change: impl FnOnce(&mut Text)) -> io::Result<()> {
+        let vm = self.vm.to_string();
+        self.update(|text| {
+            if text.vm != vm {
+                return Err(io::Error::other("another VM is remembered by this name by now"));
+            }
+            change(text);
+            Ok(())
+        })
+    }
+
+    /// The same if nobody else has written it since this was read or written last; whether that is so.
+    fn change_unchanged(&mut self, change: impl FnOnce(&mut Text)) -> io::Result<bool> {
+        let known = self.text.clone();
+        let mut unchanged = false;
+        self.update(|text| {
+            unchanged = *text == known;
+            if unchanged {
+                change(text);
+            }
+            Ok(())
+        })?;
+        if !unchanged {
+            // It is not what its user has looked at.
+            self.text = known;
+        }
+        Ok(unchanged)
+    }
+
+    /// Writes what `change` makes of what is there, whoever wrote that, unless it refuses to.
+    fn update(&mut self, change: impl FnOnce(&mut Text) -> io::Result<()>) -> io::Result<()> {
         if self.failed {
             return Err(io::Error::other("an earlier write of this VM's state failed"));
         }
-        let mut text = self.text.clone();
-        change(&mut text);
-        if text == self.text {
-            return Ok(());
+        let (mut refused, mut next) = (false, None);
+        let written = slots::update(&self.path, |record| {
+            let mut text = match record {
+                Some(record) => Text::parse(record)?.0,
+                None => self.text.clone(),
+            };
+            change(&mut text).inspect_err(|_| refused = true)?;
+            bytes(next.insert(text))
+        });
+        match (written, next) {
+            (Ok(()), Some(text)) => self.text = text,
+            (Ok(()), None) => {}
+            (Err(error), lost) => {
+                if !refused {
+                    (self.failed, self.lost) = (true, lost);
+                }
+                return Err(error);
+            }
         }
-        if let Err(error) = bytes(&text).and_then(|bytes| slots::write(&self.path, &bytes)) {
-            self.failed = true;
-            return Err(error);
-        }
-        self.text = text;
         Ok(())
     }
 
@@ -323,23 +372,35 @@ impl Durable {
         self.failed
     }
 
-    /// Writes anew, as a whole, what was remembered before the write that failed; then it is known again what is on the disk, and
-    /// more is taken. Of what that write was about nothing may have been acted upon: it is not remembered.
+    /// Writes anew, as a whole, what was remembered before the write that failed, or what somebody else wrote since; then it is known again what is on
+    /// the disk, and more is taken. Of what that write was about nothing may have been acted upon: it is not remembered.
     pub(super) fn mend(&mut self) -> io::Result<()> {
-        slots::replace(&self.path, &bytes(&self.text)?)?;
-        self.failed = false;
+        let mut next = self.text.clone();
+        slots::renew(&self.path, |record| {
+            if let Some(Ok((there, _))) = record.map(Text::parse)
+                && Some(&there) != self.lost.as_ref()
+            {
+                if there.vm != self.text.vm {
+                    return Err(io::Error::other("another VM is remembered by this name by now"));
+                }
+                next = there;
+            }
+            bytes(&next)
+        })?;
+        (self.text, self.failed, self.lost) = (next, false, None);
         Ok(())
     }
 
     /// Takes on another identity: a standby learns it from its primary.
     pub(super) fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
-        self.change(|text| {
+        self.update(|text| {
             if text.vm != vm.to_string() {
                 let (sessions, latched) = (text.sessions, text.latched);
                 text.turn_to(Vec::new());
                 let former = std::mem::take(&mut text.former);
                 *text = Text { sessions, latched, former, ..Text::fresh(vm, std::mem::take(&mut text.name)) };
             }
+            Ok(())
         })?;
         self.vm = vm;
         Ok(())
@@ -348,6 +409,11 @@ impl Durable {
     /// Remembers the highest generation seen.
     pub(super) fn set_generation(&mut self, generation: u64) -> io::Result<()> {
         self.change(|text| text.generation = text.generation.max(generation))
+    }
+
+    /// The same unless somebody else has written it since; whether that is not so.
+    pub(super) fn set_generation_unchanged(&mut self, generation: u64) -> io::Result<bool> {
+        self.change_unchanged(|text| text.generation = text.generation.max(generation))
     }
 
     /// Remembers the store.
@@ -425,11 +491,6 @@ impl Durable {
         self.change(|text| text.latched = true)
     }
 
-    /// Whether nobody else has written it since.
-    pub(super) fn is_unchanged(&self) -> io::Result<bool> {
-        Ok(Self::look(self.path.clone())?.text == self.text)
-    }
-
     /// Whether it must not be started here unasked.
     pub(super) fn is_latched(&self) -> bool {
         self.text.latched
@@ -445,9 +506,10 @@ impl Durable {
         &self.text.former
     }
 
-    /// It may be started here from its disks, without asking. The record is this node's alone, and nothing that was asked can change that.
-    pub(super) fn unlatch(&mut self) -> io::Result<()> {
-        self.change(|text| text.latched = false)
+    /// It may be started here from its disks, without asking, unless somebody else has written it since; whether that is not so. The record is this
+    /// node's alone, and nothing that was asked can change that.
+    pub(super) fn unlatch(&mut self) -> io::Result<bool> {
+        self.change_unchanged(|text| text.latched = false)
     }
 
     /// An operator wants this image to be started from all the same.
@@ -667,7 +729,7 @@ mod tests {
         memory.set_mark(Mark { generation: 3, epoch: 9 }, vec![copy.clone()]).expect("it comes back");
         let stale = ImageFile::of(&first);
         assert_eq!((memory.disks(), memory.former()), ([copy.clone()].as_slice(), [stale.clone()].as_slice()));
-        memory.unlatch().expect("writes");
+        assert!(memory.unlatch().expect("writes"));
         drop(memory);
         let mut memory = Durable::find(dir.path(), "a").expect("reads").expect("is there");
         assert!(!memory.is_latched(), "its own disks are free");
@@ -680,6 +742,61 @@ mod tests {
         assert!(!stale.is_there(), "another file is another image");
         memory.release(&first.path).expect("an operator knows better");
         assert!(memory.former().is_empty() && memory.is_latched());
+    }
+
+    #[test]
+    fn of_two_that_remember_a_vm_each_changes_what_the_other_wrote() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let vm = VmId([1; 16]);
+        let open = || Durable::open(dir.path(), "a", vm).expect("opens");
+        let (mut one, mut other) = (open(), open());
+        one.set_generation(7).expect("writes");
+        one.set_mark(Mark { generation: 8, epoch: 5 }, Vec::new()).expect("writes");
+        other.set_generation(3).expect("writes");
+        other.set_protection(Some(Protection::default())).expect("writes");
+        assert_eq!((other.generation(), other.mark()), (8, Some(Mark { generation: 8, epoch: 5 })));
+        assert_eq!((open().text, open().protection()), (other.text.clone(), Some(&Protection::default())));
+        let first = other.begin_session().expect("writes").first_epoch;
+        assert_ne!(one.begin_session().expect("writes").first_epoch, first);
+        // What was decided by what one has read is not done over what the other wrote since.
+        let on_disk = open().text;
+        for _ in 0..2 {
+            assert!(!other.unlatch().expect("reads") && !other.set_generation_unchanged(99).expect("reads"));
+        }
+        assert_eq!((&open().text, open().is_latched()), (&on_disk, true));
+        assert!(one.set_generation_unchanged(99).expect("writes") && one.unlatch().expect("writes"));
+        assert_eq!((open().generation(), open().is_latched()), (99, false));
+        // Nor is another VM's memory written, and nothing has failed.
+        other.set_vm(VmId([2; 16])).expect("writes");
+        for _ in 0..2 {
+            assert!(one.set_mark(Mark { generation: 100, epoch: 1 }, Vec::new()).is_err() && !one.has_failed());
+        }
+        assert_eq!((open().vm(), open().mark()), (VmId([2; 16]), None));
+    }
+
+    #[test]
+    fn what_somebody_else_wrote_since_a_write_failed_is_not_mended_away() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let open = || Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
+        let vms = dir.path().join("vms");
+        let (mut one, mut other) = (open(), open());
+        std::fs::rename(&vms, dir.path().join("away")).expect("moves");
+        assert!(one.set_generation(1).is_err());
+        std::fs::rename(dir.path().join("away"), &vms).expect("moves back");
+        other.set_generation(9).expect("writes");
+        one.mend().expect("writes");
+        assert_eq!((one.generation(), open().generation()), (9, 9));
+        // What could not be written is on the disk, as far as anybody can tell, and nobody has acted upon it.
+        let mut lost = one.text.clone();
+        lost.generation = 12;
+        slots::write(&one.path, &bytes(&lost).expect("plain data")).expect("writes");
+        (one.failed, one.lost) = (true, Some(lost));
+        one.mend().expect("writes");
+        assert_eq!((one.generation(), open().generation()), (9, 9));
+        other.set_vm(VmId([2; 16])).expect("writes");
+        one.failed = true;
+        assert!(one.mend().is_err() && one.has_failed());
+        assert_eq!(open().vm(), VmId([2; 16]));
     }
 
     #[test]

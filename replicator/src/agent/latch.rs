@@ -292,18 +292,17 @@ impl Agent {
         judge(name, answer.record.as_ref(), me, |node| self.name_of(node))?;
         // What was stopped here stays so: its standby is to read that. All else is made this life's, so that nothing that a former life asked
         // counts any more.
+        let mut alone = true;
         let stopped = matches!(answer.record, Some(Record { owner: Owner::Stopped { .. }, .. }));
         if !stopped || durable.store().is_some_and(|known| known != answer.store.to_string()) {
             let generation = self.own_alone(name, &mut durable, first + 1).await?;
-            if durable.is_unchanged().map_err(unusable)? {
-                durable.set_generation(generation).map_err(unusable)?;
-            }
+            alone = durable.set_generation_unchanged(generation).map_err(unusable)?;
         }
-        if self.task_of(name).is_some() || !durable.is_unchanged().map_err(unusable)? {
+        if !alone || self.task_of(name).is_some() || !durable.unlatch().map_err(unusable)? {
             let message = format!("{name} was asked for by somebody else at the same moment");
             return Err(ErrorBody::new(ErrorKind::Busy, message).advise("start nothing here; ask again"));
         }
-        durable.unlatch().map_err(unusable)
+        Ok(())
     }
 
     /// See [`crate::control::agent_api::AgentApi::may_start`].
@@ -456,7 +455,7 @@ mod tests {
             std::slice::from_ref(&disk.path),
             "a stale image is held even then"
         );
-        durable.unlatch().expect("writes");
+        assert!(durable.unlatch().expect("writes"));
         assert_eq!(without_agent(dir.path(), &by_name), None);
         assert!(without_agent(dir.path(), &by_image(&disk)).is_some());
         assert_eq!(without_agent(dir.path(), &by_image(&copy)), None);

@@ -38,8 +38,11 @@ impl Agent {
         }
         let numbers = durable.begin_session().map_err(unusable)?;
         let generation = self.own_alone(name, &mut durable, numbers.first_request).await?;
-        durable.set_generation(generation).map_err(unusable)?;
-        durable.unlatch().map_err(unusable)?;
+        let alone = durable.set_generation_unchanged(generation).map_err(unusable)?;
+        if !alone || !durable.unlatch().map_err(unusable)? {
+            let message = format!("{name} was asked for by somebody else at the same moment");
+            return Err(ErrorBody::new(ErrorKind::Busy, message).advise("nothing was changed; ask again"));
+        }
         let removed = blocking(move || qemu::remove_leftovers(&target)).await??;
         tracing::info!(vm = name, ?removed, "freed");
         let mut status = VmStatus::new(name, durable.vm().to_string(), Role::Primary);

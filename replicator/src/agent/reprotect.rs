@@ -143,6 +143,7 @@ impl Life {
             }
             // It runs here as the record's only owner, and nothing that was asked can change that any more.
             if !gone && matches!(left, Left::Asked | Left::Alone { .. }) {
+                // If somebody else has written it since, it stays latched.
                 durable.unlatch()?;
             }
             Ok(())
