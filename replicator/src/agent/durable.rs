@@ -181,6 +181,14 @@ impl Text {
         }
     }
 
+    /// If this is another VM's that has the name by now: it is `known` again, but for the number of sessions.
+    fn take_back(&mut self, known: &Self) {
+        if self.vm != known.vm {
+            tracing::warn!(vm = known.name, "another VM of this name was remembered here, and is not any more");
+            *self = Self { sessions: self.sessions.max(known.sessions), ..known.clone() };
+        }
+    }
+
     /// What was written, and whose it is.
     fn parse(bytes: &[u8]) -> io::Result<(Self, VmId)> {
         let invalid =
@@ -192,14 +200,21 @@ impl Text {
     }
 
     /// Its disks are these from now on; those that it had are former ones.
-    fn turn_to(&mut self, disks: Vec<DiskImage>) {
-        let own = disks.iter().map(ImageFile::of).collect();
+    fn turn_to(&mut self, Turn { disks, own, gone }: Turn) {
         self.disks = disks;
         self.former.extend(std::mem::replace(&mut self.own, own));
-        self.former.retain(|image| !self.own.contains(image) && image.is_there());
+        self.former.retain(|image| !self.own.contains(image) && !gone.contains(image));
         self.former.sort();
         self.former.dedup();
     }
+}
+
+/// Other disks of a VM, looked at: a file system that does not answer may keep its caller, and nobody else.
+struct Turn {
+    disks: Vec<DiskImage>,
+    own: Vec<ImageFile>,
+    /// Of those that it had, images that are not there any more.
+    gone: BTreeSet<ImageFile>,
 }
 
 /// The memory of one VM on this host, as it was when this was read or written last. Several may be of one VM: each changes what is there by then, and
@@ -310,15 +325,20 @@ impl Durable {
         self.text.store.as_deref()
     }
 
-    /// Changes what is remembered of this VM by now.
+    /// A turn to these disks.
+    fn turn(&self, disks: Vec<DiskImage>) -> Turn {
+        let own = disks.iter().map(ImageFile::of).collect();
+        let had = self.text.own.iter().chain(&self.text.former);
+        let gone = had.filter(|image| !image.is_there()).cloned().collect();
+        Turn { disks, own, gone }
+    }
+
+    /// Changes what is remembered of this VM by now. Another one of its name is not remembered any more then.
     fn change(&mut self, change: impl FnOnce(&mut Text)) -> io::Result<()> {
-        let vm = self.vm.to_string();
+        let known = self.text.clone();
         self.update(|text| {
-            if text.vm != vm {
-                return Err(io::Error::other("another VM is remembered by this name by now"));
-            }
+            text.take_back(&known);
             change(text);
-            Ok(())
         })
     }
 
@@ -331,7 +351,6 @@ impl Durable {
             if unchanged {
                 change(text);
             }
-            Ok(())
         })?;
         if !unchanged {
             // It is not what its user has looked at.
@@ -340,31 +359,25 @@ impl Durable {
         Ok(unchanged)
     }
 
-    /// Writes what `change` makes of what is there, whoever wrote that, unless it refuses to.
-    fn update(&mut self, change: impl FnOnce(&mut Text) -> io::Result<()>) -> io::Result<()> {
+    /// Writes what `change` makes of what is there, whoever wrote that.
+    fn update(&mut self, change: impl FnOnce(&mut Text)) -> io::Result<()> {
         if self.failed {
             return Err(io::Error::other("an earlier write of this VM's state failed"));
         }
-        let (mut refused, mut next) = (false, None);
+        let mut next = None;
         let written = slots::update(&self.path, |record| {
-            let mut text = match record {
-                Some(record) => Text::parse(record)?.0,
-                None => self.text.clone(),
-            };
-            change(&mut text).inspect_err(|_| refused = true)?;
-            bytes(next.insert(text))
-        });
-        match (written, next) {
-            (Ok(()), Some(text)) => self.text = text,
-            (Ok(()), None) => {}
-            (Err(error), lost) => {
-                if !refused {
-                    (self.failed, self.lost) = (true, lost);
-                }
-                return Err(error);
+            if let Some(record) = record {
+                (self.text, _) = Text::parse(record)?;
             }
+            let next = next.insert(self.text.clone());
+            change(next);
+            bytes(next)
+        });
+        match written {
+            Ok(()) => self.text = next.expect("it was made"),
+            Err(_) => (self.failed, self.lost) = (true, next),
         }
-        Ok(())
+        written
     }
 
     /// Whether an earlier write failed, so that nothing more is taken.
@@ -380,10 +393,8 @@ impl Durable {
             if let Some(Ok((there, _))) = record.map(Text::parse)
                 && Some(&there) != self.lost.as_ref()
             {
-                if there.vm != self.text.vm {
-                    return Err(io::Error::other("another VM is remembered by this name by now"));
-                }
-                next = there;
+                let known = std::mem::replace(&mut next, there);
+                next.take_back(&known);
             }
             bytes(&next)
         })?;
@@ -393,14 +404,14 @@ impl Durable {
 
     /// Takes on another identity: a standby learns it from its primary.
     pub(super) fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
+        let none = self.turn(Vec::new());
         self.update(|text| {
             if text.vm != vm.to_string() {
                 let (sessions, latched) = (text.sessions, text.latched);
-                text.turn_to(Vec::new());
+                text.turn_to(none);
                 let former = std::mem::take(&mut text.former);
                 *text = Text { sessions, latched, former, ..Text::fresh(vm, std::mem::take(&mut text.name)) };
             }
-            Ok(())
         })?;
         self.vm = vm;
         Ok(())
@@ -438,11 +449,12 @@ impl Durable {
 
     /// Remembers an activation before it begins, and where the disks are from then on.
     pub(super) fn set_mark(&mut self, mark: Mark, disks: Vec<DiskImage>) -> io::Result<()> {
+        let turn = self.turn(disks);
         self.change(|text| {
             text.mark = Some(mark);
             text.kept = None;
             text.latched = true;
-            text.turn_to(disks);
+            text.turn_to(turn);
             text.generation = text.generation.max(mark.generation);
         })
     }
@@ -480,9 +492,10 @@ impl Durable {
 
     /// Remembers where its disks are while it runs here, and that it must not be started here unasked from now on.
     pub(super) fn latch(&mut self, disks: Vec<DiskImage>) -> io::Result<()> {
+        let turn = self.turn(disks);
         self.change(|text| {
             text.latched = true;
-            text.turn_to(disks);
+            text.turn_to(turn);
         })
     }
 
@@ -522,10 +535,23 @@ impl Durable {
         self.change(|text| (text.guest, text.protection, text.kept) = (None, None, None))
     }
 
-    /// The copy that was here is gone. Its disks and files may go, too.
-    pub(super) fn forget_copy(&mut self) -> io::Result<()> {
-        self.change(|text| (text.protection, text.kept) = (None, None))?;
-        super::kept::forget(&self.copies());
+    /// Which of the VM's sessions here this is.
+    pub(super) fn session(&self) -> u64 {
+        self.text.sessions
+    }
+
+    /// The copy that was here in this session is gone. Its disks and files may go, too, unless there has been another one since.
+    pub(super) fn forget_copy(&mut self, session: u64) -> io::Result<()> {
+        let mut last = false;
+        self.change(|text| {
+            last = text.sessions == session;
+            if last {
+                (text.protection, text.kept) = (None, None);
+            }
+        })?;
+        if last {
+            super::kept::forget(&self.copies());
+        }
         Ok(())
     }
 
@@ -552,8 +578,18 @@ impl Durable {
     /// Begins a session: its numbers are higher than any of an earlier session.
     pub(super) fn begin_session(&mut self) -> io::Result<Numbers> {
         self.change(|text| text.sessions += 1)?;
+        Ok(self.numbers())
+    }
+
+    /// The same, `None` if somebody else has written it since.
+    pub(super) fn begin_session_unchanged(&mut self) -> io::Result<Option<Numbers>> {
+        let unchanged = self.change_unchanged(|text| text.sessions += 1)?;
+        Ok(unchanged.then(|| self.numbers()))
+    }
+
+    fn numbers(&self) -> Numbers {
         let first = (self.text.sessions - 1) * SESSION_NUMBERS + 1;
-        Ok(Numbers { first_epoch: first, first_request: first })
+        Numbers { first_epoch: first, first_request: first }
     }
 }
 
@@ -615,214 +651,4 @@ pub(super) fn escape(name: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn remembers_over_restarts() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let (first, other) = (VmId([1; 16]), VmId([2; 16]));
-        let mut memory = Durable::open(dir.path(), "../web 1", first).expect("opens");
-        assert_eq!(memory.begin_session().expect("writes").first_epoch, 1);
-        memory.set_generation(7).expect("writes");
-        memory.set_generation(3).expect("never lower");
-        memory.set_mark(Mark { generation: 8, epoch: 5 }, Vec::new()).expect("writes");
-        drop(memory);
-        let mut again = Durable::open(dir.path(), "../web 1", other).expect("opens again");
-        assert_eq!((again.vm(), again.generation()), (first, 8));
-        assert_eq!(again.text.mark, Some(Mark { generation: 8, epoch: 5 }));
-        assert_eq!(again.begin_session().expect("writes").first_epoch, SESSION_NUMBERS + 1);
-        assert_eq!(
-            std::fs::read_dir(dir.path().join("vms")).expect("list").count(),
-            1,
-            "nothing escapes the directory"
-        );
-    }
-
-    #[test]
-    fn a_copy_is_kept_until_it_is_marked() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let mut memory = Durable::open(dir.path(), "a/1", VmId([1; 16])).expect("opens");
-        assert_eq!(memory.copies(), dir.path().join("copies/a%2f1"));
-        let kept = |grant| KeptAt::now(Generation(grant), dir.path().join("copies/a%2f1/7"));
-        assert!(!kept(7).off_since());
-        assert!(KeptAt { boot: "another".into(), ..kept(7) }.off_since());
-        memory.set_kept(Some(kept(7))).expect("writes");
-        memory.set_kept(Some(kept(8))).expect("another life has it");
-        let on_disk = || Durable::open(dir.path(), "a/1", VmId([2; 16])).expect("opens");
-        assert_eq!(on_disk().kept(), Some(&kept(8)));
-        memory.set_mark(Mark { generation: 8, epoch: 9 }, Vec::new()).expect("writes");
-        assert_eq!((on_disk().kept(), on_disk().mark().map(|mark| mark.generation)), (None, Some(8)));
-        // Nor is it kept for another VM, or for one that is not this host's business.
-        memory.set_kept(Some(kept(9))).expect("writes");
-        memory.set_vm(VmId([3; 16])).expect("writes");
-        assert_eq!(on_disk().kept(), None);
-        memory.set_kept(Some(kept(9))).expect("writes");
-        memory.settle().expect("writes");
-        assert_eq!(on_disk().kept(), None);
-    }
-
-    #[test]
-    fn what_is_settled_is_not_taken_up() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
-        let guest = GuestAt { name: "a".into(), pid: 7, started: 1, control: None, attached: true, microvm: false };
-        memory.set_guest(Some(guest)).expect("writes");
-        memory.set_protection(Some(Protection::default())).expect("writes");
-        assert_eq!(Durable::with_parts(dir.path()).len(), 1);
-        memory.settle().expect("writes");
-        assert_eq!(Durable::with_parts(dir.path()).len(), 0);
-        assert_eq!(memory.vm(), VmId([1; 16]), "what it is called in the record stays known");
-    }
-
-    #[test]
-    fn what_an_older_program_remembered_is_taken_over() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let mut memory = Durable::open(dir.path(), "a.b", VmId([1; 16])).expect("opens");
-        memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).expect("writes");
-        let text = toml::to_string(&memory.text).expect("plain data");
-        std::fs::write(&memory.path, &text).expect("room");
-        let all = Durable::all(dir.path()).expect("reads");
-        assert_eq!(all.vms.iter().map(|vm| vm.text.clone()).collect::<Vec<_>>(), [memory.text.clone()]);
-        assert_eq!(std::fs::read_to_string(&memory.path).expect("there"), text, "who looks changes nothing");
-        for _ in 0..2 {
-            let found = Durable::find(dir.path(), "a.b").expect("reads").expect("is there");
-            assert_eq!(found.text, memory.text);
-            assert_ne!(std::fs::read_to_string(&memory.path).expect("there"), text, "it is taken over");
-        }
-    }
-
-    #[test]
-    fn a_damaged_file_is_never_taken_for_absent() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        drop(Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens"));
-        std::fs::write(dir.path().join("vms/a.toml"), "generation = 1").expect("damage");
-        assert!(Durable::open(dir.path(), "a", VmId([1; 16])).is_err());
-        assert!(Durable::find(dir.path(), "a").is_err());
-        let all = Durable::all(dir.path()).expect("the directory can be read");
-        assert!(all.vms.is_empty());
-        assert_eq!(
-            [(Some("a"), false), (None, true), (Some("b"), true)].map(|(vm, images)| all.unusable(vm, images)),
-            [Some("a"); 3]
-        );
-        assert_eq!(all.unusable(Some("b"), false), None, "that one was not asked for");
-        std::fs::remove_dir_all(dir.path().join("vms")).expect("remove");
-        assert!(Durable::all(dir.path()).expect("nothing is there").vms.is_empty());
-        std::fs::write(dir.path().join("vms"), "").expect("room");
-        assert!(Durable::all(dir.path()).is_err(), "what there is, is not known");
-    }
-
-    #[test]
-    fn what_was_its_disk_before_it_ran_elsewhere_is_a_former_one() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let image = |name: &str| {
-            let path = dir.path().join(name);
-            std::fs::write(&path, "").expect("room");
-            DiskImage { path, format: "raw".to_owned() }
-        };
-        let (first, copy, second) = (image("first"), image("copy"), image("second"));
-        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
-        assert!(!memory.is_latched());
-        memory.latch(vec![first.clone()]).expect("writes");
-        memory.latch(vec![first.clone()]).expect("again, by the next session");
-        assert!(memory.is_latched() && memory.former().is_empty());
-        memory.set_mark(Mark { generation: 3, epoch: 9 }, vec![copy.clone()]).expect("it comes back");
-        let stale = ImageFile::of(&first);
-        assert_eq!((memory.disks(), memory.former()), ([copy.clone()].as_slice(), [stale.clone()].as_slice()));
-        assert!(memory.unlatch().expect("writes"));
-        drop(memory);
-        let mut memory = Durable::find(dir.path(), "a").expect("reads").expect("is there");
-        assert!(!memory.is_latched(), "its own disks are free");
-        assert_eq!(memory.former(), std::slice::from_ref(&stale), "and the stale one is not");
-        std::fs::remove_file(&copy.path).expect("its copy is made anew");
-        memory.set_mark(Mark { generation: 5, epoch: 20 }, vec![second]).expect("once more");
-        assert_eq!(memory.former(), std::slice::from_ref(&stale), "what is gone need not be kept from anybody");
-        std::fs::copy(&first.path, dir.path().join("newer")).expect("room");
-        std::fs::rename(dir.path().join("newer"), &first.path).expect("in its place");
-        assert!(!stale.is_there(), "another file is another image");
-        memory.release(&first.path).expect("an operator knows better");
-        assert!(memory.former().is_empty() && memory.is_latched());
-    }
-
-    #[test]
-    fn of_two_that_remember_a_vm_each_changes_what_the_other_wrote() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let vm = VmId([1; 16]);
-        let open = || Durable::open(dir.path(), "a", vm).expect("opens");
-        let (mut one, mut other) = (open(), open());
-        one.set_generation(7).expect("writes");
-        one.set_mark(Mark { generation: 8, epoch: 5 }, Vec::new()).expect("writes");
-        other.set_generation(3).expect("writes");
-        other.set_protection(Some(Protection::default())).expect("writes");
-        assert_eq!((other.generation(), other.mark()), (8, Some(Mark { generation: 8, epoch: 5 })));
-        assert_eq!((open().text, open().protection()), (other.text.clone(), Some(&Protection::default())));
-        let first = other.begin_session().expect("writes").first_epoch;
-        assert_ne!(one.begin_session().expect("writes").first_epoch, first);
-        // What was decided by what one has read is not done over what the other wrote since.
-        let on_disk = open().text;
-        for _ in 0..2 {
-            assert!(!other.unlatch().expect("reads") && !other.set_generation_unchanged(99).expect("reads"));
-        }
-        assert_eq!((&open().text, open().is_latched()), (&on_disk, true));
-        assert!(one.set_generation_unchanged(99).expect("writes") && one.unlatch().expect("writes"));
-        assert_eq!((open().generation(), open().is_latched()), (99, false));
-        // Nor is another VM's memory written, and nothing has failed.
-        other.set_vm(VmId([2; 16])).expect("writes");
-        for _ in 0..2 {
-            assert!(one.set_mark(Mark { generation: 100, epoch: 1 }, Vec::new()).is_err() && !one.has_failed());
-        }
-        assert_eq!((open().vm(), open().mark()), (VmId([2; 16]), None));
-    }
-
-    #[test]
-    fn what_somebody_else_wrote_since_a_write_failed_is_not_mended_away() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let open = || Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
-        let vms = dir.path().join("vms");
-        let (mut one, mut other) = (open(), open());
-        std::fs::rename(&vms, dir.path().join("away")).expect("moves");
-        assert!(one.set_generation(1).is_err());
-        std::fs::rename(dir.path().join("away"), &vms).expect("moves back");
-        other.set_generation(9).expect("writes");
-        one.mend().expect("writes");
-        assert_eq!((one.generation(), open().generation()), (9, 9));
-        // What could not be written is on the disk, as far as anybody can tell, and nobody has acted upon it.
-        let mut lost = one.text.clone();
-        lost.generation = 12;
-        slots::write(&one.path, &bytes(&lost).expect("plain data")).expect("writes");
-        (one.failed, one.lost) = (true, Some(lost));
-        one.mend().expect("writes");
-        assert_eq!((one.generation(), open().generation()), (9, 9));
-        other.set_vm(VmId([2; 16])).expect("writes");
-        one.failed = true;
-        assert!(one.mend().is_err() && one.has_failed());
-        assert_eq!(open().vm(), VmId([2; 16]));
-    }
-
-    #[test]
-    fn a_failed_write_latches() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
-        std::fs::remove_dir_all(dir.path().join("vms")).expect("remove");
-        assert!(memory.set_generation(1).is_err());
-        std::fs::create_dir(dir.path().join("vms")).expect("back again");
-        assert!(memory.has_failed() && memory.set_generation(2).is_err(), "what is on the disk is not known");
-    }
-
-    #[test]
-    fn a_latched_memory_takes_more_once_all_of_it_was_written_anew() {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let vms = dir.path().join("vms");
-        let mut memory = Durable::open(dir.path(), "a", VmId([1; 16])).expect("opens");
-        memory.set_generation(3).expect("writes");
-        std::fs::remove_dir_all(&vms).expect("remove");
-        assert!(memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).is_err());
-        assert!(memory.mend().is_err() && memory.has_failed(), "there is still no room");
-        std::fs::create_dir(&vms).expect("back again");
-        memory.mend().expect("writes");
-        let on_disk = || Durable::open(dir.path(), "a", VmId([2; 16])).expect("opens");
-        assert_eq!((on_disk().generation(), on_disk().mark()), (3, None), "the failed write was not acted upon");
-        memory.set_mark(Mark { generation: 4, epoch: 9 }, Vec::new()).expect("writes");
-        assert_eq!((on_disk().generation(), on_disk().mark()), (4, Some(Mark { generation: 4, epoch: 9 })));
-    }
-}
+mod tests;

@@ -261,7 +261,7 @@ impl Agent {
     }
 
     /// What the task of a VM shows, and whether it is known whose the VM is; `None` if none runs.
-    fn task_of(&self, name: &str) -> Option<(VmStatus, bool)> {
+    pub(super) fn task_of(&self, name: &str) -> Option<(VmStatus, bool)> {
         let vms = self.vms();
         let vm = vms.get(name).filter(|vm| !vm.task.is_finished())?;
         let settled = vm.settled.as_ref().is_none_or(|settled| *settled.borrow());

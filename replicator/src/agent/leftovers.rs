@@ -36,12 +36,15 @@ impl Agent {
             return Err(ErrorBody::new(ErrorKind::Refused, format!("{name} is in state `{state}` here, not running"))
                 .advise("nothing was changed; end this process if no other host needs it"));
         }
-        let numbers = durable.begin_session().map_err(unusable)?;
+        let at_once = || {
+            let message = format!("{name} was asked for by somebody else at the same moment");
+            ErrorBody::new(ErrorKind::Busy, message).advise("nothing was changed in it; ask again")
+        };
+        let Some(numbers) = durable.begin_session_unchanged().map_err(unusable)? else { return Err(at_once()) };
         let generation = self.own_alone(name, &mut durable, numbers.first_request).await?;
         let alone = durable.set_generation_unchanged(generation).map_err(unusable)?;
-        if !alone || !durable.unlatch().map_err(unusable)? {
-            let message = format!("{name} was asked for by somebody else at the same moment");
-            return Err(ErrorBody::new(ErrorKind::Busy, message).advise("nothing was changed; ask again"));
+        if !alone || self.task_of(name).is_some() || !durable.unlatch().map_err(unusable)? {
+            return Err(at_once());
         }
         let removed = blocking(move || qemu::remove_leftovers(&target)).await??;
         tracing::info!(vm = name, ?removed, "freed");

@@ -442,12 +442,13 @@ impl Agent {
         mut requests: mpsc::Receiver<Request>,
     ) {
         let (name, view, vm) = (setup.name.clone(), Arc::clone(&setup.view), setup.config.ownership.vm);
+        let session = setup.durable.session();
         let survivor = standby::run(setup, &mut requests).await;
         let at = survivor.and_then(|survivor| self.survivor_at(&name, &survivor));
         let Some(at) = at else {
             // Nothing is here any more that a later life of this agent could take up.
             let forgotten = Durable::find(&self.config.state_dir, &name)
-                .and_then(|durable| durable.map_or(Ok(()), |mut durable| durable.forget_copy()));
+                .and_then(|durable| durable.map_or(Ok(()), |mut durable| durable.forget_copy(session)));
             if let Err(error) = forgotten {
                 tracing::warn!(vm = name, %error, "it could not be noted that the copy is gone");
             }
