@@ -217,7 +217,7 @@ impl Lab {
     fn plug_host(&self, host: Host) -> Result<()> {
         self.plug(host.role())?;
         let name = self.namespace(host.role());
-        ip(&format!("-n {name} link add br0 type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))?;
+        third::bridge(&name, host)?;
         ip(&format!("-n {name} link set uplink master br0"))?;
         ip(&format!("-n {name} link set br0 up"))?;
         ip(&format!("-n {name} addr add {}/24 dev br0", host.address()))

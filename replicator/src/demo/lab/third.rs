@@ -9,6 +9,16 @@ use crate::demo::netns::ip;
 /// Nobody has this hardware address.
 const NOBODY: &str = "02:00:00:00:00:99";
 
+/// A host's bridge. It has an address of its own: else it has that of a port, and when that port goes it gets another one, and the kernel forgets which ways are cut.
+pub(super) fn bridge(name: &str, host: Host) -> Result<()> {
+    let address = match host {
+        Host::A => "02:75:73:00:00:0a",
+        Host::B => "02:75:73:00:00:0b",
+        Host::C => "02:75:73:00:00:0c",
+    };
+    ip(&format!("-n {name} link add br0 address {address} type bridge forward_delay 0 stp_state 0 mcast_snooping 0"))
+}
+
 impl Lab {
     /// Adds host C, without an agent.
     ///
