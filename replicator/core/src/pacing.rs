@@ -10,8 +10,9 @@
 //! the length of a pause (waiting longer would cost each client more than the saved pause), and falls to nothing
 //! while they hold one. A guest that has nothing to do while its output waits loses nothing by a pause: then a larger
 //! share is allowed. One that has is let run for [`SHORTEST_BUSY`] at least: each epoch costs it more than its pause, for every page that it
-//! writes again is found anew, and who waits behind others does not see two milliseconds. Nor is one captured sooner that has nothing to do between the
-//! requests of several clients than these are worth: [`WORTH`] for each frame of an epoch, from [`SHORTEST_MANY`] to [`LONGEST_MANY`].
+//! writes again is found anew, and who waits behind others does not see two milliseconds. An epoch of several clients goes on, whether the guest has
+//! something to do or not, for what they are worth: [`WORTH`] for each frame of it, from [`SHORTEST_MANY`] to [`LONGEST_MANY`], and no longer than
+//! until pauses take [`MANY_SHARE`] of the time: they wait for each other's epoch, so that what a longer one saves in pauses it costs in waiting.
 //!
 //! Shares are those of a *typical* pause: the mean of the last pauses, in which none counts for more than twice their median. A
 //! pause that was long because the host was busy elsewhere would otherwise make every client wait for many epochs, and
@@ -29,6 +30,9 @@ pub const SHORTEST_BUSY: Duration = Duration::from_millis(2);
 pub const SHORTEST_MANY: Duration = Duration::from_micros(500);
 /// The shortest epoch of a guest that has very many.
 pub const LONGEST_MANY: Duration = Duration::from_millis(3);
+/// The share of the time, in percent, that pauses may take of a guest that has very many: about where they lose as much by pauses as by waiting for each
+/// other, on two machines of which one pauses twice as long as the other.
+pub const MANY_SHARE: u8 = 11;
 /// How long an epoch goes on for each frame in it: the work of an epoch, a few hundred microseconds of both hosts, is shared by them.
 pub const WORTH: Duration = Duration::from_micros(200);
 /// Bound on the share of time spent paused under [`Pacing::Fixed`], in percent.
@@ -178,9 +182,10 @@ impl Pacer {
                 Window { earliest: at, latest: at, on_output: None }
             }
             Pacing::Auto(auto) => {
-                let busy = SHORTEST_BUSY.max(self.many);
+                let many = self.many.min(run_for(self.pause, MANY_SHARE).max(SHORTEST_MANY));
+                let busy = if many.is_zero() { SHORTEST_BUSY } else { many };
                 let earliest = run_for(self.pause, auto.busy_share).clamp(busy, LONGEST_IDLE);
-                let waiting = run_for(self.pause, auto.waiting_share).max(self.many).min(earliest);
+                let waiting = run_for(self.pause, auto.waiting_share).max(many).min(earliest);
                 let idle = run_for(self.pause, auto.idle_share).clamp(auto.longest, auto.longest.max(LONGEST_IDLE));
                 Window {
                     earliest: resumed + earliest,
@@ -275,15 +280,18 @@ mod tests {
     fn short_pauses_do_not_make_short_epochs_of_a_busy_guest_but_of_one_that_waits() {
         let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
         let rows = [
-            (1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
-            (3, SHORTEST_BUSY, WORTH * 29 / 10..WORTH * 3),
-            (8, SHORTEST_BUSY, WORTH * 15 / 2..WORTH * 8),
-            (1_000_000, LONGEST_MANY - MS / 100, LONGEST_MANY - MS / 100..LONGEST_MANY),
-            (1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
+            (MS / 20, 1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
+            (MS / 4, 3, MS * 3 / 4, WORTH * 29 / 10..WORTH * 3),
+            (MS / 10, 3, WORTH * 3 - MS / 100, WORTH * 29 / 10..WORTH * 3),
+            (MS / 4, 8, WORTH * 8 - MS / 100, WORTH * 15 / 2..WORTH * 8),
+            (MS / 2, 1_000_000, LONGEST_MANY - MS / 100, LONGEST_MANY - MS / 100..LONGEST_MANY),
+            (MS / 10, 1_000_000, MS * 4 / 5, MS * 4 / 5..MS * 82 / 100),
+            (MS / 40, 1_000_000, SHORTEST_MANY, SHORTEST_MANY..SHORTEST_MANY),
+            (MS / 20, 1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
         ];
-        for (frames, earliest, least) in rows {
+        for (pause, frames, earliest, least) in rows {
             for _ in 0..40 {
-                pacer.captured(MS / 20, frames);
+                pacer.captured(pause, frames);
             }
             let window = pacer.window(Time::ZERO);
             assert!(window.earliest >= Time::ZERO + earliest && window.earliest <= Time::ZERO + earliest + MS / 100);
