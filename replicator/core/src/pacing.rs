@@ -10,9 +10,10 @@
 //! the length of a pause (waiting longer would cost each client more than the saved pause), and falls to nothing
 //! while they hold one. A guest that has nothing to do while its output waits loses nothing by a pause: then a larger
 //! share is allowed. One that has is let run for [`SHORTEST_BUSY`] at least: each epoch costs it more than its pause, for every page that it
-//! writes again is found anew, and who waits behind others does not see two milliseconds. An epoch of several clients goes on, whether the guest has
-//! something to do or not, for what they are worth: [`WORTH`] for each frame of it, from [`SHORTEST_MANY`] to [`LONGEST_MANY`], and no longer than
-//! until pauses take [`MANY_SHARE`] of the time: they wait for each other's epoch, so that what a longer one saves in pauses it costs in waiting.
+//! writes again is found anew, and who waits behind others does not see two milliseconds. Nor is one captured sooner that has nothing to do between the
+//! requests of several clients than these are worth: [`WORTH`] for each frame of an epoch, from [`SHORTEST_MANY`] to [`LONGEST_MANY`]. Very many, whose frames are worth
+//! more than [`SHORTEST_BUSY`], make the epoch of a busy guest, too, and none of theirs goes on once pauses take no more than [`MANY_SHARE`] of the time: they
+//! wait for each other's epoch, so that what a longer one saves in pauses it costs in waiting.
 //!
 //! Shares are those of a *typical* pause: the mean of the last pauses, in which none counts for more than twice their median. A
 //! pause that was long because the host was busy elsewhere would otherwise make every client wait for many epochs, and
@@ -26,11 +27,12 @@ use heartbeat_core::time::Time;
 pub const LONGEST_IDLE: Duration = Duration::from_secs(1);
 /// The shortest epoch under [`Pacing::Auto`] of a guest that has something to do.
 pub const SHORTEST_BUSY: Duration = Duration::from_millis(2);
-/// The shortest epoch of a guest that has nothing to do, but several clients.
+/// The least that the frames of several clients are worth.
 pub const SHORTEST_MANY: Duration = Duration::from_micros(500);
-/// The shortest epoch of a guest that has very many.
+/// The most that the frames of very many are.
 pub const LONGEST_MANY: Duration = Duration::from_millis(3);
-/// The share of the time, in percent, that pauses may take of a guest that has very many: about where they lose as much by pauses as by waiting for each
+/// The share of the time, in percent, that pauses take of a guest that has very many, unless an epoch would be shorter than [`SHORTEST_MANY`] or longer than
+/// [`LONGEST_MANY`]: about where they lose as much by pauses as by waiting for each
 /// other, on two machines of which one pauses twice as long as the other.
 pub const MANY_SHARE: u8 = 11;
 /// How long an epoch goes on for each frame in it: the work of an epoch, a few hundred microseconds of both hosts, is shared by them.
@@ -183,7 +185,7 @@ impl Pacer {
             }
             Pacing::Auto(auto) => {
                 let many = self.many.min(run_for(self.pause, MANY_SHARE).max(SHORTEST_MANY));
-                let busy = if many.is_zero() { SHORTEST_BUSY } else { many };
+                let busy = if self.many < SHORTEST_BUSY { SHORTEST_BUSY } else { many };
                 let earliest = run_for(self.pause, auto.busy_share).clamp(busy, LONGEST_IDLE);
                 let waiting = run_for(self.pause, auto.waiting_share).max(many).min(earliest);
                 let idle = run_for(self.pause, auto.idle_share).clamp(auto.longest, auto.longest.max(LONGEST_IDLE));
@@ -281,9 +283,10 @@ mod tests {
         let mut pacer = Pacer::new(Pacing::Auto(AutoPacing::default()));
         let rows = [
             (MS / 20, 1, SHORTEST_BUSY, MS * 3 / 40..MS * 3 / 40),
-            (MS / 4, 3, MS * 3 / 4, WORTH * 29 / 10..WORTH * 3),
-            (MS / 10, 3, WORTH * 3 - MS / 100, WORTH * 29 / 10..WORTH * 3),
-            (MS / 4, 8, WORTH * 8 - MS / 100, WORTH * 15 / 2..WORTH * 8),
+            (MS / 4, 3, SHORTEST_BUSY, WORTH * 29 / 10..WORTH * 3),
+            (MS / 4, 12, MS * 101 / 50, MS * 101 / 50..MS * 203 / 100),
+            (MS / 10, 3, SHORTEST_BUSY, WORTH * 29 / 10..WORTH * 3),
+            (MS / 4, 8, SHORTEST_BUSY, WORTH * 15 / 2..WORTH * 8),
             (MS / 2, 1_000_000, LONGEST_MANY - MS / 100, LONGEST_MANY - MS / 100..LONGEST_MANY),
             (MS / 10, 1_000_000, MS * 4 / 5, MS * 4 / 5..MS * 82 / 100),
             (MS / 40, 1_000_000, SHORTEST_MANY, SHORTEST_MANY..SHORTEST_MANY),

@@ -210,6 +210,7 @@ impl Text {
 }
 
 /// Other disks of a VM, looked at: a file system that does not answer may keep its caller, and nobody else.
+#[derive(Default)]
 struct Turn {
     disks: Vec<DiskImage>,
     own: Vec<ImageFile>,
@@ -364,18 +365,25 @@ impl Durable {
         if self.failed {
             return Err(io::Error::other("an earlier write of this VM's state failed"));
         }
-        let mut next = None;
+        let (mut there, mut next) = (None, None);
         let written = slots::update(&self.path, |record| {
-            if let Some(record) = record {
-                (self.text, _) = Text::parse(record)?;
-            }
-            let next = next.insert(self.text.clone());
+            let base = match record {
+                Some(record) => &*there.insert(Text::parse(record)?.0),
+                None => &self.text,
+            };
+            let next = next.insert(base.clone());
             change(next);
             bytes(next)
         });
         match written {
             Ok(()) => self.text = next.expect("it was made"),
-            Err(_) => (self.failed, self.lost) = (true, next),
+            Err(_) => {
+                // What it falls back to is what was there, if that is of this VM.
+                if let Some(there) = there.filter(|there| there.vm == self.text.vm) {
+                    self.text = there;
+                }
+                (self.failed, self.lost) = (true, next);
+            }
         }
         written
     }
@@ -404,7 +412,8 @@ impl Durable {
 
     /// Takes on another identity: a standby learns it from its primary.
     pub(super) fn set_vm(&mut self, vm: VmId) -> io::Result<()> {
-        let none = self.turn(Vec::new());
+        // Of the same VM nothing is looked at: where its images are may not answer.
+        let none = if self.vm == vm { Turn::default() } else { self.turn(Vec::new()) };
         self.update(|text| {
             if text.vm != vm.to_string() {
                 let (sessions, latched) = (text.sessions, text.latched);

@@ -196,6 +196,12 @@ fn what_somebody_else_wrote_since_a_write_failed_is_not_mended_away() {
     one.failed = true;
     one.mend().expect("writes");
     assert_eq!((open().vm(), open().generation()), (VmId([1; 16]), 9));
+    // Nor is a write that failed while another VM had the name the end of this one.
+    other.set_vm(VmId([2; 16])).expect("writes");
+    assert!(one.set_store(&"x".repeat(2 << 20)).is_err(), "no record is so long");
+    one.mend().expect("writes");
+    one.set_generation(10).expect("writes");
+    assert_eq!((one.vm(), open().vm(), open().generation()), (VmId([1; 16]), VmId([1; 16]), 10));
     // What one had read before somebody else wrote is not what it falls back to.
     other.set_vm(VmId([1; 16])).expect("nothing to write");
     other.set_generation(20).expect("writes");
