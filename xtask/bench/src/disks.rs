@@ -130,9 +130,9 @@ async fn speed(client: &mut Client) -> Result<Speed> {
     })
 }
 
-/// Runs a command in the guest, to its end.
+/// Runs a command in the guest, to its end. It reads what it is sent: else one that ends before that is sent fails.
 async fn run(client: &mut Client, command: &str) -> Result<()> {
-    client.run(&format!("COPY (SELECT 1) TO PROGRAM 'exec 2>/dev/null; {command}'")).await.map(drop)
+    client.run(&format!("COPY (SELECT 1) TO PROGRAM 'exec 2>/dev/null; cat >/dev/null; {command}'")).await.map(drop)
 }
 
 /// A mirror of the VM's disk to `qemu-nbd`, as anybody can have it.

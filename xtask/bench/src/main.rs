@@ -177,6 +177,7 @@ fn work(worker: Worker) -> Result<()> {
 
 fn bench(args: &RunArgs) -> Result<bool> {
     let mut report = Report::new(machine());
+    let mut measured = Ok(());
     match lacking(args) {
         Some(reason) => report.skip("everything", reason),
         None => {
@@ -192,16 +193,17 @@ fn bench(args: &RunArgs) -> Result<bool> {
                 netns::sweep(std::process::id());
                 let _ = fs::remove_dir_all(&panic_dir);
             }));
-            let measured = measure_all(args, &dir, &mut report);
+            measured = measure_all(args, &dir, &mut report);
             fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-            measured?;
         }
     }
+    // What was measured before something failed is told all the same.
     println!("\n{}", report.table());
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&report)?;
         fs::write(file, text + "\n").with_context(|| format!("cannot write {}", file.display()))?;
     }
+    measured?;
     let broken = report.broken().count();
     println!("{} rows, {broken} out of budget, {} skipped", report.rows.len(), report.skipped.len());
     Ok(broken == 0 || !args.strict)
