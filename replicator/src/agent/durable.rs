@@ -343,7 +343,7 @@ impl Durable {
         })
     }
 
-    /// The same if nobody else has written it since this was read or written last; whether that is so.
+    /// The same if nobody else has written it since this was read or written last; whether it was done.
     fn change_unchanged(&mut self, change: impl FnOnce(&mut Text)) -> io::Result<bool> {
         let known = self.text.clone();
         let mut unchanged = false;
@@ -431,7 +431,7 @@ impl Durable {
         self.change(|text| text.generation = text.generation.max(generation))
     }
 
-    /// The same unless somebody else has written it since; whether that is not so.
+    /// The same unless somebody else has written it since; whether it is remembered.
     pub(super) fn set_generation_unchanged(&mut self, generation: u64) -> io::Result<bool> {
         self.change_unchanged(|text| text.generation = text.generation.max(generation))
     }
@@ -528,7 +528,7 @@ impl Durable {
         &self.text.former
     }
 
-    /// It may be started here from its disks, without asking, unless somebody else has written it since; whether that is not so. The record is this
+    /// It may be started here from its disks, without asking, unless somebody else has written it since; whether it may. The record is this
     /// node's alone, and nothing that was asked can change that.
     pub(super) fn unlatch(&mut self) -> io::Result<bool> {
         self.change_unchanged(|text| text.latched = false)
