@@ -12,7 +12,7 @@ use super::sessions::blocking;
 use super::{Agent, FenceWord, Request, STOP_WITHIN, events, paths};
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
-    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
+    Accepted, AgentStatus, Change, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
     PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, ProtectionState, RehearsalReport, Role,
     VmEvent, VmRequest, VmStatus,
 };
@@ -135,6 +135,14 @@ impl AgentApi for Agent {
         known.or_else(|| self.unprotected_microvm(name)).ok_or_else(|| not_known(name))
     }
 
+    async fn vm_change(&self, name: &str) -> Result<VmStatus, ErrorBody> {
+        let now = self.vms().get(name).map(|vm| Arc::clone(&vm.view));
+        match self.changes.status(name, now.as_ref()) {
+            Some(status) => Ok(status),
+            None => self.vm_status(name).await,
+        }
+    }
+
     async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
         let (state_dir, of) = (self.config.state_dir.clone(), name.to_owned());
         let lines = self.events.clone();
@@ -194,6 +202,10 @@ impl AgentApi for Agent {
         if request.give_back {
             self.ask(&request.vm, |reply| Request::Fence { word: FenceWord::GiveBack, reply }).await?;
             return Ok(Accepted { vm: request.vm });
+        }
+        if let Some(vm) = self.vms().get(&request.vm) {
+            // Before it is asked for: it may have ended before this call has.
+            self.changes.begin(&request.vm, &vm.view, if request.force { Change::GoOn } else { Change::HandOver });
         }
         if request.force {
             return self.force(&request.vm, request.confirm.as_deref()).await;

@@ -24,6 +24,7 @@ mod api;
 mod arbiter;
 mod asker;
 mod beats;
+mod changes;
 mod clock;
 mod disks;
 mod drill;
@@ -191,6 +192,7 @@ struct Agent {
     twins: Arc<dyn TwinHost>,
     microvms: Microvms,
     vms: Mutex<BTreeMap<String, Vm>>,
+    changes: changes::Changes,
     window: PairingWindow,
     latches: latch::Latches,
     events: events::Writer,
@@ -312,6 +314,7 @@ pub async fn run(config: AgentConfig) -> Result<(), AgentError> {
         twins: Arc::new(twins),
         microvms,
         vms: Mutex::new(BTreeMap::new()),
+        changes: changes::Changes::default(),
         window: PairingWindow::default(),
         latches: latch::Latches::default(),
         events: lines,

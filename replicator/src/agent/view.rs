@@ -11,8 +11,8 @@ use super::clock;
 use super::events::EventLog;
 use super::lag::Lag;
 use crate::control::api::{
-    ActivationMs, EventKind, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SurvivorAt,
-    Suspicion, SyncProgress, VmEvent, VmStatus,
+    ActivationMs, Change, EventKind, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role,
+    SurvivorAt, Suspicion, SyncProgress, VmEvent, VmStatus,
 };
 use crate::metrics::VmMetrics;
 use crate::status::{EpochObservation, EpochStats};
@@ -36,6 +36,10 @@ struct Inner {
     failing: Option<Failing>,
     /// What ceased last: the store had been asked, and may still grant it.
     ceased: Option<(Failing, FailoverReport)>,
+    /// What an operator asked for last.
+    change: Option<Change>,
+    /// How it was left when that had ended.
+    changed: Option<VmStatus>,
 }
 
 /// A failover under way.
@@ -43,6 +47,19 @@ struct Inner {
 struct Failing {
     detected: Time,
     granted: Option<Time>,
+}
+
+impl Inner {
+    fn has_changed(&self) -> bool {
+        self.change.is_some_and(|change| change.is_done(&self.status))
+    }
+
+    /// Before it becomes something else.
+    fn keep_change(&mut self) {
+        if self.has_changed() {
+            self.changed = Some(self.status.clone());
+        }
+    }
 }
 
 fn ms(duration: Duration) -> f64 {
@@ -56,8 +73,16 @@ impl View {
         let mut status = VmStatus::new(name, vm.to_string(), role);
         status.state = ProtectionState::Pairing;
         metrics.set_state(&status.state);
-        let inner =
-            Inner { status, epochs: EpochStats::new(), captured: None, gate: None, failing: None, ceased: None };
+        let inner = Inner {
+            status,
+            epochs: EpochStats::new(),
+            captured: None,
+            gate: None,
+            failing: None,
+            ceased: None,
+            change: None,
+            changed: None,
+        };
         Self { inner: Mutex::new(inner), metrics, events, lag: Arc::default() }
     }
 
@@ -117,6 +142,7 @@ impl View {
     /// Another protection of the same VM begins here. What the last failover was stays to be seen.
     pub(super) fn begin(&self, role: Role, peer: &str, warnings: Vec<String>) {
         let mut inner = self.lock();
+        inner.keep_change();
         (inner.epochs, inner.captured, inner.gate) = (EpochStats::new(), None, None);
         (inner.failing, inner.ceased) = (None, None);
         let status = &mut inner.status;
@@ -136,6 +162,7 @@ impl View {
     /// Changes the state, and says so in one log line.
     pub(super) fn set_state(&self, state: ProtectionState, reason: &str) {
         let mut inner = self.lock();
+        inner.keep_change();
         let before = inner.status.state.word();
         if before != state.word() || inner.status.reason != reason {
             tracing::info!(vm = inner.status.name, from = before, to = state.word(), reason, "state");
@@ -150,6 +177,18 @@ impl View {
         inner.status.reason = reason.to_owned();
         inner.status.advice.clear();
         self.metrics.set_state(&inner.status.state);
+    }
+
+    /// From now on it is kept how `change` ends.
+    pub(super) fn await_change(&self, change: Change) {
+        let mut inner = self.lock();
+        (inner.change, inner.changed) = (Some(change), None);
+    }
+
+    /// How the change that was asked for last ended, if it has.
+    pub(super) fn changed(&self) -> Option<VmStatus> {
+        let inner = self.lock();
+        if inner.has_changed() { Some(inner.status.clone()) } else { inner.changed.clone() }
     }
 
     /// How far the initial sync is; shown only while it is under way.

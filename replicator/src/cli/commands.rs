@@ -13,8 +13,8 @@ use super::progress::{Goal, follow};
 use super::screen::Screen;
 use super::{client, config, drill, microvm};
 use crate::control::api::{
-    DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest, Role,
-    VmRequest,
+    Change, DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest,
+    Role, VmRequest,
 };
 use crate::control::client::{Client, ClientError};
 use crate::control::doctor;
@@ -245,8 +245,8 @@ async fn failback(args: VmArgs, client: &Client) -> Result<Exit, CliError> {
 
 async fn hand_over(request: &FailoverRequest, client: &Client) -> Result<Exit, CliError> {
     let accepted = client.failover(request).await?;
-    let goal = if request.force { Goal::GoesOn } else { Goal::HandedOver };
-    let status = follow(client, &accepted.vm, goal).await?;
+    let change = if request.force { Change::GoOn } else { Change::HandOver };
+    let status = follow(client, &accepted.vm, Goal::Changed(change)).await?;
     let here = request.force || status.role == Role::Survivor;
     print(&match (here, status.peer.as_str()) {
         (true, _) => format!("{} runs here now\n", status.name),

@@ -1,10 +1,10 @@
-//! Long work, followed by reading the VM's status until it has ended.
+//! Long work, followed by asking the agent how far it is until it has ended.
 
 use std::io::{IsTerminal as _, Write};
 use std::time::Duration;
 
 use super::exit::{CliError, Exit};
-use crate::control::api::{ProtectionState, Role, VmStatus};
+use crate::control::api::{Change, ProtectionState, VmStatus};
 use crate::control::client::Client;
 use crate::status::render;
 
@@ -17,9 +17,7 @@ pub(super) enum Goal {
     /// The VM is protected.
     Protected,
     /// The VM has changed hands.
-    HandedOver,
-    /// The VM goes on here.
-    GoesOn,
+    Changed(Change),
 }
 
 /// How far a goal is.
@@ -34,7 +32,10 @@ enum Stage {
 pub(super) async fn follow(client: &Client, vm: &str, goal: Goal) -> Result<VmStatus, CliError> {
     let mut display = Display::new();
     loop {
-        let status = client.vm_status(vm).await?;
+        let status = match goal {
+            Goal::Protected => client.vm_status(vm).await?,
+            Goal::Changed(_) => client.vm_change(vm).await?,
+        };
         display.show(&status);
         match stage(&status, goal) {
             Stage::UnderWay => tokio::time::sleep(LOOK_EVERY).await,
@@ -52,24 +53,24 @@ pub(super) async fn follow(client: &Client, vm: &str, goal: Goal) -> Result<VmSt
 
 fn stage(status: &VmStatus, goal: Goal) -> Stage {
     use ProtectionState as State;
-    match (goal, &status.state) {
-        (Goal::Protected, State::Pairing | State::Syncing(_))
-        | (Goal::HandedOver | Goal::GoesOn, State::FailingOver) => Stage::UnderWay,
-        // It was this host's guest that waited.
-        (Goal::GoesOn, State::Degraded | State::Unprotected) if status.role == Role::Primary => Stage::Reached,
-        (Goal::Protected, State::Protected) | (Goal::HandedOver, State::Fenced) => Stage::Reached,
-        (Goal::HandedOver | Goal::GoesOn, state) if status.role == Role::Survivor && *state != State::Error => {
-            Stage::Reached
+    let stage = |reached: bool, under_way: bool| match (reached, under_way) {
+        (true, _) => Stage::Reached,
+        (false, true) => Stage::UnderWay,
+        (false, false) => Stage::Missed,
+    };
+    match goal {
+        Goal::Protected => {
+            stage(status.state == State::Protected, matches!(status.state, State::Pairing | State::Syncing(_)))
         }
-        _ => Stage::Missed,
+        Goal::Changed(change) => stage(change.is_done(status), status.state == State::FailingOver),
     }
 }
 
 fn missed(status: &VmStatus, goal: Goal) -> CliError {
     let what = match goal {
         Goal::Protected => "is not protected",
-        Goal::HandedOver => "did not change hands",
-        Goal::GoesOn => "does not go on here",
+        Goal::Changed(Change::HandOver) => "did not change hands",
+        Goal::Changed(Change::GoOn) => "does not go on here",
     };
     let mut error = CliError::new(Exit::Failed, format!("{} {what}: it is {}", status.name, status.state));
     if !status.reason.is_empty() {
@@ -118,7 +119,7 @@ impl Display {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::api::SyncProgress;
+    use crate::control::api::{Role, SyncProgress};
 
     fn at(state: ProtectionState, role: Role) -> VmStatus {
         let mut status = VmStatus::new("web-1", "1", role);
@@ -157,7 +158,7 @@ mod tests {
             (State::Protected, Role::Primary, Stage::Missed),
             (State::Protected, Role::Standby, Stage::Missed),
         ] {
-            assert_eq!(stage(&at(state.clone(), role), Goal::HandedOver), expected, "{state} {role:?}");
+            assert_eq!(stage(&at(state.clone(), role), Goal::Changed(Change::HandOver)), expected, "{state} {role:?}");
         }
     }
 
@@ -172,7 +173,7 @@ mod tests {
             (State::Fenced, Role::Primary, Stage::Missed),
             (State::Error, Role::Survivor, Stage::Missed),
         ] {
-            assert_eq!(stage(&at(state.clone(), role), Goal::GoesOn), expected, "{state} {role:?}");
+            assert_eq!(stage(&at(state.clone(), role), Goal::Changed(Change::GoOn)), expected, "{state} {role:?}");
         }
     }
 

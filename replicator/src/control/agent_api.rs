@@ -21,6 +21,10 @@ pub trait AgentApi: Send + Sync + 'static {
     /// One VM, by name.
     fn vm_status(&self, name: &str) -> impl Future<Output = Result<VmStatus, ErrorBody>> + Send;
 
+    /// How far the change of hands is that was asked for last of a VM: its status, and once the change has ended the status by
+    /// which it had, even if this host knows the VM no more.
+    fn vm_change(&self, name: &str) -> impl Future<Output = Result<VmStatus, ErrorBody>> + Send;
+
     /// The last `last` things that happened to a VM here, oldest first; also of one that is protected no more.
     fn vm_events(&self, name: &str, last: usize) -> impl Future<Output = Result<Vec<VmEvent>, ErrorBody>> + Send;
 

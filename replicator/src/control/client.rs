@@ -109,6 +109,12 @@ impl Client {
         self.get(&format!("/v1/vms/{}", percent_encode(name))).await
     }
 
+    /// How far the change of hands is that was asked for last of a VM.
+    #[allow(clippy::missing_errors_doc)]
+    pub async fn vm_change(&self, name: &str) -> Result<VmStatus, ClientError> {
+        self.get(&format!("/v1/vms/{}/change", percent_encode(name))).await
+    }
+
     /// The last `last` things that happened to a VM there, oldest first.
     #[allow(clippy::missing_errors_doc)]
     pub async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ClientError> {

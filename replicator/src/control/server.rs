@@ -116,6 +116,12 @@ fn agent_routes<A: AgentApi>(api: Arc<A>) -> Router {
             }),
         )
         .route(
+            "/v1/vms/{name}/change",
+            get(async |State(api): State<Arc<A>>, Path(name): Path<String>| {
+                answer(async move { api.vm_change(&name).await }).await
+            }),
+        )
+        .route(
             "/v1/vms/{name}/events",
             get(async |State(api): State<Arc<A>>, Path(name): Path<String>, Query(asked): Query<Events>| {
                 answer(async move { api.vm_events(&name, asked.last).await }).await

@@ -84,6 +84,10 @@ impl AgentApi for FakeAgent {
         Err(ErrorBody::new(ErrorKind::NotFound, format!("no VM is called `{name}`")).advise("See `understudy status`."))
     }
 
+    async fn vm_change(&self, name: &str) -> Result<VmStatus, ErrorBody> {
+        Ok(VmStatus { name: name.to_owned(), state: ProtectionState::Fenced, ..vm() })
+    }
+
     async fn vm_events(&self, name: &str, last: usize) -> Result<Vec<VmEvent>, ErrorBody> {
         self.note(format!("{last} events of {name}"));
         Ok(vec![event()])
@@ -191,6 +195,8 @@ async fn every_request_arrives_and_is_answered() {
 
     assert_eq!(client.status().await.unwrap().vms, vec![vm()]);
     assert_eq!(client.vm_status("web 1/ä").await.unwrap(), vm());
+    let changed = client.vm_change("web 1/ä").await.unwrap();
+    assert_eq!((changed.name.as_str(), changed.state), ("web 1/ä", ProtectionState::Fenced));
     let request = ProtectRequest {
         vm: "/run/web.qmp".into(),
         to: "host-b".into(),
