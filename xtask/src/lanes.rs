@@ -80,6 +80,8 @@ fn chaos_command(guest: &Path) -> Command {
     let mut command = Command::new(debug.join("chaos"));
     command.arg("--guest").arg(guest).arg("--understudy").arg(debug.join("understudy")).stdin(Stdio::null());
     command.arg("--pilot").arg(shell::target().join("pilot/pilot"));
+    // Its agents are those of a larger host, all others' those of this one (`workers` in replicator/src/cli).
+    command.env("TOKIO_WORKER_THREADS", "4");
     command
 }
 

@@ -102,11 +102,19 @@ fn run_witness(args: WitnessArgs) -> Result<Exit, CliError> {
     Ok(Exit::Ok)
 }
 
+/// Threads for what an agent or a witness does beside its pauses: half of the processors, for the guests need them, too. Where there are two, waking another
+/// thread for each step of a commit costs more than a second one is worth.
+fn workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |processors| processors.get() / 2).max(1)
+}
+
 fn block_on<T>(work: impl Future<Output = Result<T, CliError>>) -> Result<T, CliError> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| CliError::of(Exit::Failed, &error))?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    // Tokio's own setting, if somebody knows better.
+    if std::env::var_os("TOKIO_WORKER_THREADS").is_none() {
+        runtime.worker_threads(workers());
+    }
+    let runtime = runtime.enable_all().build().map_err(|error| CliError::of(Exit::Failed, &error))?;
     runtime.block_on(work)
 }
 

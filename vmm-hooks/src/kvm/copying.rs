@@ -9,8 +9,8 @@ use super::ram::Ram;
 use crate::layout::PAGE_SIZE;
 use crate::sys::copy::{Copier, by_runs};
 
-/// With so many pages a second thread helps: waking it costs as much as copying some dozens.
-const HELPED: usize = 128;
+/// With so many pages, 8 MiB, a second thread helps. Fewer are in the caches for the most part, and it has to be woken.
+const HELPED: usize = 2048;
 
 /// The memory, and who copies out of it.
 #[derive(Debug)]

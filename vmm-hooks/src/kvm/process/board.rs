@@ -56,7 +56,7 @@ const WORD: usize = 8;
 /// Room for the state of devices, and of each vCPU.
 const STATE: u64 = 1 << 20;
 const STATE_OF_VCPU: u64 = 64 << 10;
-/// Most pages that a process copies itself, to go on by itself: with more its protector has two threads that copy.
+/// Most pages that a process copies itself, to go on by itself: more are not worth that they are copied thrice.
 pub(super) const FEW: usize = 128;
 /// Room for their copies.
 const COPIES: u64 = (FEW * PAGE_SIZE) as u64;

@@ -49,6 +49,7 @@ impl ProcessGuest {
         let start = Instant::now();
         // It may, whatever is answered.
         (self.paused, self.gone_on, parts.ran_again) = (true, false, None);
+        self.take_turns();
         let captured = self.ask_captured(&Request::Epoch { begin, next, go_on })?;
         let answered = Instant::now();
         if captured.gone_on.is_some() && !go_on {
@@ -56,7 +57,7 @@ impl ProcessGuest {
         }
         let mut stood = answered - start;
         if let Some(GoneOn { at, .. }) = captured.gone_on {
-            (self.paused, self.gone_on) = (false, true);
+            (self.paused, self.gone_on, self.stays) = (false, true, None);
             let ran = instant(at).map_or(answered, |ran| ran.clamp(start, answered));
             parts.ran_again = Some(ran);
             stood = ran - start;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::beside::{Beside, Stays};
 use super::board::{Board, CPUS_MAX, MIRRORED, OVER, RUNS, Shown, TRACKED};
 use super::gate::ProcessGate;
 use super::link::{Link, LinkError, pair};
@@ -454,6 +455,9 @@ pub struct ProcessGuest {
     /// Disk writes that were given back.
     pub(super) returned: Vec<DiskWrite>,
     pub(super) copying: Copying,
+    pub(super) beside: Option<Beside>,
+    /// While the guest stands.
+    pub(super) stays: Option<Stays>,
     /// It has told of its death, and its process has not ended.
     dying: Option<GuestEvent>,
     pub(super) mirrored: bool,
@@ -487,6 +491,8 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
         dirty: PageSet::empty(pages),
         returned: Vec::new(),
         copying: Copying::new(Arc::clone(&machine.0.ram)),
+        beside: Beside::new(machine.process().pid()),
+        stays: None,
         dying: None,
         mirrored: false,
         broken: false,
@@ -497,6 +503,13 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
 }
 
 impl ProcessGuest {
+    /// From now on until the guest runs.
+    pub(super) fn take_turns(&mut self) {
+        // First of all: it remembers where this thread may run otherwise.
+        self.stays = None;
+        self.stays = self.beside.as_mut().and_then(Beside::take_turns);
+    }
+
     fn must_stand(&self, call: &str) {
         assert!(self.paused, "{call} of a guest that was not paused");
     }
@@ -519,6 +532,7 @@ impl Guest for ProcessGuest {
         self.gone_on = false;
         // An epoch that was not answered may end, and its guest go on, at any time.
         if !self.paused || self.untaken {
+            self.take_turns();
             self.machine.pause()?;
             self.paused = true;
         }
@@ -526,8 +540,13 @@ impl Guest for ProcessGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
+        let stays = self.stays.take();
         if !std::mem::take(&mut self.gone_on) {
             self.machine.resume()?;
+            // It is its turn now: the guest is not to wait for what this thread does next.
+            if let Some(stays) = stays {
+                stays.give_way();
+            }
         }
         self.paused = false;
         Ok(())
@@ -708,6 +727,9 @@ impl Drop for ProcessGuest {
         // One that has ended may have been waited for, and another process have its number.
         if !self.machine.process().has_exited() {
             let _ = realtime_of(self.machine.process().pid(), None);
+            if let Some(beside) = &mut self.beside {
+                beside.part();
+            }
         }
         self.machine.0.attached.store(false, Ordering::SeqCst);
     }

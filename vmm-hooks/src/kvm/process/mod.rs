@@ -21,9 +21,11 @@
 //! | [`child`] | the process itself |
 //! | `gate` | its gate, as its protector has it |
 //! | [`guest`] | its handle, and it as a [`crate::guest::Guest`] |
+//! | `beside` | the two threads of a pause on one processor |
 //! | `capture` | what it has captured, as its protector takes it |
 //! | [`twin`] | a standby's twins, each in a process that waits |
 
+mod beside;
 pub(super) mod board;
 mod capture;
 pub mod child;

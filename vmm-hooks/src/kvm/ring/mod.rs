@@ -132,7 +132,7 @@ impl State {
                 }
                 self.found.insert(page);
                 ring[*next].harvested();
-                *next = (*next + 1) % ring.len();
+                *next = if *next + 1 == ring.len() { 0 } else { *next + 1 };
                 read += 1;
             }
             if read == ring.len() {
