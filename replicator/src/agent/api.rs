@@ -12,10 +12,11 @@ use super::sessions::blocking;
 use super::{Agent, FenceWord, Request, STOP_WITHIN, events, paths};
 use crate::control::agent_api::AgentApi;
 use crate::control::api::{
-    Accepted, AgentStatus, Change, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
+    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
     PairOpenRequest, PairWindow, Paired, PeerKind, PeerStatus, ProtectRequest, ProtectionState, RehearsalReport, Role,
     VmEvent, VmRequest, VmStatus,
 };
+use crate::control::change::Change;
 use crate::control::doctor;
 use crate::control::drill::{DrillPlan, DrillRequest};
 use crate::control::latch::{MayStart, MayStartRequest};

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::view::View;
-use crate::control::api::{Change, VmStatus};
+use crate::control::api::VmStatus;
+use crate::control::change::Change;
 
 /// See the module.
 #[derive(Debug, Default)]

@@ -11,9 +11,10 @@ use super::clock;
 use super::events::EventLog;
 use super::lag::Lag;
 use crate::control::api::{
-    ActivationMs, Change, EventKind, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role,
-    SurvivorAt, Suspicion, SyncProgress, VmEvent, VmStatus,
+    ActivationMs, EventKind, FailoverCause, FailoverReport, GuestClock, HeldOutput, ProtectionState, Role, SurvivorAt,
+    Suspicion, SyncProgress, VmEvent, VmStatus,
 };
+use crate::control::change::Change;
 use crate::metrics::VmMetrics;
 use crate::status::{EpochObservation, EpochStats};
 

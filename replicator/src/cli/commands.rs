@@ -13,9 +13,10 @@ use super::progress::{Goal, follow};
 use super::screen::Screen;
 use super::{client, config, drill, microvm};
 use crate::control::api::{
-    Change, DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest,
-    Role, VmRequest,
+    DoctorReport, DoctorRequest, FailoverRequest, PairJoinRequest, PairOpenRequest, PeerKind, ProtectRequest, Role,
+    VmRequest,
 };
+use crate::control::change::Change;
 use crate::control::client::{Client, ClientError};
 use crate::control::doctor;
 use crate::status::render;

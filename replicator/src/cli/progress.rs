@@ -4,7 +4,8 @@ use std::io::{IsTerminal as _, Write};
 use std::time::Duration;
 
 use super::exit::{CliError, Exit};
-use crate::control::api::{Change, ProtectionState, VmStatus};
+use crate::control::api::{ProtectionState, VmStatus};
+use crate::control::change::Change;
 use crate::control::client::Client;
 use crate::status::render;
 
