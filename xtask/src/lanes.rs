@@ -80,8 +80,6 @@ fn chaos_command(guest: &Path) -> Command {
     let mut command = Command::new(debug.join("chaos"));
     command.arg("--guest").arg(guest).arg("--understudy").arg(debug.join("understudy")).stdin(Stdio::null());
     command.arg("--pilot").arg(shell::target().join("pilot/pilot"));
-    // Its agents are those of a larger host, all others' those of this one (`workers` in replicator/src/cli).
-    command.env("TOKIO_WORKER_THREADS", "4");
     command
 }
 
@@ -205,7 +203,8 @@ pub(crate) fn test(all: bool) -> Result<ExitCode> {
     lane("chaos on a real VM", &|| match means.demo() {
         // What each seed does is the same in every run, as far as a real machine lets it.
         Ok(guest) if all => outcome(shell::run(chaos_command(&guest).args(["--rounds", "100"]))),
-        Ok(guest) => outcome(shell::run(chaos_command(&guest).args(SHORT_CHAOS))),
+        // With agents of a larger host (`workers` in replicator/src/cli): all others' are those of this one.
+        Ok(guest) => outcome(shell::run(chaos_command(&guest).args(SHORT_CHAOS).env("TOKIO_WORKER_THREADS", "4"))),
         Err(why) => Outcome::Skipped(why),
     });
     lane("nested: Linux under KVM, on emulated hosts", &|| match means.demo() {

@@ -89,6 +89,19 @@ impl Agent {
         Ok(())
     }
 
+    /// Asks for a change of hands.
+    async fn change_hands(&self, request: &FailoverRequest) -> Result<Accepted, ErrorBody> {
+        let FailoverRequest { vm, planned, back, force, confirm, .. } = request;
+        if *force {
+            return self.force(vm, confirm.as_deref()).await;
+        }
+        if *back {
+            self.check_way_back(vm)?;
+        }
+        self.ask(vm, |reply| Request::Failover { planned: *planned, reply }).await?;
+        Ok(Accepted { vm: vm.clone() })
+    }
+
     fn peer_status(&self, peer: Peer) -> PeerStatus {
         // The path that is heard best speaks for the node.
         let stats: Vec<_> = self.beat.stats().into_iter().filter(|path| path.node == peer.node).collect();
@@ -204,19 +217,14 @@ impl AgentApi for Agent {
             self.ask(&request.vm, |reply| Request::Fence { word: FenceWord::GiveBack, reply }).await?;
             return Ok(Accepted { vm: request.vm });
         }
-        if let Some(vm) = self.vms().get(&request.vm) {
-            // Before it is asked for: it may have ended before this call has.
-            self.changes.begin(&request.vm, &vm.view, if request.force { Change::GoOn } else { Change::HandOver });
+        let change = if request.force { Change::GoOn } else { Change::HandOver };
+        let view = self.vms().get(&request.vm).map(|vm| Arc::clone(&vm.view));
+        let begun = view.map(|view| self.changes.begin(&request.vm, &view, change));
+        let answer = self.change_hands(&request).await;
+        if let (Err(_), Some(begun)) = (&answer, begun) {
+            self.changes.refused(&request.vm, begun);
         }
-        if request.force {
-            return self.force(&request.vm, request.confirm.as_deref()).await;
-        }
-        if request.back {
-            self.check_way_back(&request.vm)?;
-        }
-        let planned = request.planned;
-        self.ask(&request.vm, |reply| Request::Failover { planned, reply }).await?;
-        Ok(Accepted { vm: request.vm })
+        answer
     }
 
     async fn may_start(&self, request: MayStartRequest) -> Result<MayStart, ErrorBody> {

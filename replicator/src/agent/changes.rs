@@ -4,9 +4,10 @@
 //! protects it again: who looks now and then misses nothing. The last change of each VM is kept for as long as the agent lives.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::view::View;
+use super::view::{Awaited, View};
 use crate::control::api::VmStatus;
 use crate::control::change::Change;
 
@@ -14,13 +15,28 @@ use crate::control::change::Change;
 #[derive(Debug, Default)]
 pub(super) struct Changes {
     asked: Mutex<BTreeMap<String, Arc<View>>>,
+    number: AtomicU64,
 }
 
 impl Changes {
-    /// `change` is asked for of the VM that is `view` here now.
-    pub(super) fn begin(&self, name: &str, view: &Arc<View>, change: Change) {
-        view.await_change(change);
-        self.lock().insert(name.to_owned(), Arc::clone(view));
+    /// `change` is asked for of the VM that is `view` here now. To be called before it is, for it may have ended before that call has.
+    pub(super) fn begin(&self, name: &str, view: &Arc<View>, change: Change) -> Begun {
+        let number = self.number.fetch_add(1, Ordering::Relaxed) + 1;
+        let awaited = view.await_change(Awaited { number, change: Some(change), ended: None });
+        let before = self.lock().insert(name.to_owned(), Arc::clone(view));
+        Begun { number, view: Arc::clone(view), awaited, before }
+    }
+
+    /// It was refused: what was asked for before is told of as ever, unless something else has been asked for since.
+    pub(super) fn refused(&self, name: &str, begun: Begun) {
+        let Begun { number, view, awaited, before } = begun;
+        let mut asked = self.lock();
+        if view.give_up_change(number, awaited) && asked.get(name).is_some_and(|known| Arc::ptr_eq(known, &view)) {
+            match before {
+                Some(before) => asked.insert(name.to_owned(), before),
+                None => asked.remove(name),
+            };
+        }
     }
 
     /// How far the change is: as the VM was when it ended, else as it is in the view that this host has of it `now`.
@@ -32,6 +48,15 @@ impl Changes {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<View>>> {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A change that was begun, and what it takes the place of.
+#[derive(Debug)]
+pub(super) struct Begun {
+    number: u64,
+    view: Arc<View>,
+    awaited: Awaited,
+    before: Option<Arc<View>>,
 }
 
 #[cfg(test)]
@@ -107,6 +132,31 @@ mod tests {
         assert_eq!(host.at(None), None, "the VM is gone, and what it was last is no end");
         view.set_state(State::Degraded, "host-b is silent");
         assert_eq!(host.at(Some(&view)), Some((Role::Primary, State::Degraded)));
+    }
+
+    #[test]
+    fn what_is_refused_takes_nothing_away_from_what_was_accepted() {
+        use ProtectionState as State;
+        let host = Host::new();
+        let view = host.view(Role::Primary, State::Protected);
+        host.changes.begin("web-1", &view, Change::HandOver);
+        let other = host.changes.begin("web-1", &view, Change::GoOn);
+        host.changes.refused("web-1", other);
+        view.set_state(State::Fenced, "host-b runs it");
+        assert_eq!(host.at(None), Some((Role::Primary, State::Fenced)));
+        let standby = host.view(Role::Standby, State::Pairing);
+        let other = host.changes.begin("web-1", &standby, Change::HandOver);
+        host.changes.refused("web-1", other);
+        assert_eq!(host.at(Some(&standby)), Some((Role::Primary, State::Fenced)));
+        let late = host.changes.begin("web-1", &standby, Change::GoOn);
+        host.changes.begin("web-1", &standby, Change::HandOver);
+        host.changes.refused("web-1", late);
+        standby.set(|status| status.role = Role::Survivor);
+        standby.set_state(State::Unprotected, "");
+        assert_eq!(host.at(None), Some((Role::Survivor, State::Unprotected)), "what was accepted meanwhile");
+        let never = host.changes.begin("web-2", &standby, Change::HandOver);
+        host.changes.refused("web-2", never);
+        assert_eq!(host.changes.status("web-2", None), None);
     }
 
     #[test]

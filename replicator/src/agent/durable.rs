@@ -14,6 +14,7 @@ use heartbeat_core::ids::{Generation, NodeId, StoreId, VmId};
 use serde::{Deserialize, Serialize};
 use vmm_hooks::disk::DiskImage;
 
+use super::aside::aside;
 use super::protection::Protection;
 
 /// Numbers of two sessions of a VM differ by this much: more epochs than a session can use in thirty years.
@@ -209,7 +210,7 @@ impl Text {
     }
 }
 
-/// Other disks of a VM, looked at: a file system that does not answer may keep its caller, and nobody else.
+/// Other disks of a VM, looked at: a file system that does not answer may keep its caller, and nobody else ([`aside`]).
 #[derive(Default)]
 struct Turn {
     disks: Vec<DiskImage>,
@@ -237,7 +238,7 @@ impl Durable {
     /// # Errors
     /// As [`Durable::open`].
     pub(super) fn find(state_dir: &Path, name: &str) -> io::Result<Option<Self>> {
-        match Self::adopt(Self::path(state_dir, name)) {
+        match aside(|| Self::adopt(Self::path(state_dir, name))) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             found => found.map(Some),
         }
@@ -252,18 +253,19 @@ impl Durable {
     /// # Errors
     /// If the file cannot be read, written or understood. It is never taken for absent then.
     pub(super) fn open(state_dir: &Path, name: &str, fresh: VmId) -> io::Result<Self> {
-        files::make_dir(&state_dir.join("vms"))?;
+        aside(|| files::make_dir(&state_dir.join("vms")))?;
         if let Some(found) = Self::find(state_dir, name)? {
             return Ok(found);
         }
         let (path, text) = (Self::path(state_dir, name), Text::fresh(fresh, name.to_owned()));
-        slots::write(&path, &bytes(&text)?)?;
+        let record = bytes(&text)?;
+        aside(|| slots::write(&path, &record))?;
         Ok(Self { path, text, vm: fresh, failed: false, lost: None })
     }
 
     /// Every VM that this host has, or had, a part in: one that it remembers a guest of, or how it is to be protected.
     pub(super) fn with_parts(state_dir: &Path) -> Vec<Self> {
-        let known = all(state_dir, Self::adopt).inspect_err(|error| {
+        let known = aside(|| all(state_dir, Self::adopt)).inspect_err(|error| {
             tracing::error!(%error, "what this host remembers of its VMs cannot be read: none of them is taken up");
         });
         let mut all = known.unwrap_or_default().vms;
@@ -276,7 +278,7 @@ impl Durable {
     /// # Errors
     /// If it is not known which there are.
     pub(super) fn all(state_dir: &Path) -> io::Result<Known> {
-        all(state_dir, Self::look)
+        aside(|| all(state_dir, Self::look))
     }
 
     /// What is remembered, on the disk.
@@ -330,7 +332,7 @@ impl Durable {
     fn turn(&self, disks: Vec<DiskImage>) -> Turn {
         let own = disks.iter().map(ImageFile::of).collect();
         let had = self.text.own.iter().chain(&self.text.former);
-        let gone = had.filter(|image| !image.is_there()).cloned().collect();
+        let gone = aside(|| had.filter(|image| !image.is_there()).cloned().collect());
         Turn { disks, own, gone }
     }
 
@@ -366,7 +368,7 @@ impl Durable {
             return Err(io::Error::other("an earlier write of this VM's state failed"));
         }
         let (mut there, mut next) = (None, None);
-        let written = slots::update(&self.path, |record| {
+        let made = |record: Option<&[u8]>| {
             let base = match record {
                 Some(record) => &*there.insert(Text::parse(record)?.0),
                 None => &self.text,
@@ -374,7 +376,8 @@ impl Durable {
             let next = next.insert(base.clone());
             change(next);
             bytes(next)
-        });
+        };
+        let written = aside(|| slots::update(&self.path, made));
         match written {
             Ok(()) => self.text = next.expect("it was made"),
             Err(_) => {
@@ -397,7 +400,7 @@ impl Durable {
     /// the disk, and more is taken. Of what that write was about nothing may have been acted upon: it is not remembered.
     pub(super) fn mend(&mut self) -> io::Result<()> {
         let mut next = self.text.clone();
-        slots::renew(&self.path, |record| {
+        let made = |record: Option<&[u8]>| {
             if let Some(Ok((there, _))) = record.map(Text::parse)
                 && Some(&there) != self.lost.as_ref()
             {
@@ -405,7 +408,8 @@ impl Durable {
                 next.take_back(&known);
             }
             bytes(&next)
-        })?;
+        };
+        aside(|| slots::renew(&self.path, made))?;
         (self.text, self.failed, self.lost) = (next, false, None);
         Ok(())
     }

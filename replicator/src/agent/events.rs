@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
+use super::aside::aside;
 use super::durable::escape;
 use crate::control::api::VmEvent;
 
@@ -92,7 +93,7 @@ impl EventLog {
         if self.writer.queue.try_send(Job { line, written }).is_err() {
             self.file.complain(&io::Error::other("the disk has hung, and too many events wait for it"));
         } else if !self.writer.hung.load(Ordering::Relaxed)
-            && done.recv_timeout(WRITTEN_WITHIN) == Err(RecvTimeoutError::Timeout)
+            && aside(|| done.recv_timeout(WRITTEN_WITHIN)) == Err(RecvTimeoutError::Timeout)
             && !self.writer.hung.swap(true, Ordering::Relaxed)
         {
             tracing::error!(path = %self.file.path.display(), "the disk under the state directory does not answer; events wait for it");

@@ -19,6 +19,7 @@ use vmm_hooks::layout::Layout;
 use vmm_hooks::qemu::{self, AttachOptions, QemuTwinHost};
 use vmm_hooks::sys::process::PidFd;
 
+use super::aside::aside;
 use super::durable::{Durable, GuestAt};
 use super::sessions::{blocking, vm_name};
 use super::{Agent, Request, STOP_WITHIN, Vm};
@@ -226,7 +227,7 @@ impl Agent {
 
     /// Whether a guest has ended for sure.
     pub(super) fn is_gone(&self, at: &GuestAt) -> bool {
-        at.process_is_gone() || at.microvm && self.microvms.is_gone(at)
+        at.process_is_gone() || at.microvm && aside(|| self.microvms.is_gone(at))
     }
 
     /// Where a survivor is. A microVM's machine is this agent's from now on.

@@ -22,6 +22,7 @@
 
 mod api;
 mod arbiter;
+mod aside;
 mod asker;
 mod beats;
 mod changes;

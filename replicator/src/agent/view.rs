@@ -37,10 +37,18 @@ struct Inner {
     failing: Option<Failing>,
     /// What ceased last: the store had been asked, and may still grant it.
     ceased: Option<(Failing, FailoverReport)>,
+    awaited: Awaited,
+}
+
+/// A change of hands that is waited for.
+#[derive(Debug, Default)]
+pub(super) struct Awaited {
+    /// Each has its own; 0: nothing was asked for.
+    pub(super) number: u64,
     /// What an operator asked for last.
-    change: Option<Change>,
-    /// How it was left when that had ended.
-    changed: Option<VmStatus>,
+    pub(super) change: Option<Change>,
+    /// How the VM was left when that had ended.
+    pub(super) ended: Option<VmStatus>,
 }
 
 /// A failover under way.
@@ -52,13 +60,13 @@ struct Failing {
 
 impl Inner {
     fn has_changed(&self) -> bool {
-        self.change.is_some_and(|change| change.is_done(&self.status))
+        self.awaited.change.is_some_and(|change| change.is_done(&self.status))
     }
 
     /// Before it becomes something else.
     fn keep_change(&mut self) {
         if self.has_changed() {
-            self.changed = Some(self.status.clone());
+            self.awaited.ended = Some(self.status.clone());
         }
     }
 }
@@ -81,8 +89,7 @@ impl View {
             gate: None,
             failing: None,
             ceased: None,
-            change: None,
-            changed: None,
+            awaited: Awaited::default(),
         };
         Self { inner: Mutex::new(inner), metrics, events, lag: Arc::default() }
     }
@@ -180,16 +187,25 @@ impl View {
         self.metrics.set_state(&inner.status.state);
     }
 
-    /// From now on it is kept how `change` ends.
-    pub(super) fn await_change(&self, change: Change) {
+    /// From now on it is kept how this change ends; what was kept before.
+    pub(super) fn await_change(&self, awaited: Awaited) -> Awaited {
+        std::mem::replace(&mut self.lock().awaited, awaited)
+    }
+
+    /// The change of this number is not waited for; `before` is, if nothing else is by now. Whether that is so.
+    pub(super) fn give_up_change(&self, number: u64, before: Awaited) -> bool {
         let mut inner = self.lock();
-        (inner.change, inner.changed) = (Some(change), None);
+        let last = inner.awaited.number == number;
+        if last {
+            inner.awaited = before;
+        }
+        last
     }
 
     /// How the change that was asked for last ended, if it has.
     pub(super) fn changed(&self) -> Option<VmStatus> {
         let inner = self.lock();
-        if inner.has_changed() { Some(inner.status.clone()) } else { inner.changed.clone() }
+        if inner.has_changed() { Some(inner.status.clone()) } else { inner.awaited.ended.clone() }
     }
 
     /// How far the initial sync is; shown only while it is under way.

@@ -1,13 +1,13 @@
 //! Keeps the two threads of a pause, the protector's and the first one of the process, on one processor while they take turns.
 //!
-//! Linux wakes a real-time thread on another processor if a real-time thread wakes it, which takes an interrupt there: some 30 us in a virtual machine.
-//! On one processor taking turns costs a change of threads.
+//! Linux wakes a real-time thread on another processor if a real-time thread of at least its priority runs where it ran last (`select_task_rq_rt`), which
+//! takes an interrupt there: some 30 us in a virtual machine. On one processor taking turns costs a change of threads.
 //!
-//! Promises: best effort, and nothing else changes by it. The process is kept only where it may run anyway, and its protector's thread only from a question
-//! on until the guest runs.
+//! Promises: best effort, and nothing else changes by it. The process is kept only where it might run when this began, and its protector's thread only
+//! while it waits for an answer. Who has confined the process otherwise in between is overruled when its protector's thread moves.
 
 use rustix::process::Pid;
-use rustix::thread::{CpuSet, gettid, sched_getaffinity, sched_getcpu, sched_setaffinity, sched_yield};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity, sched_yield};
 
 /// The first thread of a process, and where it is.
 #[derive(Debug)]
@@ -26,9 +26,9 @@ impl Beside {
         Some(Self { process, may: sched_getaffinity(Some(process)).ok()?, kept: None })
     }
 
-    /// Keeps both threads on the processor that this one runs on, until what is returned is dropped; the other one beyond that.
-    pub(super) fn take_turns(&mut self) -> Option<Stays> {
-        let thread = gettid();
+    /// Keeps both threads on the processor that this one runs on, until what is returned is dropped; the other one beyond that. `lives`: whether the process
+    /// has its number still.
+    pub(super) fn take_turns(&mut self, lives: impl FnOnce() -> bool) -> Option<Stays> {
         let before = sched_getaffinity(None).ok()?;
         let here = sched_getcpu();
         if !self.may.is_set(here) {
@@ -37,27 +37,26 @@ impl Beside {
         let mut one = CpuSet::new();
         one.set(here);
         sched_setaffinity(None, &one).ok()?;
-        let stays = Stays { thread, before };
-        // Between the two lines above it may have been moved away: then the other one is elsewhere once.
-        if self.kept != Some(here) {
-            self.kept = sched_setaffinity(Some(self.process), &one).is_ok().then_some(here);
+        let stays = Stays { before };
+        // Between the two lines above this one may have been moved away: then it is elsewhere once.
+        if self.kept != Some(here) && lives() && sched_setaffinity(Some(self.process), &one).is_ok() {
+            self.kept = Some(here);
         }
         Some(stays)
     }
 
-    /// Lets the other one run wherever it might before. Not of a process that has been waited for.
+    /// Lets the other one run wherever it might at first. Not of a process that has been waited for.
     pub(super) fn part(&mut self) {
         if self.kept.take().is_some() {
-            // It ends, or somebody else has said meanwhile where it may run.
+            // It fails if it ends.
             let _ = sched_setaffinity(Some(self.process), &self.may);
         }
     }
 }
 
-/// A thread stays where it is.
+/// This thread stays where it is. For this thread alone.
 #[derive(Debug)]
 pub(super) struct Stays {
-    thread: Pid,
     before: CpuSet,
 }
 
@@ -71,7 +70,7 @@ impl Stays {
 impl Drop for Stays {
     fn drop(&mut self) {
         // Fails if none of these processors is left to it: then the kernel has moved it.
-        let _ = sched_setaffinity(Some(self.thread), &self.before);
+        let _ = sched_setaffinity(None, &self.before);
     }
 }
 
@@ -87,20 +86,21 @@ mod tests {
             let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
             let (mine, theirs) = (sched_getaffinity(None).expect("ours"), sched_getaffinity(pid).expect("it is there"));
             let mut beside = Beside::new(child.id()).expect("it is there");
-            let stays = beside.take_turns().expect("it may run where we do");
+            drop(beside.take_turns(|| false).expect("this one stays"));
+            assert_eq!(sched_getaffinity(pid), Ok(theirs), "nobody knows whose number that is");
+            let stays = beside.take_turns(|| true).expect("it may run where we do");
             let mut here = CpuSet::new();
             here.set(sched_getcpu());
             assert_eq!(sched_getaffinity(None), Ok(here));
             assert_eq!(sched_getaffinity(pid), Ok(here));
-            // By whichever thread.
-            std::thread::spawn(|| drop(stays)).join().expect("it does not panic");
+            drop(stays);
             assert_eq!(sched_getaffinity(None), Ok(mine));
             assert_eq!(sched_getaffinity(pid), Ok(here), "it waits there for the next turn");
             beside.part();
             assert_eq!(sched_getaffinity(pid), Ok(theirs));
             // Somebody else has confined it to where we are not.
             beside.may = CpuSet::new();
-            assert!(beside.take_turns().is_none());
+            assert!(beside.take_turns(|| true).is_none());
             assert_eq!((sched_getaffinity(None), sched_getaffinity(pid)), (Ok(mine), Ok(theirs)));
             child.kill().and_then(|()| child.wait()).expect("it ends");
         });

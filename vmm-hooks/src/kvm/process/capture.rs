@@ -49,15 +49,18 @@ impl ProcessGuest {
         let start = Instant::now();
         // It may, whatever is answered.
         (self.paused, self.gone_on, parts.ran_again) = (true, false, None);
-        self.take_turns();
-        let captured = self.ask_captured(&Request::Epoch { begin, next, go_on })?;
+        let stays = self.take_turns();
+        let captured = self.ask_captured(&Request::Epoch { begin, next, go_on });
         let answered = Instant::now();
+        // A copy is long: whoever cannot run elsewhere runs here meanwhile, and this thread elsewhere.
+        drop(stays);
+        let captured = captured?;
         if captured.gone_on.is_some() && !go_on {
             return Err(self.not_believed());
         }
         let mut stood = answered - start;
         if let Some(GoneOn { at, .. }) = captured.gone_on {
-            (self.paused, self.gone_on, self.stays) = (false, true, None);
+            (self.paused, self.gone_on) = (false, true);
             let ran = instant(at).map_or(answered, |ran| ran.clamp(start, answered));
             parts.ran_again = Some(ran);
             stood = ran - start;

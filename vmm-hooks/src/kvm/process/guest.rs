@@ -455,9 +455,8 @@ pub struct ProcessGuest {
     /// Disk writes that were given back.
     pub(super) returned: Vec<DiskWrite>,
     pub(super) copying: Copying,
-    pub(super) beside: Option<Beside>,
-    /// While the guest stands.
-    pub(super) stays: Option<Stays>,
+    /// `None`: its thread has no real-time priority, and goes to a processor that is free anyway.
+    beside: Option<Beside>,
     /// It has told of its death, and its process has not ended.
     dying: Option<GuestEvent>,
     pub(super) mirrored: bool,
@@ -481,9 +480,10 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
         return Err(error.advise("nothing was changed; detach the other one first"));
     }
     // The half of a pause that its own thread does is as urgent as the one that is done here.
-    if let Err(error) = realtime_of(machine.process().pid(), Some(Urgency::Pause)) {
+    let urgent = realtime_of(machine.process().pid(), Some(Urgency::Pause)).inspect_err(|error| {
         tracing::warn!(vm = machine.0.spec.name, %error, "a microVM's process has no real-time priority: a busy host may make its pauses longer");
-    }
+    });
+    let beside = urgent.ok().map(|()| Beside::new(machine.process().pid()));
     let pages = machine.0.layout.pages();
     Ok(ProcessGuest {
         machine: machine.clone(),
@@ -491,8 +491,7 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
         dirty: PageSet::empty(pages),
         returned: Vec::new(),
         copying: Copying::new(Arc::clone(&machine.0.ram)),
-        beside: Beside::new(machine.process().pid()),
-        stays: None,
+        beside: beside.flatten(),
         dying: None,
         mirrored: false,
         broken: false,
@@ -503,11 +502,10 @@ pub fn attach(machine: &Microvm) -> Result<ProcessGuest, GuestError> {
 }
 
 impl ProcessGuest {
-    /// From now on until the guest runs.
-    pub(super) fn take_turns(&mut self) {
-        // First of all: it remembers where this thread may run otherwise.
-        self.stays = None;
-        self.stays = self.beside.as_mut().and_then(Beside::take_turns);
+    /// Keeps this thread and the process's on one processor, for a question whose answer is waited for.
+    pub(super) fn take_turns(&mut self) -> Option<Stays> {
+        let process = self.machine.process();
+        self.beside.as_mut()?.take_turns(|| !process.has_exited())
     }
 
     fn must_stand(&self, call: &str) {
@@ -532,7 +530,7 @@ impl Guest for ProcessGuest {
         self.gone_on = false;
         // An epoch that was not answered may end, and its guest go on, at any time.
         if !self.paused || self.untaken {
-            self.take_turns();
+            let _stays = self.take_turns();
             self.machine.pause()?;
             self.paused = true;
         }
@@ -540,8 +538,8 @@ impl Guest for ProcessGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        let stays = self.stays.take();
         if !std::mem::take(&mut self.gone_on) {
+            let stays = self.take_turns();
             self.machine.resume()?;
             // It is its turn now: the guest is not to wait for what this thread does next.
             if let Some(stays) = stays {
