@@ -9,8 +9,8 @@ use super::ram::Ram;
 use crate::layout::PAGE_SIZE;
 use crate::sys::copy::{Copier, by_runs};
 
-/// With so many pages, 8 MiB, a second thread helps. Fewer are in the caches for the most part, and it has to be woken.
-const HELPED: usize = 2048;
+/// With so many pages, 2 MiB, a second thread helps: it has to be woken, which takes as long as copying some hundreds on a virtual machine.
+const HELPED: usize = 512;
 
 /// The memory, and who copies out of it.
 #[derive(Debug)]
