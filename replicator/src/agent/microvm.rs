@@ -105,7 +105,9 @@ impl Microvms {
             let process = machine.process();
             (process.pid(), process.start_time()) == (at.pid, at.started)
         };
-        self.lock().get(&at.name).is_some_and(|machine| is_it(machine) && machine.is_gone())
+        let machine = self.lock().get(&at.name).filter(|machine| is_it(machine)).cloned();
+        // Without the lock: it may wait for the process to end.
+        machine.is_some_and(|machine| machine.is_gone())
     }
 
     /// Lets go of the one called `name` if it is over: its process ends, and its memory, tap and disk are free.
