@@ -16,8 +16,8 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::api::{
-    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, FailoverRequest, PairJoinRequest, PairOpenRequest,
-    PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
+    Accepted, AgentStatus, DoctorReport, DoctorRequest, ErrorBody, ErrorKind, FailoverRequest, PairJoinRequest,
+    PairOpenRequest, PairWindow, Paired, ProtectRequest, RehearsalReport, VmEvent, VmRequest, VmStatus, WitnessStatus,
 };
 use super::drill::{DrillPlan, DrillRequest};
 use super::latch::{MayStart, MayStartRequest};
@@ -109,10 +109,14 @@ impl Client {
         self.get(&format!("/v1/vms/{}", percent_encode(name))).await
     }
 
-    /// How far the change of hands is that was asked for last of a VM.
+    /// How far the change of hands is that was asked for last of a VM. An agent that was not restarted since its program was replaced may not know that
+    /// question: it is asked how the VM is.
     #[allow(clippy::missing_errors_doc)]
     pub async fn vm_change(&self, name: &str) -> Result<VmStatus, ClientError> {
-        self.get(&format!("/v1/vms/{}/change", percent_encode(name))).await
+        match self.get(&format!("/v1/vms/{}/change", percent_encode(name))).await {
+            Err(ClientError::Agent(error)) if error.kind == ErrorKind::Invalid => self.vm_status(name).await,
+            answer => answer,
+        }
     }
 
     /// The last `last` things that happened to a VM there, oldest first.

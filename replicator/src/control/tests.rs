@@ -289,6 +289,33 @@ async fn bad_requests_are_refused() {
     fixture.finish().await;
 }
 
+/// As the agents of before that question answer.
+#[tokio::test]
+async fn an_older_agent_says_how_the_vm_is() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("agent.sock");
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut asked = [0; 4096];
+            let length = stream.read(&mut asked).await.unwrap();
+            let (line, body) = if asked[..length].starts_with(b"GET /v1/vms/web-1 ") {
+                ("200 OK", serde_json::to_string(&vm()).unwrap())
+            } else {
+                let error = ErrorBody::new(ErrorKind::Invalid, "this agent has no such request");
+                ("400 Bad Request", serde_json::to_string(&error).unwrap())
+            };
+            let answer = format!("HTTP/1.1 {line}\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    let client = Client::new(&socket);
+    assert_eq!(client.vm_change("web-1").await.unwrap(), vm());
+    let other = refused(client.vm_change("web-2")).await;
+    assert_eq!(other.kind, ErrorKind::Invalid);
+}
+
 #[tokio::test]
 async fn no_agent_is_an_error_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
